@@ -1,0 +1,72 @@
+"""Activations of feed-forwards and experts, by name.
+
+G is 2 for gated activations (index 0 is the gate, 1 the up-projection) and 1 for plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def relu2(x: Tensor) -> Tensor:
+    """``max(x, 0)^2``, the squared ReLU of Primer (So et al., 2021)."""
+    return F.relu(x).square()
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu2": relu2}
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+
+ACTIVATIONS = (*_GATED, *_PLAIN)
+
+
+def num_up_projections(activation: str) -> int:
+    """G: 2 for swiglu and geglu, 1 for gelu, silu and relu2. Raises ValueError for any other name."""
+    if activation in _GATED:
+        return 2
+    if activation in _PLAIN:
+        return 1
+    raise ValueError(f"activation = {activation!r} is not known. Use one of {', '.join(ACTIVATIONS)}.")
+
+
+def activate(h_GF: Tensor, activation: str) -> Tensor:
+    """Apply an activation to the up-projections' outputs.
+
+    Args:
+        h_GF: ``(..., G, F)``; for gated activations ``[..., 0, :]`` is the gate, ``[..., 1, :]`` the up-projection.
+        activation: swiglu ``silu(gate) * up``, geglu ``gelu(gate) * up`` (erf form), gelu, silu or relu2.
+
+    Returns:
+        ``(..., F)`` in the dtype of ``h_GF``.
+    """
+    groups = num_up_projections(activation)
+    if h_GF.shape[-2] != groups:
+        raise ValueError(f"{activation} takes (..., {groups}, F), not {tuple(h_GF.shape)}.")
+    if groups == 2:
+        return _GATED[activation](h_GF[..., 0, :]) * h_GF[..., 1, :]
+    return _PLAIN[activation](h_GF[..., 0, :])
+
+
+def activate_pair(gate_F: Tensor, up_F: Tensor, activation: str) -> Tensor:
+    """A gated activation of two separate tensors of one shape: ``act(gate) * up``."""
+    return _GATED[activation](gate_F) * up_F
+
+
+def activation_gradient(h_GF: Tensor, da_F: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation's value and the gradient of its input, recomputed from the input.
+
+    Args:
+        h_GF: ``(..., G, F)``, what :func:`activate` was given.
+        da_F: ``(..., F)``, gradient of the activation's output.
+
+    Returns:
+        ``(a_F, dh_GF)``: the output and the gradient of ``h_GF``.
+    """
+    with torch.enable_grad():
+        h = h_GF.detach().requires_grad_()
+        a_F = activate(h, activation)
+        (dh_GF,) = torch.autograd.grad(a_F, h, da_F)
+    return a_F.detach(), dh_GF

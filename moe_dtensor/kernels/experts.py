@@ -1,0 +1,79 @@
+"""The expert MLP, one signature over several backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .activation import num_up_projections
+
+BACKENDS = ("reference", "torch", "triton", "grouped_gemm")
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    activation: str,
+    backend: str = "auto",
+    first_expert: int = 0,
+    rows: str = "exact",
+) -> Tensor:
+    """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
+
+    ``y_t = sum_k gate_tk * W_down[e_tk] act(W_up[e_tk] x_t)``, over those k whose expert is held here.
+
+    Args:
+        x_TD: tokens ``(T, D)``; T may be 0.
+        w_up_EGFD: up-projections ``(E, G, F, D)`` of the experts ``first_expert .. first_expert + E - 1``.
+        w_down_EDF: down-projections ``(E, D, F)`` of the same experts.
+        gate_TK: weight of each choice ``(T, K)``, any floating dtype.
+        expert_TK: global expert ids ``(T, K)``, int64. Copies for experts outside the held range contribute nothing.
+        activation: swiglu, geglu, gelu, silu or relu2.
+        backend: ``auto`` or one of :data:`BACKENDS`.
+        first_expert: global id of the first expert held here.
+        rows: how many rows of copies a rank allocates when it holds only a part of the experts: ``exact`` reads the
+            count from the device once, ``worst`` takes the static bound ``T * min(K, E)``.
+
+    Returns:
+        ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or sizes that the backend cannot take.
+    """
+    check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation)
+    if rows not in ("exact", "worst"):
+        raise ValueError(f"rows = {rows!r} is not known. Use exact or worst.")
+    run = reference.expert_mlp
+    return run(
+        x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation=activation, first_expert=first_expert, rows=rows
+    )
+
+
+def check_shapes(
+    x_TD: Tensor, w_up_EGFD: Tensor, w_down_EDF: Tensor, gate_TK: Tensor, expert_TK: Tensor, activation: str
+) -> None:
+    """Raise ValueError unless the five tensors fit each other and the activation."""
+    experts, groups, hidden, width = w_up_EGFD.shape
+    if groups != num_up_projections(activation):
+        raise ValueError(
+            f"{activation} takes {num_up_projections(activation)} up-projection(s), but w_up is (E, G, F, D) = "
+            f"{tuple(w_up_EGFD.shape)}."
+        )
+    if tuple(w_down_EDF.shape) != (experts, width, hidden):
+        raise ValueError(
+            f"w_down is {tuple(w_down_EDF.shape)}, but w_up asks for (E, D, F) = {(experts, width, hidden)}."
+        )
+    if x_TD.dim() != 2 or x_TD.shape[1] != width:
+        raise ValueError(f"x is {tuple(x_TD.shape)}, but the weights ask for (T, {width}).")
+    if gate_TK.shape != expert_TK.shape or gate_TK.dim() != 2 or gate_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(
+            f"gate {tuple(gate_TK.shape)} and expert {tuple(expert_TK.shape)} must both be (T, K) with T = "
+            f"{x_TD.shape[0]}."
+        )
+    if expert_TK.dtype != torch.int64:
+        raise ValueError(f"expert ids must be int64, not {expert_TK.dtype}.")

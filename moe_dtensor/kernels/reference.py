@@ -1,0 +1,38 @@
+"""The expert MLP as a plain loop over experts: what every other backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activation import activate
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    activation: str,
+    first_expert: int = 0,
+    rows: str = "exact",
+) -> Tensor:
+    """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device, any dtype; ``rows`` changes nothing here."""
+    tokens, choices = expert_TK.shape
+    width, experts = x_TD.shape[1], w_up_EGFD.shape[0]
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    local_N = expert_TK.flatten() - first_expert
+    # unbind, not indexing: its backward stacks the gradients, where E selects would make E full-size zero tensors.
+    weights = zip(w_up_EGFD.unbind(), w_down_EDF.unbind(), strict=True)
+    where, copies = [], []
+    # Experts without tokens go through as well, so that their weights get zeros for a gradient and not None.
+    for expert, (w_up_GFD, w_down_DF) in enumerate(weights):
+        where.append((local_N == expert).nonzero().flatten())
+        h_nGF = (x_TD[where[-1] // choices] @ w_up_GFD.flatten(0, 1).T).unflatten(1, w_up_GFD.shape[:2])
+        copies.append(activate(h_nGF, activation) @ w_down_DF.T)
+    assert experts == len(copies)
+    y_ND = x_TD.new_zeros(tokens * choices, width).index_copy(0, torch.cat(where), torch.cat(copies))
+    y_TKD = y_ND.view(tokens, choices, width).to(wide) * gate_TK.to(wide).unsqueeze(-1)
+    return y_TKD.sum(1).to(x_TD.dtype)
