@@ -1,0 +1,1 @@
+"""Config: TOML tables as frozen dataclasses. Loads no torch."""

@@ -1,0 +1,287 @@
+"""Rules that span fields and tables: each broken one is one ConfigError. Loads no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.ranges import out_of_range
+from moe_dtensor.config.resolve import (
+    INTERLEAVED,
+    SPLIT_BACKWARD,
+    V_SCHEDULES,
+    microbatches,
+    moe_layers,
+    num_stages,
+    padded_vocab,
+    resolve,
+)
+from moe_dtensor.config.schema import Config
+
+Broken = Iterator[tuple[str, str]]
+"""(rule with its values, remedy), for each broken rule."""
+
+ROUTERS = ("sinkhorn", "topk")
+CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
+LOSSES = ("cross_entropy",)
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise for the first rule that ``config`` breaks on ``world_size`` ranks; resolved or not, it is all the same.
+
+    Raises:
+        ConfigError: the rule with its values, and the remedy.
+    """
+    for problem, remedy in _broken(config, world_size):
+        raise ConfigError(problem, remedy)
+
+
+def _broken(config: Config, world_size: int) -> Broken:
+    yield from out_of_range(config)
+    yield from _stages_per_rank(config)
+    config_as_given, config = config, resolve(config, world_size)
+    yield from _names(config)
+    yield from _model(config_as_given)
+    yield from _heads(config)
+    yield from _moe(config)
+    yield from _mesh(config_as_given, world_size)
+    yield from _tensor_parallel(config)
+    yield from _data_parallel(config)
+    yield from _batches(config)
+    yield from _pipeline(config)
+    yield from _precision(config)
+
+
+def _names(config: Config) -> Broken:
+    for key, name, known in (
+        ("moe.router", config.moe.router, ROUTERS),
+        ("data.corpus", config.data.corpus, CORPORA),
+        ("training.loss", config.training.loss, LOSSES),
+    ):
+        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            near = difflib.get_close_matches(name, known, n=1)
+            guess = f'Did you mean "{near[0]}"? ' if near else ""
+            yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
+    if config.data.corpus in ("files", "datasets", "tokens") and not config.data.path:
+        yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
+
+
+def _model(config: Config) -> Broken:
+    model = config.model
+    if model.head_dim == 0 and model.dim % model.num_heads:
+        yield (
+            f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
+            "Change one of them, or set model.head_dim.",
+        )
+
+
+def _heads(config: Config) -> Broken:
+    model = config.model
+    if model.head_dim % 2:
+        yield (
+            f"model.head_dim = {model.head_dim} is odd, but the rotary embedding turns pairs.",
+            f"Set model.head_dim = {model.head_dim + 1}, or change model.dim or model.num_heads.",
+        )
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}.",
+            f"Set model.num_kv_heads to a divisor of {model.num_heads}.",
+        )
+
+
+def _moe(config: Config) -> Broken:
+    moe, layers = config.moe, config.model.num_layers
+    if moe.num_experts == 0:
+        if moe.layers:
+            yield (
+                f"moe.layers = {list(moe.layers)} with moe.num_experts = 0.",
+                "Set moe.num_experts, or clear moe.layers.",
+            )
+        return
+    if moe.top_k > moe.num_experts:
+        yield (
+            f"moe.top_k = {moe.top_k} is above moe.num_experts = {moe.num_experts}.",
+            f"Set moe.top_k to at most {moe.num_experts}.",
+        )
+    wrong = [i for i in moe.layers if not 0 <= i < layers]
+    if wrong:
+        yield (
+            f"moe.layers names block {wrong[0]}, but model.num_layers = {layers} has blocks 0 to {layers - 1}.",
+            "Take it out of moe.layers, or raise model.num_layers.",
+        )
+    if len(set(moe.layers)) < len(moe.layers):
+        yield f"moe.layers = {list(moe.layers)} names a block twice.", "Name each block once."
+    if not moe_layers(config):
+        yield (
+            f"moe.every = {moe.every} makes no MoE block of model.num_layers = {layers}.",
+            f"Set moe.every to at most {layers}, or moe.num_experts = 0 for a dense model.",
+        )
+    if config.training.microbatch_size % moe.group_sequences:
+        yield (
+            f"moe.group_sequences = {moe.group_sequences} does not divide "
+            f"training.microbatch_size = {config.training.microbatch_size}.",
+            "Set moe.group_sequences to a divisor, or to 0 for the whole microbatch.",
+        )
+
+
+def _mesh(config: Config, world_size: int) -> Broken:
+    mesh = config.mesh
+    if mesh.dp == -1:
+        if world_size % (mesh.pp * mesh.tp):
+            inner = mesh.pp * mesh.tp
+            yield (
+                f"[mesh] needs a multiple of pp={mesh.pp} x tp={mesh.tp} = {inner} ranks, but there are {world_size}.",
+                f"Start {-(-world_size // inner) * inner} ranks, or change mesh.pp or mesh.tp.",
+            )
+    elif world_size != mesh.dp * mesh.pp * mesh.tp:
+        ranks = mesh.dp * mesh.pp * mesh.tp
+        fits = world_size % (mesh.pp * mesh.tp) == 0
+        yield (
+            f"[mesh] needs dp={mesh.dp} x pp={mesh.pp} x tp={mesh.tp} = {ranks} ranks, but there are {world_size}.",
+            f"Start {ranks} ranks, or {'set mesh.dp = -1' if fits else 'change mesh.pp or mesh.tp'}.",
+        )
+
+
+def _tensor_parallel(config: Config) -> Broken:
+    model, moe, tp = config.model, config.moe, config.mesh.tp
+    kv_heads = model.num_kv_heads
+    has_dense = len(moe_layers(config)) < model.num_layers
+    for key, value, matters in (
+        ("model.num_heads", model.num_heads, True),
+        ("moe.num_experts", moe.num_experts, True),
+        ("training.seq_len", config.training.seq_len, config.mesh.sequence_parallel),
+        ("model.hidden_dim", model.hidden_dim, has_dense),
+        ("moe.num_shared_experts * moe.hidden_dim", moe.num_shared_experts * moe.hidden_dim, True),
+        ("model.vocab_size, padded to a multiple of 64,", padded_vocab(config), True),
+    ):
+        if matters and value % tp:
+            more = ", or mesh.sequence_parallel = false" if key == "training.seq_len" else ""
+            yield (
+                f"{key} = {value} is not a multiple of mesh.tp = {tp}.",
+                f"Set mesh.tp to a divisor of {value}, or that to {-(-value // tp) * tp}{more}.",
+            )
+    if kv_heads % tp and tp % kv_heads:
+        yield (
+            f"model.num_kv_heads = {kv_heads} and mesh.tp = {tp}: neither divides the other.",
+            "Key/value heads are split over tp or repeated on it: make one a multiple of the other.",
+        )
+
+
+def _data_parallel(config: Config) -> Broken:
+    model, dp = config.model, config.mesh.dp
+    if model.dim % dp and moe_layers(config):
+        yield (
+            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the experts' width.",
+            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",
+        )
+
+
+def _batches(config: Config) -> Broken:
+    training, dp = config.training, config.mesh.dp
+    size, each = training.global_batch_size, dp * training.microbatch_size
+    if size % each:
+        yield (
+            f"training.global_batch_size = {size} is not a multiple of mesh.dp = {dp} x "
+            f"training.microbatch_size = {training.microbatch_size} = {each}.",
+            f"Set training.global_batch_size = {-(-size // each) * each}, or change the other two.",
+        )
+    if training.validation_interval and training.validation_sequences % size:
+        yield (
+            f"training.validation_sequences = {training.validation_sequences} is not a multiple of "
+            f"training.global_batch_size = {size}.",
+            f"Set training.validation_sequences = {-(-training.validation_sequences // size) * size}.",
+        )
+
+
+def _stages_per_rank(config: Config) -> Broken:
+    schedule, given = config.pipeline.schedule, config.pipeline.stages_per_rank
+    if config.mesh.pp == 1 or given == 0:
+        return
+    if schedule in INTERLEAVED:
+        if given < 2:
+            yield (
+                f"pipeline.schedule = {schedule} wants several stages on a rank, not {given}.",
+                "Set pipeline.stages_per_rank to 2 or more.",
+            )
+    elif given != (fixed := 2 if schedule in V_SCHEDULES else 1):
+        yield (
+            f"pipeline.stages_per_rank = {given}, but pipeline.schedule = {schedule} has {fixed} on a rank.",
+            "Set pipeline.stages_per_rank = 0.",
+        )
+
+
+def _pipeline(config: Config) -> Broken:
+    pp, schedule, layers = config.mesh.pp, config.pipeline.schedule, config.model.num_layers
+    if pp == 1:
+        return
+    stages, count = num_stages(config), microbatches(config)
+    if layers < stages:
+        yield (
+            f"model.num_layers = {layers} is below the {stages} stages of mesh.pp = {pp} under {schedule}.",
+            f"Set model.num_layers to {stages} or more, or lower mesh.pp or pipeline.stages_per_rank.",
+        )
+    if config.model.tie_embeddings:
+        yield (
+            f"model.tie_embeddings = true with mesh.pp = {pp}: embedding and head are on different ranks.",
+            "Set model.tie_embeddings = false, or mesh.pp = 1.",
+        )
+    if config.compile.enable and schedule in SPLIT_BACKWARD:
+        yield (
+            f"compile.enable = true with pipeline.schedule = {schedule}, which splits the backward pass: "
+            "a compiled block would run the whole of it twice.",
+            "Set compile.enable = false, or pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
+        )
+    if config.fsdp.reshard_after_forward == "always":
+        yield (
+            f"fsdp.reshard_after_forward = always with mesh.pp = {pp} loses gradients between microbatches.",
+            "Set fsdp.reshard_after_forward to auto or never.",
+        )
+    yield from _schedule(schedule, pp, stages, count)
+
+
+def _schedule(schedule: str, pp: int, stages: int, count: int) -> Broken:
+    """What torch.distributed.pipelining asks of the number of microbatches."""
+    change = "change training.global_batch_size or training.microbatch_size"
+    given = f"A dp rank runs {count} microbatches (global_batch_size / (dp * microbatch_size)), but"
+    if schedule in ("1F1B", "DualPipeV") and count < stages:
+        yield (
+            f"{given} pipeline.schedule = {schedule} needs one for each of {stages} stages.",
+            f"To have {stages} or more, {change}.",
+        )
+    rounds = max(1, count // pp)
+    if schedule in INTERLEAVED and count % rounds:
+        yield (
+            f"{given} pipeline.schedule = {schedule} goes in rounds of mesh.pp = {pp}.",
+            f"To have a multiple of {pp}, {change}.",
+        )
+
+
+def _precision(config: Config) -> Broken:
+    training, backend = config.training, config.moe.backend
+    if training.param_dtype == "float16":
+        yield "training.param_dtype = float16 needs loss scaling, which is not here.", "Set it to bfloat16 or float32."
+    if BITS[training.param_dtype] > BITS[training.dtype]:
+        yield (
+            f"training.param_dtype = {training.param_dtype} is wider than the master weights' "
+            f"training.dtype = {training.dtype}.",
+            f"Set training.dtype = {training.param_dtype}, or lower training.param_dtype.",
+        )
+    if BITS[training.reduce_dtype] < BITS[training.param_dtype]:
+        yield (
+            f"training.reduce_dtype = {training.reduce_dtype} is narrower than "
+            f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
+            f"Set training.reduce_dtype = {training.param_dtype}.",
+        )
+    if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
+        yield (
+            f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
+            "Set moe.backend to auto or reference, or training.param_dtype = bfloat16.",
+        )
+    if backend in ("torch", "triton") and training.param_dtype == "float64":
+        yield (
+            f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
+            "Set moe.backend to auto or reference.",
+        )

@@ -1,0 +1,73 @@
+"""What every verb's command line shares: ``--config F`` and ``--table.key value``, beside its own options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import load
+from moe_dtensor.config.reference import help_text
+from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import all_fields
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser with ``--config``, the overrides in its ``--help``, and ConfigError for a wrong command line.
+
+    Add a verb's own options with ``add_argument``, then call :meth:`load`.
+    """
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m moe_dtensor {verb}",
+            usage=f"python -m moe_dtensor {verb} --config F [options] [--table.key value ...]",
+            description=description,
+            epilog=help_text(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="F", required=True, help="the TOML of the run")
+
+    def load(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+        """Parse ``argv``: the verb's own options, and the Config with every override applied.
+
+        Raises:
+            ConfigError: an unknown option, a missing value, or whatever the config itself gets wrong.
+        """
+        own, overrides = split_overrides(argv)
+        options = self.parse_args(own)
+        return options, load(options.config, overrides)
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse: a wrong command line is reported like a wrong config."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        word = unknown.split()[0].partition("=")[0].lstrip("-") if unknown else ""
+        owners = [key for key in all_fields() if word and key.endswith(f".{word}")]
+        near = owners or difflib.get_close_matches(word, all_fields(), n=1)
+        hint = f"Did you mean {' or '.join(f'--{key}' for key in near)}?" if near else ""
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}.", hint or f"{self.prog} --help lists what there is.")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Part ``--table.key value`` and ``--table.key=value`` (a dot in the name tells them) from all else.
+
+    A key given twice counts as given last.
+    """
+    own: list[str] = []
+    overrides: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            own.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            # "--" cannot start a value: the next option was taken for one. "-1" can.
+            if value.startswith("--"):
+                raise ConfigError(f"{name} has no value.", f"Write {name} VALUE.")
+        overrides[name[2:]] = value
+    return own, overrides

@@ -1,0 +1,51 @@
+"""TOML file + overrides → Config, and back to TOML text."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_dtensor.config.build import build, override
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import show, tables
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML, apply overrides by ``table.key``, and name the run's folder after the file if nothing else does.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a key, type or choice is wrong.
+    """
+    path = Path(path)
+    config = override(build(_read(path)), overrides or {})
+    if not config.run.folder:
+        config = replace(config, run=replace(config.run, folder=f"outputs/{path.stem}"))
+    return config
+
+
+def dump(config: Config) -> str:
+    """TOML text that names every field of ``config``; :func:`load` reads it back equal."""
+    blocks = []
+    for table in tables().values():
+        values = getattr(config, table.name)
+        lines = [f"{name} = {show(getattr(values, name))}" for name in table.fields]
+        blocks.append("\n".join([f"[{table.name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct that line.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8.", "Give a TOML file.") from None
+    except OSError as error:
+        folder = path.parent
+        beside = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
+        remedy = f"{folder} has: {', '.join(beside)}." if beside else "The presets are in train_configs/."
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}.", remedy) from None

@@ -1,0 +1,77 @@
+"""What one field may hold, by itself. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import all_fields, show
+
+MINIMUM: dict[str, float] = {
+    "model.num_layers": 1,
+    "model.dim": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 0,
+    "model.head_dim": 0,
+    "model.vocab_size": 0,
+    "model.hidden_dim": 0,
+    "moe.num_experts": 0,
+    "moe.top_k": 1,
+    "moe.hidden_dim": 1,
+    "moe.every": 1,
+    "moe.num_shared_experts": 0,
+    "moe.group_sequences": 0,
+    "moe.sinkhorn_iterations": 1,
+    "mesh.pp": 1,
+    "mesh.tp": 1,
+    "pipeline.stages_per_rank": 0,
+    "training.steps": 1,
+    "training.seq_len": 1,
+    "training.global_batch_size": 1,
+    "training.microbatch_size": 1,
+    "training.max_grad_norm": 0,
+    "training.seed": 0,
+    "training.validation_interval": 0,
+    "training.validation_sequences": 0,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "lr_scheduler.warmup_steps": 0,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_last": 0,
+    "metrics.log_interval": 1,
+    "profiling.first_step": 1,
+    "profiling.steps": 1,
+    "comm.timeout_seconds": 1,
+}
+ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "model.init_std", "optimizer.eps")
+SHARES = ("optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_fraction", "lr_scheduler.min_lr_ratio")
+
+
+def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (rule with value, remedy) for each field whose value makes no sense whatever the others say."""
+    values = {key: getattr(getattr(config, field.table), field.name) for key, field in all_fields().items()}
+    for key, least in MINIMUM.items():
+        if values[key] < least:
+            yield f"{key} = {show(values[key])} is too small.", f"Set {key} to {least} or more."
+    for key in ABOVE_ZERO:
+        if values[key] <= 0:
+            yield f"{key} = {show(values[key])} must be above 0.", f"The default is {show(all_fields()[key].default)}."
+    for key in SHARES:
+        if not 0 <= values[key] <= 1:
+            yield f"{key} = {show(values[key])} lies outside 0 to 1.", f"Give {key} a share from 0 to 1."
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if values[key] == 1:
+            yield f"{key} = 1.0 would never forget.", f"Set {key} below 1."
+    for key in all_fields():
+        if values[key] == math.inf and key != "training.norm_type":
+            yield f"{key} = inf is not finite.", f"Set {key} to a finite number."
+    if values["mesh.dp"] < 1 and values["mesh.dp"] != -1:
+        yield f"mesh.dp = {values['mesh.dp']} is no number of ranks.", "Set mesh.dp to 1 or more, or -1 for the rest."
+    if values["checkpoint.keep_last"] == 1:
+        yield (
+            "checkpoint.keep_last = 1 would delete the only whole checkpoint while the next is written.",
+            "Set checkpoint.keep_last to 2 or more, or 0 to keep all.",
+        )
+    if values["training.norm_type"] not in (2.0, math.inf):
+        yield f"training.norm_type = {values['training.norm_type']} is not supported.", "Set it to 2 or inf."

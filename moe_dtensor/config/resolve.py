@@ -1,0 +1,97 @@
+"""Fill in what a config leaves to be derived. Loads no torch.
+
+After :func:`resolve` no field means "derive me": every later room reads plain values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_dtensor.config.schema import Config
+
+GATED = ("swiglu", "geglu")
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
+INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Return ``config`` with every derived field filled in for ``world_size`` ranks.
+
+    Does not check: run :func:`moe_dtensor.config.check.check` on the result. ``model.vocab_size``
+    and ``run.folder`` stay as they are: they need the tokenizer and the TOML's name.
+    """
+    model, moe, mesh, training = config.model, config.moe, config.mesh, config.training
+    gated = model.activation in GATED
+    hidden = model.hidden_dim or (-(-8 * model.dim // 3 // 64) * 64 if gated else 4 * model.dim)
+    dp = mesh.dp if mesh.dp != -1 else max(1, world_size // max(1, mesh.pp * mesh.tp))
+    reshard = config.fsdp.reshard_after_forward
+    if reshard == "auto":
+        reshard = "always" if mesh.pp == 1 else "never"
+    return replace(
+        config,
+        model=replace(
+            model,
+            num_kv_heads=model.num_kv_heads or model.num_heads,
+            head_dim=model.head_dim or model.dim // max(1, model.num_heads),
+            hidden_dim=hidden,
+        ),
+        moe=replace(moe, group_sequences=moe.group_sequences or training.microbatch_size),
+        mesh=replace(mesh, dp=dp),
+        pipeline=replace(config.pipeline, stages_per_rank=stages_per_rank(config)),
+        fsdp=replace(config.fsdp, reshard_after_forward=reshard),
+        training=replace(training, validation_sequences=training.validation_sequences or training.global_batch_size),
+    )
+
+
+def stages_per_rank(config: Config) -> int:
+    """Pipeline stages that one pp rank holds under the configured schedule."""
+    schedule = config.pipeline.schedule
+    if config.mesh.pp == 1:
+        return 1
+    if schedule in V_SCHEDULES:
+        return 2
+    if schedule in INTERLEAVED:
+        return config.pipeline.stages_per_rank or 2
+    return 1
+
+
+def num_stages(config: Config) -> int:
+    """Pipeline stages of the whole model."""
+    return config.mesh.pp * stages_per_rank(config)
+
+
+def stage_layers(config: Config, stage: int) -> range:
+    """Indices of the blocks of one stage: as even as can be, the first stages take the remainder."""
+    each, more = divmod(config.model.num_layers, num_stages(config))
+    start = stage * each + min(stage, more)
+    return range(start, start + each + (stage < more))
+
+
+def rank_stages(config: Config, pp_rank: int) -> tuple[int, ...]:
+    """Stages on a pp rank: V schedules pair stage i with stage 2·pp-1-i, others go round."""
+    pp = config.mesh.pp
+    if pp > 1 and config.pipeline.schedule in V_SCHEDULES:
+        return (pp_rank, 2 * pp - 1 - pp_rank)
+    return tuple(range(pp_rank, num_stages(config), pp))
+
+
+def moe_layers(config: Config) -> frozenset[int]:
+    """Indices of the blocks that have experts; the others have a dense feed-forward."""
+    moe = config.moe
+    if moe.num_experts == 0:
+        return frozenset()
+    if moe.layers:
+        return frozenset(moe.layers)
+    return frozenset(i for i in range(config.model.num_layers) if (i + 1) % moe.every == 0)
+
+
+def padded_vocab(config: Config) -> int:
+    """Rows of embedding and head: the vocabulary rounded up to a multiple of 64, whatever tp."""
+    return -(-config.model.vocab_size // 64) * 64
+
+
+def microbatches(config: Config) -> int:
+    """Microbatches that one dp rank runs in a step."""
+    training = config.training
+    return training.global_batch_size // (config.mesh.dp * training.microbatch_size)

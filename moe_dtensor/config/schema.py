@@ -1,0 +1,296 @@
+"""The configuration: one frozen dataclass per TOML table. Loads no torch.
+
+Every field has a default, so a TOML names only what it changes. The string
+under a field is its help text; ``docs/config.md`` is generated from it.
+Rules that span fields live in :mod:`moe_dtensor.config.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["bfloat16", "float16", "float32", "float64"]
+Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives and whether it starts over."""
+
+    folder: str = ""
+    """Folder of the run: checkpoints, metrics, resolved config. Empty: ``outputs/<name of the TOML>``."""
+    fresh: bool = False
+    """Delete what the folder holds and start at step 0. False resumes an unfinished run."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer around the experts."""
+
+    num_layers: int = 6
+    """Transformer blocks."""
+    dim: int = 256
+    """Width D of the residual stream."""
+    num_heads: int = 8
+    """Query heads; a multiple of mesh.tp."""
+    num_kv_heads: int = 0
+    """Key/value heads (grouped-query attention). 0: as many as query heads."""
+    head_dim: int = 0
+    """Width of one head. 0: dim / num_heads."""
+    vocab_size: int = 0
+    """Vocabulary before padding to a multiple of 64. 0: the tokenizer's."""
+    hidden_dim: int = 0
+    """Hidden width of the dense feed-forward. 0: 4 * dim for plain activations, 8/3 * dim rounded up to 64
+    for gated ones."""
+    activation: Literal["swiglu", "geglu", "gelu", "silu", "relu2"] = "swiglu"
+    """Activation of dense feed-forwards and of experts. swiglu and geglu are gated (two up-projections)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, feed-forward and head. No biases."""
+    norm_eps: float = 1e-5
+    """Added to the mean square (variance) inside a norm."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: none, each head by itself (Qwen3), or the whole width (OLMoE)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output head. Only with mesh.pp = 1."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections are divided by sqrt(2 * num_layers)."""
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Experts and routing."""
+
+    num_experts: int = 8
+    """Experts E in an MoE block; a multiple of mesh.tp. 0: no MoE block, a dense model."""
+    top_k: int = 2
+    """Experts K that each token is sent to."""
+    hidden_dim: int = 512
+    """Hidden width F of one expert."""
+    every: int = 1
+    """Every n-th block is an MoE block, counted so that the last of each n is (1: all blocks)."""
+    layers: tuple[int, ...] = ()
+    """Indices of the MoE blocks, from 0. Empty: follow ``every``."""
+    num_shared_experts: int = 0
+    """Experts of width hidden_dim that every token visits, kept as one feed-forward."""
+    router: str = "sinkhorn"
+    """How experts are chosen: sinkhorn, topk, or your own ``package.module:Name``."""
+    group_sequences: int = 0
+    """Consecutive sequences that form a routing group (what Sinkhorn balances over); must divide the microbatch.
+    0: the microbatch."""
+    sinkhorn_iterations: int = 8
+    """Sinkhorn iterations, in the log domain."""
+    backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm"] = "auto"
+    """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The device mesh (dp, pp, tp); tp is innermost."""
+
+    dp: int = -1
+    """Data-parallel (FSDP) ranks. -1: what pp and tp leave of the world."""
+    pp: int = 1
+    """Pipeline stages' ranks."""
+    tp: int = 1
+    """Tensor-, sequence- and expert-parallel ranks."""
+    sequence_parallel: bool = True
+    """Split the sequence over tp between attention and feed-forward. Needs seq_len % tp == 0."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline schedule."""
+
+    schedule: Schedule = "1F1B"
+    """Schedule by name, used when mesh.pp > 1."""
+    stages_per_rank: int = 0
+    """Stages on one rank for Interleaved schedules. 0: 2. One- and V-schedules fix it themselves (1 and 2)."""
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    """FSDP2 over dp."""
+
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Free gathered weights after the forward. auto: always for pp = 1, never for pp > 1 (where always is refused)."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the tokens come from."""
+
+    corpus: str = "stdlib"
+    """stdlib (the Python standard library's source), files (.txt, .jsonl), datasets (local or hub),
+    tokens (memory-mapped), random, or your own ``package.module:Name``."""
+    path: str = ""
+    """files: a path or glob; datasets: a folder or hub name; tokens: a .bin/.npy file."""
+    validation_path: str = ""
+    """The same for validation. Empty: a part of ``path`` is held out."""
+    text_key: str = "text"
+    """Field that holds the text in .jsonl files and datasets."""
+    split: str = "train"
+    """Split of a ``datasets`` name."""
+    tokenizer: str = "bytes"
+    """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
+    (or a folder that has one)."""
+    document_mask: bool = False
+    """Keep attention inside a document and restart positions at its start."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Steps, batches, precision."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seq_len: int = 128
+    """Tokens in a sequence."""
+    global_batch_size: int = 24
+    """Sequences in a step, over all ranks."""
+    microbatch_size: int = 2
+    """Sequences in one forward. A dp rank runs global_batch_size / (dp * microbatch_size) microbatches a step."""
+    loss: str = "cross_entropy"
+    """cross_entropy (vocabulary-parallel), or your own ``package.module:name``."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this. 0: measure, do not clip."""
+    norm_type: float = 2.0
+    """Order of the gradient norm: 2, or inf."""
+    nonfinite: Literal["skip", "stop"] = "stop"
+    """On a loss or gradient that is not finite: skip the update, or stop the run. Every rank decides alike."""
+    seed: int = 0
+    """Seed of initial values and data order."""
+    dtype: DType = "float32"
+    """dtype of the master weights and optimizer state."""
+    param_dtype: DType = "bfloat16"
+    """dtype of the computation (FSDP's mixed precision)."""
+    reduce_dtype: DType = "float32"
+    """dtype in which gradients are summed."""
+    deterministic: bool = False
+    """Use deterministic algorithms: two runs on the same mesh are then bitwise equal on GPUs too."""
+    validation_interval: int = 0
+    """Steps between measurements of the validation loss. 0: never."""
+    validation_sequences: int = 0
+    """Sequences in one measurement. 0: one global batch."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; not applied to norms, embeddings and router."""
+
+
+@dataclass(frozen=True)
+class LrScheduler:
+    """Warm-up, then decay."""
+
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warm-up. wsd holds the peak, then falls linearly over the last decay_fraction of the steps."""
+    decay_fraction: float = 0.2
+    """Share of the steps that wsd decays over."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over peak learning rate."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Recompute activations in the backward pass."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """none; full: every block; selective: keep attention's and the experts' outputs, recompute the rest."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Distributed checkpoints."""
+
+    enable: bool = True
+    """Save and resume."""
+    interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    folder: str = "checkpoints"
+    """Folder inside run.folder."""
+    async_save: bool = False
+    """Write in the background."""
+    keep_last: int = 2
+    """Checkpoints kept (at least 2). 0: all."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is written while training."""
+
+    log_interval: int = 1
+    """Steps between lines and records."""
+    tensorboard: bool = False
+    """Write TensorBoard events to <run.folder>/tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases (the extra ``wandb``)."""
+    wandb_project: str = "moe_dtensor"
+    """Project for Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """A window of torch.profiler."""
+
+    enable: bool = False
+    """Write a Chrome trace to <run.folder>/profile."""
+    first_step: int = 10
+    """First step of the window."""
+    steps: int = 3
+    """Steps in the window."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Process groups."""
+
+    timeout_seconds: int = 600
+    """A collective that waits longer fails the run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    moe: Moe = field(default_factory=Moe)
+    mesh: Mesh = field(default_factory=Mesh)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    fsdp: Fsdp = field(default_factory=Fsdp)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)

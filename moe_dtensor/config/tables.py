@@ -1,0 +1,104 @@
+"""What the schema says, as data: the tables, their fields, types, defaults and help texts.
+
+Errors, ``--help`` and ``docs/config.md`` all read it from here, so they cannot disagree with the schema.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import types
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moe_dtensor.config import schema
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a table."""
+
+    table: str
+    name: str
+    type: Any
+    """``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, or ``tuple[int, ...]``."""
+    default: Any
+    help: str
+
+    @property
+    def key(self) -> str:
+        """``table.name``, as on the command line."""
+        return f"{self.table}.{self.name}"
+
+    @property
+    def metavar(self) -> str:
+        """The type as ``--help`` writes it."""
+        short = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
+        return (
+            "|".join(get_args(self.type)) if get_origin(self.type) is Literal else short.get(self.type, "INT,INT,...")
+        )
+
+    @property
+    def expects(self) -> str:
+        """The type in words, for errors and help."""
+        if get_origin(self.type) is Literal:
+            return " | ".join(get_args(self.type))
+        words = {bool: "true | false", int: "an integer", float: "a number", str: "a string"}
+        return words.get(self.type, "a list of integers")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One TOML table: its dataclass, what it is for, and its fields by name."""
+
+    name: str
+    type: type
+    help: str
+    fields: dict[str, Field]
+
+
+@functools.cache
+def tables() -> dict[str, Table]:
+    """Every table of the config by name, in the order of the schema."""
+    source = ast.parse(inspect.getsource(schema))
+    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    found = {}
+    for name, cls in get_type_hints(schema.Config).items():
+        node = classes[cls.__name__]
+        helps, hints = _field_docs(node), get_type_hints(cls)
+        members = {f.name: Field(name, f.name, hints[f.name], f.default, helps.get(f.name, "")) for f in fields(cls)}
+        found[name] = Table(name, cls, ast.get_docstring(node) or "", members)
+    return found
+
+
+def all_fields() -> dict[str, Field]:
+    """Every field of the config by ``table.name``."""
+    return {field.key: field for table in tables().values() for field in table.fields.values()}
+
+
+def show(value: Any) -> str:
+    """A field's value as TOML writes it."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return '"' + "".join(_ESCAPES.get(c, c) for c in value) + '"'
+        case tuple() | list():
+            return "[" + ", ".join(show(item) for item in value) + "]"
+    return repr(value)
+
+
+_ESCAPES: types.MappingProxyType[str, str] = types.MappingProxyType(
+    {chr(code): f"\\u{code:04x}" for code in (*range(32), 127)} | {'"': '\\"', "\\": "\\\\"}
+)
+
+
+def _field_docs(node: ast.ClassDef) -> dict[str, str]:
+    """The string that follows each annotated field of a class, white space joined."""
+    docs = {}
+    for before, after in zip(node.body, node.body[1:], strict=False):
+        match before, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
