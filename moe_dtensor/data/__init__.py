@@ -1,0 +1,7 @@
+"""Data: corpora, tokenizers, packing into windows, and the loader of global batches."""
+
+from moe_dtensor.data.corpus import Corpus, build_corpus
+from moe_dtensor.data.loader import Batch, Loader
+from moe_dtensor.data.tokenizer import Tokenizer
+
+__all__ = ["Batch", "Corpus", "Loader", "Tokenizer", "build_corpus"]

@@ -1,0 +1,169 @@
+"""Documents to one memory-mapped array of tokens, made once per user and shared by every rank.
+
+A packed file is raw little-endian ids, ``uint16`` where the vocabulary allows and ``uint32`` otherwise, every document
+followed by the end token: what the ``tokens`` corpus reads, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.data.tokenizer import Tokenizer
+
+FORMAT = "1"  # part of the cache's keys: raise it when packing changes
+CHUNK_DOCUMENTS = 64
+
+Document = str | bytes | np.ndarray
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A split as tokens."""
+
+    tokens_N: np.ndarray
+    """Read-only memory map, uint16 or uint32, shape (N)."""
+    digest: str
+    """Of the tokens."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 if it holds every id, else uint32; little-endian."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def join_documents(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
+    """Ids of some documents, each followed by the end token; empty ones are left out. Arrays are taken as ids."""
+    texts = [d for d in documents if not isinstance(d, np.ndarray)]
+    encoded = iter(tokenizer.encode_batch(texts) if texts else [])
+    ids = [d if isinstance(d, np.ndarray) else next(encoded) for d in documents]
+    end = np.array([tokenizer.end_id], dtype)
+    parts = [part for array in ids if len(array) for part in (check_ids(array, tokenizer), end)]
+    return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+
+
+def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """``ids``, or a ConfigError where one is outside the vocabulary."""
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        raise ConfigError(
+            f"token ids must be in [0, {tokenizer.vocab_size}), the tokenizer's vocabulary; the corpus has "
+            f"{ids.min()} to {ids.max()}.",
+            "Set data.tokenizer to the tokenizer that made the ids.",
+        )
+    return ids
+
+
+def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Tokenizer) -> str:
+    """Tokenise ``documents`` into ``file``, a chunk at a time; returns the digest of what was written."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    digest = hashlib.blake2b(f"{tokenizer.fingerprint()} {dtype}".encode(), digest_size=16)
+    remaining = iter(documents)
+    while chunk := list(islice(remaining, CHUNK_DOCUMENTS)):
+        raw = join_documents(chunk, tokenizer, dtype).tobytes()
+        digest.update(raw)
+        file.write(raw)
+    return digest.hexdigest()
+
+
+def write_token_file(corpus: Any, split: str, path: str | Path) -> Path:
+    """Tokenise a split of any finite corpus into a file for ``data.corpus = "tokens"``.
+
+    Args:
+        corpus: what :func:`moe_dtensor.data.build_corpus` returns.
+        split: ``train`` or ``validation``.
+        path: where to write; ``.uint16.bin`` or ``.uint32.bin`` is appended.
+
+    Returns:
+        The path written.
+    """
+    target = Path(f"{path}.{token_dtype(corpus.tokenizer.vocab_size).name}.bin")
+    with replace_file(target) as file:
+        write_tokens(file, corpus.documents(split), corpus.tokenizer)
+    return target
+
+
+def packed(corpus: Any, split: str) -> Packed:
+    """The split as a memory map, tokenised at the first call on this machine and cached for later ones.
+
+    The key is ``corpus.cache_key()`` where there is one (built-in corpora: the files' paths, sizes and times), else
+    ``corpus.fingerprint()`` and the file the class is defined in.
+    """
+    tokenizer: Tokenizer = corpus.tokenizer
+    parts = [FORMAT, corpus_key(corpus), split, tokenizer.fingerprint()]
+    key = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    folder = cache_folder()
+    data, meta = folder / f"{key}.bin", folder / f"{key}.json"
+    if not meta.exists():
+        with locked(folder / f"{key}.lock"):
+            if not meta.exists():  # another rank may have made it while this one waited
+                with replace_file(data) as file:
+                    digest = write_tokens(file, corpus.documents(split), tokenizer)
+                with replace_file(meta) as file:  # last: its presence says that the tokens are whole
+                    file.write(json.dumps({"digest": digest, "corpus": type(corpus).__name__, "split": split}).encode())
+    digest = json.loads(meta.read_text())["digest"]
+    dtype = token_dtype(tokenizer.vocab_size)
+    if data.stat().st_size == 0:  # an empty file cannot be mapped
+        return Packed(np.empty(0, dtype), digest)
+    return Packed(np.memmap(data, dtype=dtype, mode="r"), digest)
+
+
+def corpus_key(corpus: Any) -> str:
+    """What the cached tokens of a corpus depend on, beside the tokenizer."""
+    if hasattr(corpus, "cache_key"):
+        return corpus.cache_key()
+    source = inspect.getsourcefile(type(corpus))
+    stat = os.stat(source) if source else None
+    written = f"{stat.st_size} {stat.st_mtime_ns}" if stat else ""
+    return f"{type(corpus).__qualname__} {corpus.fingerprint()} {source} {written}"
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or a temporary folder where that is not writable."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (home / "moe_dtensor", Path(tempfile.gettempdir()) / f"moe_dtensor-{os.getuid()}"):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise ConfigError(
+        f"tokens are cached in a folder; neither {str(home)!r} nor {tempfile.gettempdir()!r} can be written.",
+        "Set XDG_CACHE_HOME to a writable folder.",
+    )
+
+
+@contextlib.contextmanager
+def replace_file(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes ``target``'s name when it is complete, and leaves nothing when writing fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that one rank of a machine tokenises and the others wait."""
+    with open(path, "w") as file:
+        # Without locks (some network file systems) several ranks do the same work; each replaces whole files.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
