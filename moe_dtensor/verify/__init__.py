@@ -1,0 +1,1 @@
+"""Proof that every mesh computes the gradients of one plain process."""

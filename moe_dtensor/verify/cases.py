@@ -1,0 +1,187 @@
+"""The generated list of cases: every pair of settings meets on some mesh, without every product being run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.resolve import microbatches
+from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.miniature import Layout, legal
+
+MESHES = {
+    "2x1x1": (2, 1, 1),
+    "1x1x2": (1, 1, 2),
+    "1x1x4": (1, 1, 4),
+    "1x1x8": (1, 1, 8),
+    "2x1x2": (2, 1, 2),
+    "1x2x2": (1, 2, 2),
+    "2x2x2": (2, 2, 2),
+    "1x3x2": (1, 3, 2),
+}
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "mesh": tuple(MESHES),
+    "schedule": (
+        "none",
+        "GPipe",
+        "1F1B",
+        "Interleaved1F1B",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+    ),
+    # Times the fewest microbatches that the schedule runs with: 1 without a pipeline.
+    "accumulation": (1, 3),
+    "recompute": ("none", "full"),
+    "tied": (False, True),
+    "top_k": (1, 2),
+    "router": ("sinkhorn", "sinkhorn in groups", "topk"),
+    "dense_first": (False, True),
+    "shared": (0, 1),
+    "empty_expert": (False, True),
+    "kv_heads": ("all", "fewer than tp"),
+    "qk_norm": ("none", "head", "full"),
+    "sequence_parallel": (True, False),
+    "activation": ("swiglu", "gelu"),
+    "norm": ("rmsnorm", "layernorm"),
+}
+Setting = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to prove on a layout. ``config`` is not resolved."""
+
+    layout: Layout
+    config: Config
+    empty_expert: bool = False
+
+
+def possible(setting: Setting) -> bool:
+    """Whether the values given so far can stand together in one case; dimensions may be absent."""
+    s = setting
+    if "mesh" in s and "schedule" in s and (MESHES[s["mesh"]][1] == 1) != (s["schedule"] == "none"):
+        return False
+    pipelined = s.get("schedule", "none") != "none" or MESHES[s.get("mesh", "1x1x2")][1] > 1
+    if s.get("tied") and pipelined:
+        return False
+    # Fewer than one head is not to be had.
+    if s.get("kv_heads") == "fewer than tp" and MESHES[s.get("mesh", "1x1x2")][2] == 1:
+        return False
+    # Sinkhorn leaves no expert empty; with two choices the average expert is sometimes second.
+    return not (s.get("empty_expert") and (s.get("router", "topk") != "topk" or s.get("top_k", 1) != 1))
+
+
+def all_pairs(dimensions: Mapping[str, tuple[Any, ...]], allowed: Callable[[Setting], bool]) -> list[dict[str, Any]]:
+    """Settings that between them hold every allowed pair of values; greedy and the same every time.
+
+    Each new setting starts from a pair not yet covered and takes, dimension by dimension, the value that
+    covers most. ``allowed`` must be decidable on partial settings, and every partial setting that it
+    allows must have an allowed completion.
+    """
+    order = random.Random(0)
+    names = list(dimensions)
+    missing = {
+        (a, va, b, vb): None
+        for a, b in itertools.combinations(names, 2)
+        for va in dimensions[a]
+        for vb in dimensions[b]
+        if allowed({a: va, b: vb})
+    }
+    settings = []
+    while missing:
+        best = max((_grow(dimensions, allowed, missing, order) for _ in range(20)), key=lambda s: _covers(s, missing))
+        for pair in list(missing):
+            if _holds(best, pair):
+                del missing[pair]
+        settings.append(best)
+    return settings
+
+
+def _grow(dimensions: Mapping, allowed: Callable, missing: Mapping, order: random.Random) -> dict[str, Any]:
+    a, va, b, vb = next(iter(missing))
+    setting = {a: va, b: vb}
+    rest = [name for name in dimensions if name not in setting]
+    order.shuffle(rest)
+    for name in rest:
+        options = [v for v in dimensions[name] if allowed(setting | {name: v})]
+        order.shuffle(options)
+        setting[name] = max(options, key=lambda v: _covers(setting | {name: v}, missing))
+    return {name: setting[name] for name in dimensions}
+
+
+def _holds(setting: Setting, pair: tuple[str, Any, str, Any]) -> bool:
+    a, va, b, vb = pair
+    return setting.get(a, ...) == va and setting.get(b, ...) == vb
+
+
+def _covers(setting: Setting, missing: Mapping) -> int:
+    return sum(_holds(setting, pair) for pair in missing)
+
+
+def build_case(setting: Setting) -> Case:
+    """The config of one setting, at miniature size."""
+    dp, pp, tp = MESHES[setting["mesh"]]
+    layout = Layout(dp, pp, tp, setting["schedule"])
+    grouped = setting["router"] == "sinkhorn in groups"
+    sequences = 2 if grouped else 1
+    config = override(
+        Config(),
+        {
+            "model.num_layers": 6 if pp == 3 else 4 if pp == 2 else 2,
+            "model.dim": 24,
+            "model.num_heads": 8,
+            "model.num_kv_heads": 8 if setting["kv_heads"] == "all" else max(1, tp // 2),
+            "model.head_dim": 4,
+            "model.hidden_dim": 40,
+            "model.vocab_size": 101,
+            "model.activation": setting["activation"],
+            "model.norm": setting["norm"],
+            "model.qk_norm": setting["qk_norm"],
+            "model.tie_embeddings": setting["tied"],
+            "moe.num_experts": 8,
+            "moe.top_k": setting["top_k"],
+            "moe.hidden_dim": 16,
+            "moe.router": "topk" if setting["router"] == "topk" else "sinkhorn",
+            "moe.group_sequences": 1 if grouped else 0,
+            "moe.num_shared_experts": setting["shared"],
+            "mesh.sequence_parallel": setting["sequence_parallel"],
+            "data.corpus": "random",
+            "training.seq_len": 8 if setting["sequence_parallel"] else 7,
+            "training.microbatch_size": sequences,
+            "training.dtype": "float64",
+            "training.param_dtype": "float64",
+            "training.reduce_dtype": "float64",
+            "training.max_grad_norm": 0.5,
+            "activation_checkpoint.mode": setting["recompute"],
+            "checkpoint.enable": False,
+        },
+    )
+    if setting["dense_first"]:
+        config = override(config, {"moe.layers": tuple(range(1, config.model.num_layers))})
+    config = _with_microbatches(config, layout, setting["accumulation"])
+    return Case(layout, config, setting["empty_expert"])
+
+
+def _with_microbatches(config: Config, layout: Layout, accumulation: int) -> Config:
+    each = layout.dp * config.training.microbatch_size
+    for least in range(1, 2 * 2 * layout.pp + 1):
+        fewest = override(config, {"training.global_batch_size": least * each})
+        if legal(fewest, [layout]):
+            break
+    count = microbatches(layout.place(fewest))
+    while True:
+        more = override(config, {"training.global_batch_size": count * accumulation * each})
+        if legal(more, [layout]):
+            return more
+        accumulation += 1
+
+
+def generated_cases() -> list[Case]:
+    """The whole list, at most 60, ordered by mesh so that one start of the ranks serves each."""
+    cases = [build_case(setting) for setting in all_pairs(DIMENSIONS, possible)]
+    return sorted(cases, key=lambda case: list(MESHES).index(case.layout.mesh))

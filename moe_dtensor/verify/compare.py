@@ -1,0 +1,135 @@
+"""Measure how far a mesh is from the oracle, and say where it is worst."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+FLOOR = 1e-6
+"""A gradient smaller than this share of the global norm is measured against that share."""
+
+KINDS = ("gradient", "loss", "grad_norm", "parameter", "routing")
+"""What is compared. When several are wrong the first is named: a wrong gradient explains the others."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One compared quantity. ``ratio`` is the norm found over the oracle's: 4.0 reads as "four times too large"."""
+
+    name: str
+    kind: str
+    error: float
+    ratio: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        # Written so that NaN is a failure.
+        return self.error <= self.limit
+
+    @property
+    def severity(self) -> tuple[bool, int, float]:
+        """Larger is worse: failures first, then by kind, then by how far beyond the limit."""
+        excess = self.error / self.limit if self.limit else self.error
+        rank = -KINDS.index(self.kind) if not self.ok else 0
+        return not self.ok, rank, math.inf if math.isnan(excess) else excess
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything compared for one mesh and schedule; ``schedule`` is ``none`` without a pipeline."""
+
+    mesh: str
+    schedule: str
+    deviations: tuple[Deviation, ...]
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return all(d.ok for d in self.deviations)
+
+    @property
+    def worst(self) -> Deviation:
+        return max(self.deviations, key=lambda d: d.severity)
+
+    def failed(self) -> list[str]:
+        """Names of all that deviates, each once."""
+        return list(dict.fromkeys(d.name for d in self.deviations if not d.ok))
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``verify --json`` writes; numbers that JSON lacks become text."""
+        worst = {f"worst_{key}": _plain(value) for key, value in asdict(self.worst).items()}
+        errors = {kind: _plain(self.largest(kind)) for kind in KINDS}
+        return {
+            "mesh": self.mesh,
+            "schedule": self.schedule,
+            "ok": self.ok,
+            **worst,
+            "errors": errors,
+            "compared": len(self.deviations),
+            "failed": self.failed(),
+            "seconds": round(self.seconds, 2),
+        }
+
+    def largest(self, kind: str) -> float:
+        """Largest error of one kind; NaN counts as infinite."""
+        errors = [d.error for d in self.deviations if d.kind == kind]
+        return max((math.inf if math.isnan(e) else e for e in errors), default=0.0)
+
+
+def deviate(name: str, kind: str, found: Tensor, expected: Tensor, limit: float, scale: float) -> Deviation:
+    """``‖found - expected‖ / max(‖expected‖, 1e-6 * scale)``; a wrong shape is infinitely wrong.
+
+    Args:
+        scale: the oracle's global gradient norm.
+    """
+    if found.shape != expected.shape:
+        return Deviation(name, kind, math.inf, math.nan, limit)
+    found, expected = found.detach().cpu().double(), expected.double()
+    size = float(expected.norm())
+    error = float((found - expected).norm()) / max(size, FLOOR * scale, 1e-300)
+    norm = float(found.norm())
+    return Deviation(name, kind, error, norm / size if size else (1.0 if norm == 0 else math.inf), limit)
+
+
+def deviate_scalar(name: str, kind: str, found: float, expected: float, limit: float) -> Deviation:
+    """Relative difference; two equal infinities agree."""
+    ratio = found / expected if expected else (1.0 if found == expected else math.inf)
+    error = 0.0 if found == expected else abs(found - expected) / max(abs(expected), 1e-300)
+    return Deviation(name, kind, error, ratio, limit)
+
+
+def missing(name: str, kind: str, limit: float) -> Deviation:
+    """A parameter that no rank has, or that has no gradient, or that the oracle does not know."""
+    return Deviation(name, kind, math.inf, 0.0, limit)
+
+
+def worst_of_each(deviations: Iterable[Deviation]) -> tuple[Deviation, ...]:
+    """Of the same quantity seen by several ranks keep the worst: every replica has to be right."""
+    kept: dict[tuple[str, str], Deviation] = {}
+    for deviation in deviations:
+        key = (deviation.name, deviation.kind)
+        if key not in kept or deviation.severity > kept[key].severity:
+            kept[key] = deviation
+    return tuple(kept.values())
+
+
+def relative_to(deviations: Iterable[Deviation], reference: Mapping[str, Deviation], factor: float, least: float):
+    """The same deviations, gradients judged by ``factor`` times the reference backend's error on them.
+
+    Args:
+        reference: gradient deviations of the reference backend, by name.
+        factor: how many times its error is allowed.
+        least: smallest limit, for a parameter on which the reference happens to be exact.
+    """
+    for d in deviations:
+        limit = max(factor * reference[d.name].error, least) if d.kind == "gradient" else d.limit
+        yield Deviation(d.name, d.kind, d.error, d.ratio, limit)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

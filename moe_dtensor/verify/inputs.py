@@ -1,0 +1,118 @@
+"""What both sides are given: full initial tensors by name, and one global batch with uneven targets.
+
+The names and shapes are the checkpoint's, written down here a second time so that a parameter which
+the library forgot, misnamed or transposed is a mismatch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_dtensor.config.resolve import GATED, moe_layers, padded_vocab
+from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.oracle import IGNORED, Microbatch
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter of a resolved config, by its checkpoint name."""
+    model, moe = config.model, config.moe
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (padded_vocab(config), model.dim)}
+    with_experts = moe_layers(config)
+    for i in range(model.num_layers):
+        block = f"layers.{i}."
+        shapes |= {block + "attention_norm.weight": (model.dim,), block + "ffn_norm.weight": (model.dim,)}
+        shapes |= {f"{block}attention.{name}": shape for name, shape in _attention_shapes(config).items()}
+        if i in with_experts:
+            shapes |= {f"{block}moe.{name}": shape for name, shape in _moe_shapes(config).items()}
+        else:
+            shapes |= _feed_forward_shapes(config, block + "feed_forward.", model.hidden_dim)
+    shapes["norm.weight"] = (model.dim,)
+    if not model.tie_embeddings:
+        shapes["output.weight"] = (padded_vocab(config), model.dim)
+    return shapes
+
+
+def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    model = config.model
+    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "wq.weight": (width, model.dim),
+        "wk.weight": (kv_width, model.dim),
+        "wv.weight": (kv_width, model.dim),
+        "wo.weight": (model.dim, width),
+    }
+    if model.qk_norm == "head":
+        shapes |= {"q_norm.weight": (model.head_dim,), "k_norm.weight": (model.head_dim,)}
+    elif model.qk_norm == "full":
+        shapes |= {"q_norm.weight": (width,), "k_norm.weight": (kv_width,)}
+    return shapes
+
+
+def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    dim, moe = config.model.dim, config.moe
+    ups = 2 if config.model.activation in GATED else 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "router.weight": (moe.num_experts, dim),
+        "experts.w_up": (moe.num_experts, ups, moe.hidden_dim, dim),
+        "experts.w_down": (moe.num_experts, dim, moe.hidden_dim),
+    }
+    if moe.num_shared_experts:
+        shapes |= _feed_forward_shapes(config, "shared.", moe.num_shared_experts * moe.hidden_dim)
+    return shapes
+
+
+def _feed_forward_shapes(config: Config, prefix: str, hidden: int) -> dict[str, tuple[int, ...]]:
+    dim = config.model.dim
+    shapes: dict[str, tuple[int, ...]] = {prefix + "up.weight": (hidden, dim), prefix + "down.weight": (dim, hidden)}
+    if config.model.activation in GATED:
+        shapes[prefix + "gate.weight"] = (hidden, dim)
+    return shapes
+
+
+def initial_values(config: Config, *, empty_expert: bool = False) -> dict[str, Tensor]:
+    """Random full tensors, float64 but representable in ``training.param_dtype``.
+
+    No weight is 0 or 1 at the start and no width is preserved by chance: a norm weight left out, or a
+    projection at its tiny initial scale, would hide what it multiplies.
+
+    Args:
+        config: resolved.
+        empty_expert: make expert 0 of every layer the average of the others, so that none ever scores
+            it highest: with top-1 routing it gets no token.
+    """
+    generator = torch.Generator().manual_seed(config.training.seed)
+    dtype = getattr(torch, config.training.param_dtype)
+    values = {}
+    for name, shape in parameter_shapes(config).items():
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if len(shape) == 1:
+            value = 1 + noise / 4
+        else:
+            value = noise / math.sqrt(shape[-1])
+        if empty_expert and name.endswith("router.weight"):
+            value[0] = value[1:].mean(0)
+        values[name] = value.to(dtype).double()
+    return values
+
+
+def global_batch(config: Config) -> list[Microbatch]:
+    """The step's microbatches in order; every sequence has its own number of targets, one has a single one."""
+    training = config.training
+    generator = torch.Generator().manual_seed(training.seed + 1)
+    shape = (training.global_batch_size, training.seq_len)
+    tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+    ignored = torch.randint(0, training.seq_len // 2 + 1, (shape[0],), generator=generator)
+    ignored[0] = training.seq_len - 1
+    for row, count in zip(labels, ignored.tolist(), strict=True):
+        row[torch.randperm(training.seq_len, generator=generator)[:count]] = IGNORED
+    documents = None
+    if config.data.document_mask:
+        documents = (torch.rand(shape, generator=generator) < 0.3).long().cumsum(1)
+    size = training.microbatch_size
+    return [
+        Microbatch(tokens[i : i + size], labels[i : i + size], None if documents is None else documents[i : i + size])
+        for i in range(0, shape[0], size)
+    ]

@@ -1,0 +1,187 @@
+"""Shrink a config to a model that a laptop can prove things about, and keep all that decides what is computed.
+
+Kept: activation, norms, qk_norm, router, K, shared experts, which kinds of block there are, tied or not,
+the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
+recompute, the document mask, clipping, the optimizer. Each size is the smallest that every mesh and
+schedule asked for accepts; no two are equal, so that a transposed weight cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.check import check
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.resolve import moe_layers, resolve
+from moe_dtensor.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh (dp, pp, tp) and the schedule of its pipeline (``none`` when pp = 1)."""
+
+    dp: int
+    pp: int
+    tp: int
+    schedule: str = "none"
+
+    @property
+    def mesh(self) -> str:
+        return f"{self.dp}x{self.pp}x{self.tp}"
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def place(self, config: Config) -> Config:
+        """``config`` (not resolved) on this mesh, resolved.
+
+        Raises:
+            ConfigError: :mod:`moe_dtensor.config.check` refuses it.
+        """
+        changes = {"mesh.dp": self.dp, "mesh.pp": self.pp, "mesh.tp": self.tp}
+        if self.pp > 1:
+            changes["pipeline.schedule"] = self.schedule
+        placed = override(config, changes)
+        check(placed, self.world_size)
+        return resolve(placed, self.world_size)
+
+
+def legal(config: Config, layouts: Iterable[Layout]) -> bool:
+    """Whether every layout accepts the config."""
+    try:
+        for layout in layouts:
+            layout.place(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64") -> Config:
+    """The miniature of a config (not resolved) for all ``layouts`` at once, so that one oracle serves them all.
+
+    Args:
+        dtype: computation in this dtype; master weights and sums in it too, float32 for half precision.
+
+    Raises:
+        ConfigError: a layout does not accept the config at its full size, or verify cannot judge it.
+    """
+    _refuse_unknown_parts(config)
+    for layout in layouts:
+        layout.place(config)
+    wide = dtype if dtype in ("float64", "float32") else "float32"
+    small = override(
+        config,
+        {
+            "training.dtype": wide,
+            "training.param_dtype": dtype,
+            "training.reduce_dtype": wide,
+            "compile.enable": False,
+            "fsdp.cpu_offload": False,
+            "checkpoint.enable": False,
+            "data.corpus": "random",
+            "data.tokenizer": "bytes",
+            "model.vocab_size": 301,
+        },
+    )
+    for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
+        small = step(small, resolve(config, 1), layouts)
+    return small
+
+
+def _refuse_unknown_parts(config: Config) -> None:
+    if config.moe.num_experts and config.moe.router not in ("sinkhorn", "topk"):
+        raise ConfigError(
+            f"verify's oracle knows the routers sinkhorn and topk, not moe.router = {config.moe.router!r}.",
+            "Verify the rest of the config with --moe.router topk.",
+        )
+    if config.training.loss != "cross_entropy":
+        raise ConfigError(
+            f"verify's oracle knows the loss cross_entropy, not training.loss = {config.training.loss!r}.",
+            "Verify the rest of the config with --training.loss cross_entropy.",
+        )
+
+
+def _first_legal(
+    config: Config, candidates: Iterable[int], make: Callable[[int], dict[str, Any]], layouts: Sequence[Layout]
+) -> Config:
+    """The config changed by ``make(n)`` for the first candidate n that all layouts accept; as it was if none is."""
+    for n in candidates:
+        smaller = override(config, make(n))
+        if legal(smaller, layouts):
+            return smaller
+    return config
+
+
+def _shrink_widths(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
+    split = lcm(*(layout.tp for layout in layouts), *(layout.dp for layout in layouts))
+    return override(
+        small,
+        {
+            # Heads come next; head_dim is fixed first so that it no longer follows the width.
+            "model.head_dim": 8,
+            "model.dim": lcm(24, split),
+            "model.hidden_dim": lcm(40, split),
+            "moe.hidden_dim": lcm(16, split),
+        },
+    )
+
+
+def _shrink_heads(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
+    heads, kv_heads = whole.model.num_heads, whole.model.num_kv_heads
+    ratio = heads // kv_heads
+    axes = {layout.tp for layout in layouts}
+    candidates = [
+        n for n in range(1, kv_heads + 1) if all((n % tp == 0) == (kv_heads % tp == 0) for tp in axes) and n * ratio > 1
+    ]
+    return _first_legal(small, candidates, lambda n: {"model.num_kv_heads": n, "model.num_heads": n * ratio}, layouts)
+
+
+def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
+    moe = whole.moe
+    if not moe.num_experts:
+        return small
+    # Some experts must go unchosen, unless all are chosen at full size.
+    least = min(moe.num_experts, max(2 * moe.top_k, 4))
+    small = override(small, {"moe.num_shared_experts": min(moe.num_shared_experts, 2)})
+    return _first_legal(small, range(least, moe.num_experts + 1), lambda n: {"moe.num_experts": n}, layouts)
+
+
+def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
+    total, with_experts = whole.model.num_layers, moe_layers(whole)
+    kinds = [i in with_experts for i in range(total)]
+
+    def fewer(n: int) -> dict[str, Any]:
+        kept = kinds[:n]
+        if len(set(kept)) < len(set(kinds)):
+            kept[-1] = not kept[-1]
+        chosen = tuple(i for i, is_moe in enumerate(kept) if is_moe)
+        return {"model.num_layers": n, "moe.layers": chosen if 0 < len(chosen) < n else (), "moe.every": 1}
+
+    return _first_legal(small, range(min(2, total), total + 1), fewer, layouts)
+
+
+def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
+    training, group = whole.training, whole.moe.group_sequences
+    groups = 1 if group == training.microbatch_size else 2
+    sequences = 2 * groups if group > 1 else groups
+    tps = lcm(*(layout.tp for layout in layouts))
+    # Without sequence parallelism a length that tp does not divide must work.
+    length = lcm(8, tps) if small.mesh.sequence_parallel else lcm(8, tps) - 1
+    small = override(
+        small,
+        {
+            "training.seq_len": length,
+            "training.microbatch_size": sequences,
+            "moe.group_sequences": sequences // groups,
+            "training.global_batch_size": sequences * training.global_batch_size // training.microbatch_size,
+        },
+    )
+    most = training.global_batch_size // training.microbatch_size
+    return _first_legal(
+        small, range(min(2, most), most + 1), lambda n: {"training.global_batch_size": n * sequences}, layouts
+    )
