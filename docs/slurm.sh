@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Several machines under Slurm: sbatch docs/slurm.sh [--table.key value ...], from the repository's root,
+# on a file system that all machines see. CONFIG_FILE names the TOML.
+#SBATCH --job-name=moe_dtensor
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+# Set up once, here: the machines share .venv and would otherwise all make it at the same time.
+source scripts/environment.sh
+use_environment
+
+head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export NNODES="$SLURM_NNODES"
+export NGPU="${NGPU:-8}"
+export RDZV_ENDPOINT="$head_node:${RDZV_PORT:-29500}"
+export RDZV_ID="$SLURM_JOB_ID"
+
+# One task per machine; torchrun starts that machine's ranks. A run that is requeued resumes from its last checkpoint.
+srun ./run_train.sh "$@"

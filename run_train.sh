@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Train: ./run_train.sh [--table.key value ...]
+#
+#   CONFIG_FILE    the TOML (default train_configs/debug.toml)
+#   NGPU           ranks on this machine (default: its GPUs, else 4 CPU ranks)
+#   NNODES         machines, each started with this script (default 1)
+#   RDZV_ENDPOINT  host:port of one of them, needed for NNODES > 1
+#   PYTHON         the Python to make .venv with (default: the first >= 3.11)
+set -euo pipefail
+
+started_in="$PWD"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/environment.sh
+
+config="${CONFIG_FILE:-train_configs/debug.toml}"
+# A relative path means the folder the script was called from, if the file is there.
+if [ "$started_in" != "$PWD" ] && [ -f "$started_in/$config" ]; then
+    config="$started_in/$config"
+fi
+
+count_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    else
+        (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true
+    fi
+}
+
+gpus="$(count_gpus)"
+ranks="${NGPU:-$((gpus > 0 ? gpus : 4))}"
+nodes="${NNODES:-1}"
+
+use_environment
+for word in "$@"; do
+    if [ "$word" = --help ] || [ "$word" = -h ]; then
+        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' run_train.sh
+        exec python -m moe_dtensor train --help
+    fi
+done
+
+# A wrong config is told here, once and in plain words, before any rank starts.
+python -m moe_dtensor check --config "$config" --world "$((ranks * nodes))" "$@"
+
+# Ranks share the cores; without this each would start as many threads as there are cores.
+cores="$(getconf _NPROCESSORS_ONLN)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
+
+if [ "$nodes" -gt 1 ]; then
+    : "${RDZV_ENDPOINT:?NNODES > 1 needs RDZV_ENDPOINT=host:port, the same on every machine}"
+    rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-moe_dtensor}")
+else
+    rendezvous=(--standalone)
+fi
+exec python -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks" -m moe_dtensor train --config "$config" "$@"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Lint, types, import contracts, tests: tests/run.sh [--full] [pytest arguments]
+# --full adds the long matrices.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+use_environment test
+
+# Tests start many ranks of their own: more threads would only wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+step() {
+    echo "== $*"
+    "$@"
+}
+step ruff check .
+step ruff format --check .
+step mypy moe_dtensor
+step lint-imports
+step python -m pytest "$@"
