@@ -28,7 +28,7 @@ class Deviation:
 
     @property
     def ok(self) -> bool:
-        # Written so that NaN is a failure.
+        """Within the limit; NaN never is."""
         return self.error <= self.limit
 
     @property
@@ -50,10 +50,12 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
+        """Whether everything is within its limit."""
         return all(d.ok for d in self.deviations)
 
     @property
     def worst(self) -> Deviation:
+        """The quantity to look at first."""
         return max(self.deviations, key=lambda d: d.severity)
 
     def failed(self) -> list[str]:

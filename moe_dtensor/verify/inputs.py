@@ -18,7 +18,7 @@ from moe_dtensor.verify.oracle import IGNORED, Microbatch
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Full shape of every parameter of a resolved config, by its checkpoint name."""
-    model, moe = config.model, config.moe
+    model = config.model
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (padded_vocab(config), model.dim)}
     with_experts = moe_layers(config)
     for i in range(model.num_layers):

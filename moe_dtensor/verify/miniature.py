@@ -3,7 +3,7 @@
 Kept: activation, norms, qk_norm, router, K, shared experts, which kinds of block there are, tied or not,
 the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
 recompute, the document mask, clipping, the optimizer. Each size is the smallest that every mesh and
-schedule asked for accepts; no two are equal, so that a transposed weight cannot pass.
+schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ class Layout:
 
     @property
     def mesh(self) -> str:
+        """Such as ``2x1x4``."""
         return f"{self.dp}x{self.pp}x{self.tp}"
 
     @property
     def world_size(self) -> int:
+        """Ranks."""
         return self.dp * self.pp * self.tp
 
     def place(self, config: Config) -> Config:

@@ -120,9 +120,8 @@ class _Transformer:
         x_BSD = self.weights["tok_embeddings.weight"][microbatch.tokens]
         for i in range(self.config.model.num_layers):
             block = f"layers.{i}."
-            x_BSD = x_BSD + self._attention(
-                block + "attention.", self._norm(block + "attention_norm", x_BSD), microbatch
-            )
+            h_BSD = self._norm(block + "attention_norm", x_BSD)
+            x_BSD = x_BSD + self._attention(block + "attention.", h_BSD, microbatch)
             h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
             if block + "moe.router.weight" in self.weights:
                 y_TD = self._experts(i, h_TD, microbatch.tokens.shape[0])
@@ -167,10 +166,8 @@ class _Transformer:
 
     def _rotate(self, x_BSHC: Tensor, positions_BS: Tensor) -> Tensor:
         """Pair (j, j + C/2) is a complex number, turned by position * theta^(-2j/C)."""
-        half = self.config.model.head_dim // 2
-        frequency = torch.tensor(
-            [self.config.model.rope_theta ** (-j / half) for j in range(half)], dtype=torch.float64
-        )
+        half, theta = self.config.model.head_dim // 2, self.config.model.rope_theta
+        frequency = torch.tensor([theta ** (-j / half) for j in range(half)], dtype=torch.float64)
         turn = torch.polar(torch.ones(1, dtype=torch.float64), positions_BS[:, :, None, None] * frequency)
         z = torch.complex(x_BSHC[..., :half].contiguous(), x_BSHC[..., half:].contiguous()) * turn
         return torch.cat([z.real, z.imag], dim=-1)
@@ -189,9 +186,8 @@ class _Transformer:
     def _feed_forward(self, prefix: str, x_TD: Tensor) -> Tensor:
         gated = prefix + "gate.weight" in self.weights
         gate = x_TD @ self.weights[prefix + "gate.weight"].T if gated else None
-        return (
-            self._activate(x_TD @ self.weights[prefix + "up.weight"].T, gate) @ self.weights[prefix + "down.weight"].T
-        )
+        hidden = x_TD @ self.weights[prefix + "up.weight"].T
+        return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T
 
     def _experts(self, layer: int, x_TD: Tensor, sequences: int) -> Tensor:
         prefix = f"layers.{layer}.moe."

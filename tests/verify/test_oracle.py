@@ -122,7 +122,7 @@ def test_activations_are_torchs() -> None:
 @pytest.mark.parametrize("order", [2.0, math.inf])
 def test_clipped_step_is_torchs_adamw(order: float) -> None:
     config = tiny(training__norm_type=order, training__max_grad_norm=0.1, lr_scheduler__warmup_steps=0)
-    values = {name: v for name, v in initial_values(config).items()}
+    values = initial_values(config)
     gradients = {name: torch.randn_like(v) for name, v in values.items()}
     parameters = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
     for name, p in parameters.items():

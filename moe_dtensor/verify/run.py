@@ -1,0 +1,138 @@
+"""Run the library's own training step on a mesh's ranks and hold it against the oracle."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.schema import Config
+from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.train.step import totals, train_step
+from moe_dtensor.verify import inputs
+from moe_dtensor.verify.cases import Case
+from moe_dtensor.verify.compare import (
+    Deviation,
+    Verdict,
+    deviate,
+    deviate_scalar,
+    missing,
+    relative_to,
+    worst_of_each,
+)
+from moe_dtensor.verify.oracle import Answer, Microbatch, gradient_norm, one_step
+from moe_dtensor.verify.subject import build_subject, full_parameters, own_share
+
+LIMITS = {
+    "float64": {"gradient": 1e-9, "loss": 1e-9, "grad_norm": 1e-9, "parameter": 1e-9, "routing": 0.0},
+    "float32": {"gradient": 1e-5, "loss": 1e-5, "grad_norm": 1e-5, "parameter": 1e-3, "routing": 0.0},
+    # Gradients are judged by the reference backend's own error; these catch what is plainly broken.
+    "bfloat16": {"gradient": 0.0, "loss": 2e-2, "grad_norm": 5e-2, "parameter": 5e-2, "routing": 0.0},
+}
+BFLOAT16_FACTOR = 2.0
+"""How much farther from the oracle than the reference backend another backend may be in bfloat16."""
+BFLOAT16_LEAST = 2.0**-8
+"""One rounding to bfloat16: no backend is asked to be closer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one start of the ranks works through: a placed config with its inputs and the oracle's answer."""
+
+    config: Config
+    initial: Mapping[str, Tensor]
+    batch: Sequence[Microbatch]
+    answer: Answer
+
+
+def prove(cases: Sequence[Case], *, device: str = "cpu", timeout: float = 600.0) -> Iterator[Verdict]:
+    """Judge each case; cases that follow one another on the same mesh share one start of its ranks.
+
+    Args:
+        cases: at miniature size; the oracle loops over tokens.
+        device: ``cpu`` (gloo) or ``cuda`` (nccl, a GPU for each rank).
+        timeout: seconds for all cases of one mesh together.
+
+    Raises:
+        RuntimeError: a rank failed; its traceback is the message.
+        TimeoutError: ranks hung.
+    """
+    answers: dict[str, tuple[Mapping[str, Tensor], Sequence[Microbatch], Answer]] = {}
+    for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
+        group = list(same_mesh)
+        tasks = [_task(case, answers) for case in group]
+        world_size = group[0].layout.world_size
+        ranks = run_on_ranks(_run_tasks, world_size, tasks, device, timeout=timeout)
+        for i, case in enumerate(group):
+            deviations = worst_of_each(itertools.chain.from_iterable(rank[i][0] for rank in ranks))
+            seconds = max(rank[i][1] for rank in ranks)
+            absent = set(tasks[i].initial) - {d.name for d in deviations if d.kind == "gradient"}
+            limit = LIMITS[tasks[i].config.training.param_dtype]["gradient"]
+            lost = tuple(missing(name, "gradient", limit) for name in sorted(absent))
+            yield Verdict(case.layout.mesh, case.layout.schedule, deviations + lost, seconds)
+
+
+def _task(case: Case, answers: dict) -> Task:
+    """Inputs and answer depend on the config but not on the mesh: computed once for all meshes."""
+    config = case.layout.place(case.config)
+    key = repr((override(case.config, {"moe.backend": "auto"}), case.empty_expert))
+    if key not in answers:
+        initial = inputs.initial_values(config, empty_expert=case.empty_expert)
+        batch = inputs.global_batch(config)
+        answers[key] = initial, batch, one_step(config, initial, batch)
+    return Task(config, *answers[key])
+
+
+def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float]]:
+    """On every rank: the deviations that this rank sees, and the seconds, of each task."""
+    where = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    results = []
+    for task in tasks:
+        start = time.perf_counter()
+        deviations = judge(task, where)
+        results.append((deviations, time.perf_counter() - start))
+    return results
+
+
+def judge(task: Task, device: torch.device) -> list[Deviation]:
+    """One task on this rank: every quantity that it can see, compared."""
+    dtype = task.config.training.param_dtype
+    if dtype != "bfloat16":
+        return list(_compare(task, device))
+    found = list(_compare(task, device))
+    if task.config.moe.backend == "reference":
+        return list(relative_to(found, {d.name: d for d in found}, BFLOAT16_FACTOR, BFLOAT16_LEAST))
+    plain = replace(task, config=override(task.config, {"moe.backend": "reference"}))
+    reference = {d.name: d for d in _compare(plain, device) if d.kind == "gradient"}
+    return list(relative_to(found, reference, BFLOAT16_FACTOR, BFLOAT16_LEAST))
+
+
+def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
+    answer, limits = task.answer, LIMITS[task.config.training.param_dtype]
+    routing = None if task.config.training.param_dtype == "float64" else answer.routing
+    trainer, recorder = build_subject(task.config, task.initial, device, routing)
+    result = train_step(trainer, own_share(trainer, task.batch))
+    loss, norm, _finite, load = totals(trainer, result)
+    size = gradient_norm(answer.gradients, 2.0)
+    for kind, found, expected in (
+        ("gradient", recorder.gradients, answer.gradients),
+        ("parameter", full_parameters(trainer), answer.parameters),
+    ):
+        for name, value in found.items():
+            if value is None or name not in expected:
+                yield missing(name, kind, limits[kind])
+            else:
+                yield deviate(name, kind, value, expected[name], limits[kind], size)
+    yield deviate_scalar("loss", "loss", loss, answer.loss, limits["loss"])
+    yield deviate_scalar("grad_norm", "grad_norm", norm, answer.grad_norm, limits["grad_norm"])
+    for layer, counts in answer.counts.items():
+        counted = torch.tensor(load[layer], dtype=torch.float64)
+        yield deviate(f"layers.{layer}.moe.load", "routing", counted, counts.double(), limits["routing"], 0.0)

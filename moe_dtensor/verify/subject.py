@@ -1,0 +1,145 @@
+"""What is judged: the library's own trainer on this rank, given the oracle's inputs. B sequences, S positions,
+E experts, K choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moe_dtensor.config.resolve import microbatches
+from moe_dtensor.config.schema import Config
+from moe_dtensor.data.loader import Batch
+from moe_dtensor.layers.router import Router
+from moe_dtensor.parallel.pipeline import Runner
+from moe_dtensor.train.build import Trainer, build
+from moe_dtensor.train.step import to_device
+from moe_dtensor.verify.oracle import Microbatch
+
+
+class Recorder:
+    """A runner that keeps every full gradient as the backward pass leaves it, before anything is clipped."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.runner: Runner = trainer.runner
+        self.parts = trainer.parts
+        self.gradients: dict[str, Tensor | None] = {}
+
+    def step(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward as the runner does them."""
+        loss = self.runner.step(batch, scale)
+        for part in self.parts:
+            for name, param in part.named_parameters():
+                self.gradients[name] = None if param.grad is None else full(param.grad)
+        return loss
+
+
+def build_subject(
+    config: Config,
+    initial: Mapping[str, Tensor],
+    device: torch.device,
+    routing: Mapping[int, Sequence[Tensor]] | None = None,
+) -> tuple[Trainer, Recorder]:
+    """A trainer with the given initial values, and the recorder in place of its runner.
+
+    Args:
+        config: resolved.
+        initial: full tensors by name.
+        routing: choices ``(B*S, K)`` to force, by layer and microbatch of the global batch. None: the
+            trainer's own. Without forcing, rounding in float32 sends some token to another expert.
+    """
+    trainer = build(config, device)
+    load_parameters(trainer, initial)
+    if routing is not None:
+        _force_routing(trainer, routing)
+    recorder = Recorder(trainer)
+    return replace(trainer, runner=recorder), recorder  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def load_parameters(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
+    """Overwrite every parameter with this rank's part of a full tensor.
+
+    Raises:
+        KeyError: a parameter's name is not a checkpoint key.
+        ValueError: its full shape is not the key's.
+    """
+    for part in trainer.parts:
+        for name, param in part.named_parameters():
+            value = initial[name].to(device=param.device, dtype=param.dtype)
+            if param.shape != value.shape:
+                raise ValueError(f"Parameter {name} has shape {tuple(param.shape)}, expected {tuple(value.shape)}.")
+            if isinstance(param, DTensor):
+                # Every rank holds the same full value: nothing needs to travel.
+                value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+            param.copy_(value)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a distributed tensor, as this rank sees it; a copy."""
+    tensor = tensor.detach()
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def full_parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """Every parameter of this rank's parts, whole."""
+    return {name: full(param) for part in trainer.parts for name, param in part.named_parameters()}
+
+
+def own_share(trainer: Trainer, batch: Sequence[Microbatch]) -> Batch:
+    """This dp rank's microbatches, joined as the loader would give them."""
+    mine = batch[_own_microbatches(trainer)]
+    tokens, labels = (torch.cat([getattr(m, name) for m in mine]) for name in ("tokens", "labels"))
+    if mine[0].documents is None:
+        return to_device(Batch(tokens, labels), trainer.device)
+    documents = torch.cat([m.documents for m in mine if m.documents is not None])
+    return to_device(Batch(tokens, labels, positions_in(documents), documents), trainer.device)
+
+
+def positions_in(documents_BS: Tensor) -> Tensor:
+    """Position of each token since the last change of document."""
+    index_S = torch.arange(documents_BS.shape[1])
+    starts_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return index_S - torch.where(starts_BS, index_S, 0).cummax(dim=1).values
+
+
+def _own_microbatches(trainer: Trainer) -> slice:
+    each = microbatches(trainer.config)
+    first = trainer.mesh["dp"].get_local_rank() * each
+    return slice(first, first + each)
+
+
+def _force_routing(trainer: Trainer, routing: Mapping[int, Sequence[Tensor]]) -> None:
+    size = trainer.config.training.microbatch_size
+    for part in trainer.parts:
+        for index in part.moe_layers:
+            router = part.layers[str(index)].moe.router  # type: ignore[union-attr, index]
+            mine = routing[index][_own_microbatches(trainer)]
+            chosen = [t.to(trainer.device).unflatten(0, (size, -1)) for t in mine]
+            # On the instance: the module's own method stays what it is.
+            router.choose = Replay(router, chosen)  # type: ignore[method-assign, union-attr]
+
+
+class Replay:
+    """Choices from a list, one for each microbatch in order.
+
+    A recomputed forward comes again at a time that only the schedule knows; it is told by its logits.
+    """
+
+    def __init__(self, router: Router, chosen_BSK: list[Tensor]) -> None:
+        self.own_positions = router.own_positions
+        self.coming = chosen_BSK
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, logits_BSE: Tensor) -> Tensor:
+        """Expert ids ``(B, S held here, K)``."""
+        for logits, chosen in self.seen:
+            if torch.equal(logits, logits_BSE):
+                return chosen
+        chosen = self.own_positions(self.coming.pop(0))
+        self.seen.append((logits_BSE.clone(), chosen))
+        return chosen
