@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import mlp, reference
 from .activation import num_up_projections
 
 BACKENDS = ("reference", "torch", "triton", "grouped_gemm")
@@ -22,6 +24,7 @@ def expert_mlp(
     backend: str = "auto",
     first_expert: int = 0,
     rows: str = "exact",
+    num_experts: int | None = None,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
@@ -37,7 +40,9 @@ def expert_mlp(
         backend: ``auto`` or one of :data:`BACKENDS`.
         first_expert: global id of the first expert held here.
         rows: how many rows of copies a rank allocates when it holds only a part of the experts: ``exact`` reads the
-            count from the device once, ``worst`` takes the static bound ``T * min(K, E)``.
+            count from the device once, ``worst`` takes the static bound ``T * min(K, E)``. A rank that holds them all
+            always takes T * K rows, without reading anything.
+        num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.
@@ -48,10 +53,35 @@ def expert_mlp(
     check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation)
     if rows not in ("exact", "worst"):
         raise ValueError(f"rows = {rows!r} is not known. Use exact or worst.")
-    run = reference.expert_mlp
+    chosen = choose_backend(backend, x_TD, w_up_EGFD)
+    run = reference.expert_mlp if chosen == "reference" else partial(mlp.expert_mlp, backend=chosen)
     return run(
-        x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation=activation, first_expert=first_expert, rows=rows
+        x_TD,
+        w_up_EGFD,
+        w_down_EDF,
+        gate_TK,
+        expert_TK,
+        activation=activation,
+        first_expert=first_expert,
+        rows=rows,
+        num_experts=num_experts,
     )
+
+
+def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor) -> str:
+    """The backend in use: the one named, or for ``auto`` the fastest measured one that takes these sizes.
+
+    ``auto`` is ``reference`` off CUDA, in float64, and where D or F are no multiple of 16 bytes; ``torch`` otherwise.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"moe.backend = {backend!r} is not known. Use auto or one of {', '.join(BACKENDS)}.")
+        return backend
+    hidden, width = w_up_EGFD.shape[2:]
+    aligned = width * x_TD.dtype.itemsize % 16 == 0 and hidden * x_TD.dtype.itemsize % 16 == 0
+    if not x_TD.is_cuda or x_TD.dtype == torch.float64 or not aligned:
+        return "reference"
+    return "torch"
 
 
 def check_shapes(

@@ -18,8 +18,9 @@ def expert_mlp(
     activation: str,
     first_expert: int = 0,
     rows: str = "exact",
+    num_experts: int | None = None,
 ) -> Tensor:
-    """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device, any dtype; ``rows`` changes nothing here."""
+    """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device and dtype; rows and num_experts change nothing."""
     tokens, choices = expert_TK.shape
     width, experts = x_TD.shape[1], w_up_EGFD.shape[0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)

@@ -1,0 +1,62 @@
+"""Grouped GEMMs by the PyPI package ``grouped_gemm`` (CUDA, bf16; counts per expert on the host: one sync a layer)."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .grouped import check_alignment
+
+
+def _ops() -> ModuleType:
+    try:
+        return importlib.import_module("grouped_gemm.ops")
+    except ImportError as error:
+        raise ValueError(
+            "moe.backend = grouped_gemm needs the package grouped_gemm, which is not installed. On a machine with the "
+            "CUDA toolkit run `pip install --no-build-isolation 'moe_dtensor[grouped_gemm]'` (nv-grouped-gemm serves "
+            "too, and builds on CUDA 13), or set moe.backend = torch."
+        ) from error
+
+
+def check(x_TD: Tensor, w_up_EGFD: Tensor) -> None:
+    """Raise ValueError unless the package is there, on CUDA, in bf16."""
+    _ops()
+    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16:
+        raise ValueError(
+            f"moe.backend = grouped_gemm takes bfloat16 on CUDA, not {x_TD.dtype} on {x_TD.device.type}. "
+            "Set moe.backend = reference."
+        )
+    check_alignment("grouped_gemm", w_up_EGFD.shape[3], w_up_EGFD.shape[2], x_TD.dtype.itemsize)
+
+
+def plan(ends_E: Tensor, rows: int) -> Tensor:
+    """Rows of each expert, int64, on the host (a sync)."""
+    ends = ends_E.cpu().long()
+    return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
+def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
+    """For tracing."""
+    return torch.empty(ends_E.shape, dtype=torch.int64, device="cpu")
+
+
+def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
+    """See :data:`moe_dtensor.kernels.grouped.rows_times_weight`."""
+    held = int(plan.sum())
+    out = _ops().gmm(a_N[:held], w_EPQ, plan, trans_b=transposed)
+    if held == a_N.shape[0]:
+        return out
+    # The package wants as many rows as the counts add up to; ours may be allocated for the worst case.
+    whole = out.new_empty(a_N.shape[0], out.shape[1])
+    whole[:held] = out
+    return whole
+
+
+def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
+    """See :data:`moe_dtensor.kernels.grouped.weight_gradient`."""
+    held = int(plan.sum())
+    return _ops().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True)

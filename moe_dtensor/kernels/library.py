@@ -1,0 +1,32 @@
+"""Registration of the room's operators with PyTorch, so that ``torch.compile`` sees each as one opaque node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("moe_dtensor", "DEF")
+
+
+def define(schema: str, run: Callable, fake: Callable) -> Callable:
+    """Register an operator and return it.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> ...`` without a namespace. The operator is functional: it writes only to
+            tensors it made, and returns none of its inputs.
+        run: computes it, on any device.
+        fake: makes empty outputs of the right shape, for tracing.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_dtensor::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.moe_dtensor, name).default
+
+
+def launches_triton(x: Tensor) -> bool:
+    """Whether kernels on this tensor are Triton's: on a GPU, or anywhere under Triton's interpreter (tests)."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
