@@ -43,8 +43,7 @@ forward's and keeping its (N, D) result alive in between.
 
 
 def _combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
-    tokens, choices = position_TK.shape
-    out_TD = y_ND.new_empty(tokens, y_ND.shape[1])
+    out_TD = y_ND.new_empty(position_TK.shape[0], y_ND.shape[1])
     if out_TD.numel() == 0:
         return out_TD
     if y_ND.shape[0] == 0:

@@ -1,7 +1,7 @@
 """Grouped GEMMs: rows sorted by expert times each expert's weight, and the weights' gradients, by backend.
 
-A backend is a module with four functions: ``check`` (sizes it takes), ``plan`` (what it precomputes from the rows'
-ends), ``rows_times_weight`` and ``weight_gradient``. P and Q are a weight's two sides, ``w_EPQ``.
+A backend is a module with three functions: ``plan`` (what it precomputes from the rows' ends), ``rows_times_weight``
+and ``weight_gradient``. P and Q are a weight's two sides, ``w_EPQ``.
 """
 
 from __future__ import annotations
@@ -9,11 +9,37 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from .library import define
+from .library import define, launches_triton
 
 _MODULES = {"torch": "grouped_torch", "triton": "grouped_triton", "grouped_gemm": "grouped_package"}
+
+
+_DTYPES = {
+    "torch": (torch.bfloat16, torch.float16, torch.float32),
+    "triton": (torch.bfloat16, torch.float16, torch.float32),
+    "grouped_gemm": (torch.bfloat16,),
+}
+
+
+def check(backend: str, x_TD: Tensor, hidden: int) -> None:
+    """Raise ValueError for a dtype, device or size (D, F) that a backend does not take."""
+    remedy = "set moe.backend = reference"
+    if x_TD.dtype not in _DTYPES[backend]:
+        raise ValueError(f"moe.backend = {backend} does not take {x_TD.dtype}: {remedy}.")
+    if backend == "grouped_gemm" and not x_TD.is_cuda:
+        raise ValueError(f"moe.backend = grouped_gemm runs on CUDA, not on {x_TD.device.type}: {remedy}.")
+    if backend == "triton" and not launches_triton(x_TD):
+        raise ValueError(f"moe.backend = triton runs on CUDA, not on {x_TD.device.type}: {remedy}.")
+    # The hardware's bulk loads take rows that start at multiples of 16 bytes.
+    step, width = 16 // x_TD.dtype.itemsize, x_TD.shape[1]
+    if width % step or hidden % step:
+        raise ValueError(
+            f"moe.backend = {backend} needs model.dim and moe.hidden_dim to be multiples of {step} in {x_TD.dtype} "
+            f"(16 bytes), but they are {width} and {hidden}: round them up, or {remedy}."
+        )
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -67,13 +93,3 @@ weight_gradient = define(
     lambda l_NP, r_NQ, ends_E, plan, backend: l_NP.new_empty(ends_E.numel(), l_NP.shape[1], r_NQ.shape[1]),
 )
 """``out[e] = sum over rows n of e of outer(l[n], r[n])``, ``(E, P, Q)``; 0 for experts with no row."""
-
-
-def check_alignment(backend: str, width: int, hidden: int, itemsize: int) -> None:
-    """Raise ValueError unless D and F are multiples of 16 bytes, which the hardware's bulk loads need."""
-    step = 16 // itemsize
-    if width % step or hidden % step:
-        raise ValueError(
-            f"moe.backend = {backend} needs model.dim and moe.hidden_dim to be multiples of {step} in this dtype "
-            f"(16 bytes), but they are {width} and {hidden}. Round them up, or set moe.backend = reference."
-        )

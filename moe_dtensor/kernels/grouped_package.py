@@ -8,8 +8,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .grouped import check_alignment
-
 
 def _ops() -> ModuleType:
     try:
@@ -20,17 +18,6 @@ def _ops() -> ModuleType:
             "CUDA toolkit run `pip install --no-build-isolation 'moe_dtensor[grouped_gemm]'` (nv-grouped-gemm serves "
             "too, and builds on CUDA 13), or set moe.backend = torch."
         ) from error
-
-
-def check(x_TD: Tensor, w_up_EGFD: Tensor) -> None:
-    """Raise ValueError unless the package is there, on CUDA, in bf16."""
-    _ops()
-    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16:
-        raise ValueError(
-            f"moe.backend = grouped_gemm takes bfloat16 on CUDA, not {x_TD.dtype} on {x_TD.device.type}. "
-            "Set moe.backend = reference."
-        )
-    check_alignment("grouped_gemm", w_up_EGFD.shape[3], w_up_EGFD.shape[2], x_TD.dtype.itemsize)
 
 
 def plan(ends_E: Tensor, rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .glue import activate_rows, activation_backward, combine_rows, gather_rows, weighted_activation
-from .grouped import backend_module, make_plan, rows_times_weight, weight_gradient
+from .grouped import check, make_plan, rows_times_weight, weight_gradient
 from .routing import Route, count_rows, sort_by_expert
 
 
@@ -37,14 +37,14 @@ def expert_mlp(
     num_experts: int | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
-    backend_module(backend).check(x_TD, w_up_EGFD)
+    check(backend, x_TD, w_up_EGFD.shape[2])
     held_experts = w_up_EGFD.shape[0]
     w_up_EPD = w_up_EGFD.flatten(1, 2)
     route = sort_by_expert(expert_TK, first_expert, held_experts)
     # An unknown total with first_expert = 0 takes the static bound: right in any case, and without a sync.
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
-    plan = make_plan(route.ends_E, num_rows, backend)
+    plan = make_plan(route.ends, num_rows, backend)
 
     h_NP = _Up.apply(x_TD, w_up_EPD.detach(), route, plan, num_rows, backend)
     h_NP = _Join.apply(h_NP, _UpWeight.apply(w_up_EPD, x_TD.detach(), route, plan, num_rows, backend))
@@ -73,10 +73,10 @@ class _Up(Function):
 
     @staticmethod
     def forward(ctx, x_TD, w_up_EPD, route, plan, num_rows, backend):
-        x_ND = gather_rows(x_TD, route.position_TK, num_rows, 0)
-        ctx.save_for_backward(w_up_EPD, route.position_TK, route.ends_E, plan)
+        x_ND = gather_rows(x_TD, route.position, num_rows, 0)
+        ctx.save_for_backward(w_up_EPD, route.position, route.ends, plan)
         ctx.backend = backend
-        return rows_times_weight(x_ND, w_up_EPD, route.ends_E, plan, True, backend)
+        return rows_times_weight(x_ND, w_up_EPD, route.ends, plan, True, backend)
 
     @staticmethod
     def backward(ctx, dh_NP):
@@ -90,7 +90,7 @@ class _UpWeight(Function):
 
     @staticmethod
     def forward(ctx, w_up_EPD, x_TD, route, plan, num_rows, backend):
-        ctx.save_for_backward(x_TD, route.position_TK, route.ends_E, plan)
+        ctx.save_for_backward(x_TD, route.position, route.ends, plan)
         ctx.num_rows, ctx.backend = num_rows, backend
         return _handle(x_TD, num_rows, w_up_EPD.shape[1])
 
@@ -118,7 +118,7 @@ class _DownWeight(Function):
 
     @staticmethod
     def forward(ctx, w_down_EDF, route, plan, num_rows, backend):
-        ctx.save_for_backward(route.ends_E, plan)
+        ctx.save_for_backward(route.ends, plan)
         ctx.backend = backend
         _, width, hidden = w_down_EDF.shape
         return _handle(w_down_EDF, num_rows, width), _handle(w_down_EDF, num_rows, hidden)
@@ -134,17 +134,17 @@ class _Down(Function):
 
     @staticmethod
     def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, plan, activation, backend):
-        a_NF = activate_rows(h_NP, route.ends_E, activation)
-        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends_E, plan, True, backend)
+        a_NF = activate_rows(h_NP, route.ends, activation)
+        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, plan, True, backend)
         ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, plan)
         ctx.activation, ctx.backend = activation, backend
-        return combine_rows(y_ND, route.position_TK, gate_TK)
+        return combine_rows(y_ND, route.position, gate_TK)
 
     @staticmethod
     def backward(ctx, dy_TD):
         h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, plan = ctx.saved_tensors
         route = Route(position_TK, copy_N, ends_E)
-        do_ND = gather_rows(dy_TD, route.position_TK, h_NP.shape[0], 1)
+        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0], 1)
         if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
             weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
             return None, None, do_ND, weighted_NF, None, None, None, None, None

@@ -13,12 +13,12 @@ from .library import define, launches_triton
 class Route(NamedTuple):
     """The copies held here, as rows sorted by expert (stable: within an expert in the order of the tokens)."""
 
-    position_TK: Tensor
-    """int32: the row of each copy; -1 for copies of experts held elsewhere."""
-    copy_N: Tensor
-    """int32: the copy ``t * K + k`` in each row. Rows past ``ends_E[-1]`` hold nothing and must not be read."""
-    ends_E: Tensor
-    """int32: the row after the last of each expert."""
+    position: Tensor
+    """``(T, K)`` int32: the row of each copy; -1 for copies of experts held elsewhere."""
+    copy: Tensor
+    """``(N,)`` int32: the copy ``t * K + k`` in each row. Rows past ``ends[-1]`` hold nothing: do not read them."""
+    ends: Tensor
+    """``(E,)`` int32: the row after the last of each expert."""
 
 
 def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> Route:
@@ -34,12 +34,12 @@ def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> Ro
 
 def count_rows(route: Route, rows: str, num_experts: int, all_held: bool) -> int:
     """How many rows to allocate: T * K if every expert is held, else by ``rows`` (exact: one host sync; worst)."""
-    tokens, choices = route.position_TK.shape
+    tokens, choices = route.position.shape
     if all_held:
         return tokens * choices
     if rows == "worst":
         return tokens * min(choices, num_experts)
-    return int(route.ends_E[-1])
+    return int(route.ends[-1])
 
 
 def _run(expert_TK: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

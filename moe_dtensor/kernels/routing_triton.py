@@ -39,9 +39,7 @@ def _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK: tl.c
 
 
 @triton.jit
-def _count(
-    expert_ptr, counts_ptr, copies, first_expert, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.constexpr
-):
+def _count(expert_ptr, counts_ptr, copies, first_expert, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     _, key, _ = _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK)
     bins = tl.arange(0, BINS)
