@@ -1,0 +1,95 @@
+"""AdamW over the model parts of one rank, with a state that any mesh can load."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from moe_dtensor.config.schema import Config
+
+with warnings.catch_warnings():
+    # Importing torchtitan imports inductor, which trips over torch's own deprecations.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torchtitan.components.optimizer import OptimizersContainer
+
+
+class Optimizers(OptimizersContainer):
+    """One AdamW for each model part (pipeline stage) of this rank, stepped together.
+
+    The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``: free of the mesh, of the
+    split into stages and of the numbering of parameters. Hyperparameters are not part of the state:
+    after a resume they are those of the TOML.
+    """
+
+    def __init__(self, parts: list[nn.Module], config: Config) -> None:
+        options = config.optimizer
+        self.model_parts = parts
+        self.optimizers = []
+        for part in parts:
+            optimizer = AdamW(
+                parameter_groups(part, options.weight_decay),
+                lr=options.lr,
+                betas=(options.beta1, options.beta2),
+                eps=options.eps,
+                fused=True,
+            )
+            _fill_state(optimizer)
+            self.optimizers.append(optimizer)
+        # An Optimizer by name, so that what expects one (hooks, checkpoint) takes the container.
+        Optimizer.__init__(self, [p for part in parts for p in part.parameters()], {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat optimizer state of all parts; tensors are those of the optimizers, not copies."""
+        return {key: value for key, value in super().state_dict().items() if key.startswith("state.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over moments and step counts; groups keep their hyperparameters."""
+        groups = {key: value for key, value in super().state_dict().items() if key.startswith("param_groups.")}
+        super().load_state_dict({**groups, **state_dict})
+
+
+def build_optimizers(parts: list[nn.Module], config: Config) -> Optimizers:
+    """AdamW as ``[optimizer]`` describes it, over parameters that are on their device already.
+
+    Args:
+        parts: the model parts of this rank, sharded or plain; parameter names are unique over the parts.
+    """
+    return Optimizers(parts, config)
+
+
+def parameter_groups(part: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: decayed parameters, then those that are not (norms, embeddings, router).
+
+    A separate output head is decayed; one tied to the embedding is the embedding.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def is_decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies to a parameter, by its name; vectors (norm weights) never are."""
+    modules = name.split(".")
+    return parameter.ndim > 1 and "tok_embeddings" not in modules and "router" not in modules
+
+
+def _fill_state(optimizer: Optimizer) -> None:
+    """Create AdamW's state now, as its first step would.
+
+    A checkpoint may be loaded or saved before the first step; torch would then make the state by a step
+    on zero gradients, which counts as a step and divides 0 by 0 where eps is 0.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter.detach()),
+                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+            }
