@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.hub import DatasetsCorpus
 from moe_dtensor.data.pack import Document
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer
+from moe_dtensor.data.tokens import RandomCorpus, TokensCorpus
 
 
 class Corpus(Protocol):
@@ -33,6 +35,9 @@ class Corpus(Protocol):
 BUILT_IN: dict[str, Callable[[Config, Tokenizer], Any]] = {
     "stdlib": StdlibCorpus,
     "files": FilesCorpus,
+    "datasets": DatasetsCorpus,
+    "tokens": TokensCorpus,
+    "random": RandomCorpus,
 }
 
 
@@ -46,7 +51,7 @@ def build_corpus(config: Config) -> Corpus:
     if name in BUILT_IN:
         corpus = BUILT_IN[name](config, build_tokenizer(config.data.tokenizer))
     elif ":" in name:
-        corpus = load_own_corpus(name)(config)
+        corpus = build_own_corpus(name, config)
     else:
         raise ConfigError(
             f"data.corpus must be one of {', '.join(BUILT_IN)}, or your own package.module:Name; it is {name!r}.",
@@ -62,21 +67,16 @@ def build_corpus(config: Config) -> Corpus:
     return corpus
 
 
-def load_own_corpus(name: str) -> Callable[[Config], Any]:
-    """The class that ``package.module:Name`` names, checked for what a corpus needs."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        corpus_class = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"data.corpus = {name!r} must name a class as package.module:Name; {error}.",
-            "Check the spelling, and that the module can be imported from here (PYTHONPATH).",
-        ) from error
-    missing = [m for m in ("documents", "fingerprint") if not callable(getattr(corpus_class, m, None))]
+def build_own_corpus(name: str, config: Config) -> Corpus:
+    """An instance of the class that ``package.module:Name`` names, checked for what a corpus needs."""
+    corpus = load_object("data.corpus", name)(config)
+    wanted = {"documents": corpus, "fingerprint": corpus, "tokenizer": corpus}
+    wanted |= dict.fromkeys(("vocab_size", "end_id", "encode_batch", "fingerprint"), getattr(corpus, "tokenizer", None))
+    missing = [part for part, owner in wanted.items() if not hasattr(owner, part)]
     if missing:
         raise ConfigError(
-            f"data.corpus = {name!r}: a corpus needs the methods documents(split) and fingerprint(); "
-            f"{', '.join(missing)} missing.",
-            "Add them: see moe_dtensor.data.corpus.Corpus.",
+            f"data.corpus = {name!r}: a corpus needs documents(split), fingerprint() and a tokenizer; "
+            f"missing: {', '.join(missing)}.",
+            "Add them: docs/data.md shows a whole class.",
         )
-    return corpus_class
+    return corpus

@@ -12,11 +12,16 @@ from torch import Tensor
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data.pack import packed
+from moe_dtensor.data.pack import check_ids, packed
+from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
 from moe_dtensor.data.windows import ArrayWindows, Windows
 
 IGNORED = -100
 VALIDATION_SEED = 0  # the same sequences whatever the run's seed, so that runs compare
+REMEDY = {
+    "train": "Give more text, or lower training.global_batch_size or training.seq_len.",
+    "validation": "Give more text in data.validation_path, or set training.validation_interval = 0.",
+}
 
 
 # B sequences, S seq_len
@@ -49,7 +54,7 @@ class Loader:
     def __init__(self, config: Config, corpus: Any, split: str = "train") -> None:
         self.batch_size = config.training.global_batch_size
         self.document_mask = config.data.document_mask
-        self.end_id = corpus.tokenizer.end_id
+        self.tokenizer = corpus.tokenizer
         seed = config.training.seed if split == "train" else VALIDATION_SEED
         self.windows: Windows = open_windows(config, corpus, split, seed)
 
@@ -57,8 +62,10 @@ class Loader:
         """Sequences ``[first, last)`` of the next global batch; the stream moves on by the whole of it."""
         if not 0 <= first <= last <= self.batch_size:
             raise ValueError(f"[{first}, {last}) is not within the global batch of {self.batch_size} sequences.")
-        window_BS1 = self.windows.read(self.batch_size, first, last).astype(np.int64)
-        return build_batch(window_BS1, self.end_id if self.document_mask else None)
+        window_BS1 = self.windows.read(self.batch_size, first, last)
+        if window_BS1.size:
+            check_ids(window_BS1, self.tokenizer)  # a token file may be another tokenizer's
+        return build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
 
     def state_dict(self) -> dict[str, str]:
         """The position: one short string, the same on every rank and mesh."""
@@ -92,18 +99,16 @@ def build_batch(window_BS1: np.ndarray, end_id: int | None) -> Batch:
 def open_windows(config: Config, corpus: Any, split: str, seed: int) -> Windows:
     """The windows of a split, checked to fill a global batch."""
     seq_len, wanted = config.training.seq_len, config.training.global_batch_size
-    tokens_N = packed(corpus, split).tokens_N
+    if getattr(corpus, "streaming", False):
+        stream = TokenStream(corpus, split, least=wanted * seq_len + 1)
+        return StreamWindows(stream, seq_len, seed, BLOCK_WINDOWS if split == "train" else 1)
+    tokens_N = corpus.token_array(split) if hasattr(corpus, "token_array") else packed(corpus, split).tokens_N
     windows = ArrayWindows(tokens_N, seq_len, seed)
     if windows.num_windows < wanted:
-        remedy = (
-            "Give more text, or lower training.global_batch_size or training.seq_len."
-            if split == "train"
-            else "Give more text in data.validation_path, or set training.validation_interval = 0."
-        )
         raise ConfigError(
             f"the {split} split must fill one global batch: training.global_batch_size = {wanted} sequences of "
             f"training.seq_len = {seq_len} tokens; data.corpus = {config.data.corpus!r} has {len(tokens_N)} tokens, "
             f"{windows.num_windows} such sequences.",
-            remedy,
+            REMEDY[split],
         )
     return windows

@@ -26,6 +26,7 @@ from moe_dtensor.data.tokenizer import Tokenizer
 
 FORMAT = "1"  # part of the cache's keys: raise it when packing changes
 CHUNK_DOCUMENTS = 64
+CHUNK_SIZE = 1_000_000
 
 Document = str | bytes | np.ndarray
 
@@ -43,6 +44,18 @@ class Packed:
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 if it holds every id, else uint32; little-endian."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def take_chunk(documents: Iterator[Document]) -> list[Document]:
+    """The next documents to tokenise together: 64, or fewer where they reach a million characters (ids)."""
+    chunk: list[Document] = []
+    size = 0
+    for document in islice(documents, CHUNK_DOCUMENTS):
+        chunk.append(document)
+        size += len(document)
+        if size >= CHUNK_SIZE:
+            break
+    return chunk
 
 
 def join_documents(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
@@ -71,7 +84,7 @@ def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Toke
     dtype = token_dtype(tokenizer.vocab_size)
     digest = hashlib.blake2b(f"{tokenizer.fingerprint()} {dtype}".encode(), digest_size=16)
     remaining = iter(documents)
-    while chunk := list(islice(remaining, CHUNK_DOCUMENTS)):
+    while chunk := take_chunk(remaining):
         raw = join_documents(chunk, tokenizer, dtype).tobytes()
         digest.update(raw)
         file.write(raw)
