@@ -47,6 +47,8 @@ class Verdict:
     schedule: str
     deviations: tuple[Deviation, ...]
     seconds: float = 0.0
+    failure: str = ""
+    """What a rank raised, if none of this could be compared."""
 
     @property
     def ok(self) -> bool:
@@ -74,6 +76,7 @@ class Verdict:
             "errors": errors,
             "compared": len(self.deviations),
             "failed": self.failed(),
+            "failure": self.failure,
             "seconds": round(self.seconds, 2),
         }
 

@@ -51,6 +51,9 @@ class Task:
     answer: Answer
 
 
+Answers = dict[str, tuple[Mapping[str, Tensor], Sequence[Microbatch], Answer]]
+
+
 def prove(cases: Sequence[Case], *, device: str = "cpu", timeout: float = 600.0) -> Iterator[Verdict]:
     """Judge each case; cases that follow one another on the same mesh share one start of its ranks.
 
@@ -59,26 +62,36 @@ def prove(cases: Sequence[Case], *, device: str = "cpu", timeout: float = 600.0)
         device: ``cpu`` (gloo) or ``cuda`` (nccl, a GPU for each rank).
         timeout: seconds for all cases of one mesh together.
 
-    Raises:
-        RuntimeError: a rank failed; its traceback is the message.
-        TimeoutError: ranks hung.
+    Yields:
+        A verdict for each case in order. A rank that raises or hangs is a failure with its traceback, not an exception.
     """
-    answers: dict[str, tuple[Mapping[str, Tensor], Sequence[Microbatch], Answer]] = {}
+    answers: Answers = {}
     for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
-        group = list(same_mesh)
-        tasks = [_task(case, answers) for case in group]
-        world_size = group[0].layout.world_size
-        ranks = run_on_ranks(_run_tasks, world_size, tasks, device, timeout=timeout)
-        for i, case in enumerate(group):
-            deviations = worst_of_each(itertools.chain.from_iterable(rank[i][0] for rank in ranks))
-            seconds = max(rank[i][1] for rank in ranks)
-            absent = set(tasks[i].initial) - {d.name for d in deviations if d.kind == "gradient"}
-            limit = LIMITS[tasks[i].config.training.param_dtype]["gradient"]
-            lost = tuple(missing(name, "gradient", limit) for name in sorted(absent))
-            yield Verdict(case.layout.mesh, case.layout.schedule, deviations + lost, seconds)
+        yield from _prove_on_one_mesh(list(same_mesh), answers, device, timeout)
 
 
-def _task(case: Case, answers: dict) -> Task:
+def _prove_on_one_mesh(cases: list[Case], answers: Answers, device: str, timeout: float) -> Iterator[Verdict]:
+    tasks = [_task(case, answers) for case in cases]
+    try:
+        ranks = run_on_ranks(_run_tasks, cases[0].layout.world_size, tasks, device, timeout=timeout)
+    except (RuntimeError, TimeoutError) as error:
+        if len(cases) == 1:
+            lost = missing("no answer", "gradient", 0.0)
+            yield Verdict(cases[0].layout.mesh, cases[0].layout.schedule, (lost,), failure=str(error))
+        else:
+            # One case took the others with it: give each ranks of its own.
+            for case in cases:
+                yield from _prove_on_one_mesh([case], answers, device, timeout)
+        return
+    for i, (case, task) in enumerate(zip(cases, tasks, strict=True)):
+        deviations = worst_of_each(itertools.chain.from_iterable(rank[i][0] for rank in ranks))
+        absent = set(task.initial) - {d.name for d in deviations if d.kind == "gradient"}
+        lost_parameters = tuple(missing(name, "gradient", 0.0) for name in sorted(absent))
+        seconds = max(rank[i][1] for rank in ranks)
+        yield Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
+
+
+def _task(case: Case, answers: Answers) -> Task:
     """Inputs and answer depend on the config but not on the mesh: computed once for all meshes."""
     config = case.layout.place(case.config)
     key = repr((override(case.config, {"moe.backend": "auto"}), case.empty_expert))

@@ -1,0 +1,83 @@
+"""The table that ``verify`` prints: live on a terminal, once when piped."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.compare import Verdict
+
+
+class Report:
+    """A context manager; rows are added as they are known, failures explained below the table."""
+
+    def __init__(self, miniature: Config, dtype: str, console: Console | None = None) -> None:
+        # Piped output has no width of its own, and a broken line is hard to search.
+        self.console = console or Console(width=None if Console().is_terminal else 160)
+        self.verdicts: list[Verdict] = []
+        self.table = Table(title=_title(miniature, dtype), title_justify="left")
+        for column in ("mesh", "schedule", "loss", "gradients", "grad norm", "after step", "routing"):
+            self.table.add_column(column)
+        for column in ("worst", "error", "ratio of norms"):
+            self.table.add_column(column, overflow="fold")
+        self.table.add_column("s", justify="right")
+        self.table.add_column("")
+        self.live = Live(self.table, console=self.console, refresh_per_second=4)
+
+    def __enter__(self) -> Report:
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.__exit__(kind, error, trace)
+        for verdict in self.verdicts:
+            if not verdict.ok:
+                self.console.print(_explain(verdict), markup=False, highlight=False)
+
+    def add(self, verdict: Verdict) -> None:
+        """Show one more row."""
+        self.verdicts.append(verdict)
+        worst = verdict.worst
+        errors = [
+            "-" if verdict.failure else f"{verdict.largest(kind):.1e}"
+            for kind in ("loss", "gradient", "grad_norm", "parameter", "routing")
+        ]
+        self.table.add_row(
+            verdict.mesh,
+            verdict.schedule,
+            *errors,
+            worst.name,
+            f"{worst.error:.1e}",
+            f"{worst.ratio:.6g}",
+            f"{verdict.seconds:.1f}",
+            "ok" if verdict.ok else "FAIL",
+            style=None if verdict.ok else "red",
+        )
+
+
+def _title(config: Config, dtype: str) -> str:
+    model, moe, training = config.model, config.moe, config.training
+    experts = f"{moe.num_experts} experts, top {moe.top_k}, {moe.router}" if moe.num_experts else "dense"
+    return (
+        f"Against one plain float64 process: {model.num_layers} blocks, {model.dim} wide, {model.num_heads} heads, "
+        f"{experts}, {training.global_batch_size} x {training.seq_len} tokens, {dtype}"
+    )
+
+
+def _explain(verdict: Verdict) -> str:
+    head = f"{verdict.mesh} {verdict.schedule}: "
+    if verdict.failure:
+        return head + verdict.failure
+    failed = sorted((d for d in verdict.deviations if not d.ok), key=lambda d: d.severity, reverse=True)
+    lines = [
+        f"  {d.kind:<9} {d.name:<44} error {d.error:.2e} (limit {d.limit:.0e}), {d.ratio:.6g} times the oracle's norm"
+        for d in failed[:8]
+    ]
+    more = [f"  … and {len(failed) - 8} more"] if len(failed) > 8 else []
+    return "\n".join([f"{head}{len(failed)} of {len(verdict.deviations)} quantities differ", *lines, *more])
