@@ -59,9 +59,11 @@ def _handle(like: Tensor, *shape: int) -> Tensor:
 
 def _wanted(ctx: Function, index: int) -> bool:
     """Whether this backward pass goes on to the node behind an input. Tracing and unusual callers: yes."""
+    if torch.compiler.is_compiling():
+        return True
     node = ctx.next_functions[index][0]
-    if node is None or torch.compiler.is_compiling():
-        return node is not None
+    if node is None:
+        return False
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for

@@ -1,0 +1,140 @@
+"""Our own grouped GEMMs: which tiles, how many programs, what is launched. The kernels are in :mod:`.gemm_triton`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .gemm_triton import make_tiles_kernel, rows_kernel, weight_kernel
+
+ROW_TILE = 128
+# An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
+_L2_BYTES = 24 << 20
+
+
+class Tile(NamedTuple):
+    """One configuration of a GEMM kernel. ``m`` is ROW_TILE for rows; see ``gemm_triton`` for the rest."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+    epilogue: int
+    """The accumulator is stored in this many column slices, each of which needs shared memory only once."""
+
+
+_HALF = Tile(m=128, n=256, k=64, stages=3, warps=8, epilogue=2)
+# float32 in full precision has no tensor cores: a small tile, right rather than fast.
+_FLOAT = Tile(m=128, n=64, k=32, stages=2, warps=8, epilogue=1)
+
+
+def choose_tile(dtype: torch.dtype, columns: int) -> Tile:
+    """The tile for a result of this many columns."""
+    if dtype == torch.float32:
+        return _FLOAT
+    if columns <= 128:
+        return _HALF._replace(n=128, stages=4, epilogue=1)
+    return _HALF
+
+
+@lru_cache
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _max_row_tiles(rows: int, num_experts: int) -> int:
+    # Every expert may end in a part of a tile.
+    return rows // ROW_TILE + num_experts
+
+
+def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
+    """The tile table's shape: the number of row tiles, then (expert, first row) of each."""
+    return ends_E.new_empty(1 + 2 * _max_row_tiles(rows, ends_E.numel()))
+
+
+def plan(ends_E: Tensor, rows: int) -> Tensor:
+    """Cut each expert's rows into tiles of ROW_TILE, on the device."""
+    table, experts = fake_plan(ends_E, rows), ends_E.numel()
+    make_tiles_kernel[(experts,)](
+        ends_E,
+        table,
+        experts,
+        _max_row_tiles(rows, experts),
+        ROW_TILE=ROW_TILE,
+        EXPERTS=max(2, triton.next_power_of_2(experts)),
+        BLOCK=64,
+    )
+    return table
+
+
+def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
+    """See :data:`moe_dtensor.kernels.grouped.rows_times_weight`."""
+    experts, p, q = w_EPQ.shape
+    columns, inner = (p, q) if transposed else (q, p)
+    out_N = a_N.new_empty(a_N.shape[0], columns)
+    tile = choose_tile(a_N.dtype, columns)
+    weight_block = [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]
+    # Many row tiles share a weight that L2 does not hold: let them go side by side.
+    group = 1 if p * q * w_EPQ.itemsize <= _L2_BYTES else 12
+    programs = _num_programs(a_N.device)
+    rows_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a_N, [ROW_TILE, tile.k]),
+        TensorDescriptor.from_tensor(w_EPQ, weight_block),
+        create_ragged_descriptor(out_N, [ROW_TILE, tile.n // tile.epilogue]),
+        ends_E,
+        plan,
+        _max_row_tiles(a_N.shape[0], experts),
+        columns,
+        inner,
+        TRANSPOSED=transposed,
+        GROUP=group,
+        ROW_TILE=ROW_TILE,
+        COLUMN_TILE=tile.n,
+        INNER_TILE=tile.k,
+        EPILOGUE=tile.epilogue,
+        PROGRAMS=programs,
+        PRECISION=_precision(a_N),
+        num_stages=tile.stages,
+        num_warps=tile.warps,
+    )
+    return out_N
+
+
+def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
+    """See :data:`moe_dtensor.kernels.grouped.weight_gradient`."""
+    experts, p, q = ends_E.numel(), l_NP.shape[1], r_NQ.shape[1]
+    out_EPQ = l_NP.new_empty(experts, p, q)
+    tile = choose_tile(l_NP.dtype, q)
+    programs = _num_programs(l_NP.device)
+    weight_kernel[(programs,)](
+        create_ragged_descriptor(l_NP, [tile.k, tile.m]),
+        create_ragged_descriptor(r_NQ, [tile.k, tile.n]),
+        TensorDescriptor.from_tensor(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),
+        ends_E,
+        experts,
+        p,
+        q,
+        P_TILE=tile.m,
+        Q_TILE=tile.n,
+        ROWS_TILE=tile.k,
+        EPILOGUE=tile.epilogue,
+        GROUP=8,
+        PROGRAMS=programs,
+        PRECISION=_precision(l_NP),
+        num_stages=tile.stages,
+        num_warps=tile.warps,
+    )
+    return out_EPQ
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
