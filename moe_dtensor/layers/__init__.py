@@ -1,0 +1,1 @@
+"""Modules written as for one device. They know no mesh."""

@@ -1,0 +1,37 @@
+"""One transformer block. B sequences, S positions, D width, E experts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.layers.attention import Attention
+from moe_dtensor.layers.feed_forward import FeedForward
+from moe_dtensor.layers.moe import MoE
+from moe_dtensor.layers.norm import build_norm
+
+
+class Block(nn.Module):
+    """Attention, then experts or a dense feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, config: Config, is_moe: bool) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = build_norm(config)
+        if is_moe:
+            self.moe = MoE(config)
+        else:
+            self.feed_forward = FeedForward(config.model.dim, config.model.hidden_dim, config.model.activation)
+        self.is_moe = is_moe
+
+    def forward(
+        self, x_BSD: Tensor, positions_BS: Tensor | None, documents_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream ``(B, S, D)`` after the block, and the load ``(E,)`` of its experts if it has any."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions_BS, documents_BS)
+        h_BSD = self.ffn_norm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.feed_forward(h_BSD), None
+        y_BSD, load_E = self.moe(h_BSD)
+        return x_BSD + y_BSD, load_E

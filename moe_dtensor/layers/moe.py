@@ -1,0 +1,82 @@
+"""Experts and the mixture. B sequences, S positions, D width, F expert hidden width, G 2 if gated else 1,
+E experts, K choices, T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moe_dtensor.config.resolve import GATED
+from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.experts import expert_mlp
+from moe_dtensor.layers.feed_forward import FeedForward
+from moe_dtensor.layers.router import Router
+
+
+class Experts(nn.Module):
+    """The expert MLPs, as grouped GEMMs over stacked weights. May hold a run of all experts from ``first_expert``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        moe, dim = config.moe, config.model.dim
+        gates = 2 if config.model.activation in GATED else 1
+        self.w_up = nn.Parameter(torch.empty(moe.num_experts, gates, moe.hidden_dim, dim))
+        self.w_down = nn.Parameter(torch.empty(moe.num_experts, dim, moe.hidden_dim))
+        self.activation = config.model.activation
+        self.backend = moe.backend
+        self.first_expert = 0
+
+    def forward(self, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
+        """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; no copy is dropped."""
+        y_TD = expert_mlp(
+            x_BSD.flatten(0, 1),
+            self.w_up,
+            self.w_down,
+            gate_BSK.flatten(0, 1),
+            expert_BSK.flatten(0, 1),
+            activation=self.activation,
+            backend=self.backend,
+            first_expert=self.first_expert,
+        )
+        return y_TD.view(x_BSD.shape)
+
+
+Dispatch = Callable[[Experts, FeedForward | None, Tensor, Tensor, Tensor], Tensor]
+
+
+def run_experts(
+    experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
+) -> Tensor:
+    """Experts and shared expert on the tokens at hand: all there is to dispatch on one device."""
+    y_BSD = experts(x_BSD, gate_BSK, expert_BSK)
+    return y_BSD if shared is None else y_BSD + shared(x_BSD)
+
+
+class MoE(nn.Module):
+    """A dropless mixture of experts in place of a feed-forward.
+
+    ``dispatch`` brings tokens to experts and sums what comes back; where experts live is its business alone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        moe = config.moe
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = (
+            FeedForward(config.model.dim, moe.num_shared_experts * moe.hidden_dim, config.model.activation)
+            if moe.num_shared_experts
+            else None
+        )
+        self.dispatch: Dispatch = run_experts
+        self.num_experts = moe.num_experts
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Output ``(B, S, D)``, and how many copies of these tokens went to each expert, ``(E,)`` int64."""
+        gate_BSK, expert_BSK = self.router(x_BSD)
+        y_BSD = self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK)
+        ids_E = torch.arange(self.num_experts, device=expert_BSK.device)
+        load_E = (expert_BSK[..., None] == ids_E).flatten(0, -2).sum(0)
+        return y_BSD, load_E

@@ -1,0 +1,1 @@
+"""The transformer, its initial values, its parameter and FLOP counts."""

@@ -1,0 +1,101 @@
+"""The transformer, or a run of its blocks. B sequences, S positions, D width, V vocabulary, L MoE blocks, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe_dtensor.config.resolve import moe_layers, padded_vocab
+from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.cross_entropy import cross_entropy
+from moe_dtensor.layers.block import Block
+from moe_dtensor.layers.embedding import Embedding
+from moe_dtensor.layers.norm import build_norm
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer; a pipeline stage is the same class with fewer blocks.
+
+    Args:
+        config: resolved.
+        layers: indices of the blocks to hold.
+        first: hold the embedding.
+        last: hold the final norm and the head.
+    """
+
+    def __init__(self, config: Config, layers: Iterable[int], first: bool = True, last: bool = True) -> None:
+        super().__init__()
+        rows, dim, with_experts = padded_vocab(config), config.model.dim, moe_layers(config)
+        layers = list(layers)
+        self.is_first, self.is_last = first, last
+        if first:
+            self.tok_embeddings = Embedding(rows, dim)
+        # Keyed by the index in the whole model, so that names do not depend on the split.
+        self.layers = nn.ModuleDict({str(i): Block(config, i in with_experts) for i in layers})
+        if last:
+            self.norm = build_norm(config)
+            if not config.model.tie_embeddings:
+                self.output = nn.Linear(dim, rows, bias=False)
+        self.token_loss: TokenLoss = _cross_entropy
+        self.before_head: Callable[[Tensor], Tensor] = _identity
+        self.moe_layers = [i for i in layers if i in with_experts]
+        self.load_LE: Tensor | None = None
+        """Copies sent to each expert of each MoE block since the last :meth:`take_load`, of the tokens seen here."""
+
+    def forward(
+        self,
+        x: Tensor,
+        labels_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Run the held blocks.
+
+        Args:
+            x: tokens ``(B, S)`` if this is the first part, else the stream ``(B, S, D)``.
+            labels_BS: next tokens, -100 where there is none; the last part then returns losses.
+            positions_BS: position of each token in its document; None: in its sequence.
+            documents_BS: document of each token; None: no document mask.
+
+        Returns:
+            The stream ``(B, S, D)``; from the last part the summed loss of each sequence ``(B,)``,
+            or without labels the logits ``(B, S, V)``.
+        """
+        if self.is_first:
+            x = self.tok_embeddings(x)
+        loads = []
+        for block in self.layers.values():
+            x, load_E = block(x, positions_BS, documents_BS)
+            if load_E is not None:
+                loads.append(load_E)
+        if loads and self.training:
+            load_LE = torch.stack(loads)
+            self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        if not self.is_last:
+            return x
+        logits_BSV = self.head(self.before_head(self.norm(x)))
+        return logits_BSV if labels_BS is None else self.token_loss(logits_BSV, labels_BS).sum(-1)
+
+    def head(self, x_BSD: Tensor) -> Tensor:
+        """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
+        if hasattr(self, "output"):
+            return self.output(x_BSD)
+        return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
+
+    def take_load(self) -> Tensor | None:
+        """The load ``(L, E)`` gathered since the last call, and start again; None without MoE blocks."""
+        load_LE, self.load_LE = self.load_LE, None
+        return load_LE
+
+
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    return cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).view(labels_BS.shape)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

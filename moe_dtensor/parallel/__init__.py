@@ -1,0 +1,1 @@
+"""The only room that knows DTensor and process groups."""

@@ -1,0 +1,43 @@
+"""How a part of the model becomes parallel: every transform, in order."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dtensor.config.resolve import num_stages, rank_stages, stage_layers
+from moe_dtensor.config.schema import Config
+from moe_dtensor.model.initial import init_weights
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.compiling import apply_compile
+from moe_dtensor.parallel.fsdp import apply_fsdp
+from moe_dtensor.parallel.recompute import apply_recompute
+from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
+
+
+def build_parts(config: Config, mesh: DeviceMesh, device: torch.device) -> list[Transformer]:
+    """The model parts (pipeline stages) of this rank, parallel and initialised.
+
+    Built on meta, so that no rank ever holds more than its own share.
+    """
+    parts = []
+    for stage in rank_stages(config, mesh["pp"].get_local_rank()):
+        with torch.device("meta"):
+            part = Transformer(
+                config, stage_layers(config, stage), first=stage == 0, last=stage == num_stages(config) - 1
+            )
+        part.to(getattr(torch, config.training.dtype))
+        parallelize(part, config, mesh)
+        part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
+        init_weights(part, config)
+        parts.append(part)
+    return parts
+
+
+def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
+    """tp and experts, then recomputation, then compilation, then FSDP around all of it."""
+    shard_parameters(part, config, mesh["tp"])
+    install_collectives(part, config, mesh["tp"])
+    apply_recompute(part, config)
+    apply_compile(part, config)
+    apply_fsdp(part, config, mesh["dp"])

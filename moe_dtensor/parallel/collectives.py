@@ -1,0 +1,66 @@
+"""The collectives that a forward pass needs over one mesh axis, each with its exact gradient.
+
+All are DTensor redistributions of plain tensors. The gradient of what every rank computes alike is alike
+on every rank (Replicate); of what each rank computes a share of, it is a share (Partial). On an axis
+of size 1 each is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+
+def _move(x: Tensor, mesh: DeviceMesh, source: Placement, target: Placement, gradient: Placement) -> Tensor:
+    if mesh.size() == 1:
+        return x
+    whole = DTensor.from_local(x, mesh, [source], run_check=False)
+    return whole.redistribute(placements=[target]).to_local(grad_placements=[gradient])
+
+
+def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """All-gather along ``dim``; each rank then uses the whole for a share of the work. Backward: reduce-scatter."""
+    return _move(x, mesh, Shard(dim), Replicate(), Partial())
+
+
+def gather_alike(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """All-gather along ``dim``; every rank then computes the same. Backward: each rank takes its own slice."""
+    return _move(x, mesh, Shard(dim), Replicate(), Replicate())
+
+
+def copy(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The identity for what every rank holds and uses for a share of the work. Backward: all-reduce."""
+    return _move(x, mesh, Replicate(), Replicate(), Partial())
+
+
+def reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Sum the ranks' shares; every rank then computes the same. Backward: the identity."""
+    return _move(x, mesh, Partial(), Replicate(), Replicate())
+
+
+def reduce_shares(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Sum the ranks' shares; each rank uses the sum for a share of the work. Backward: all-reduce."""
+    return _move(x, mesh, Partial(), Replicate(), Partial())
+
+
+def reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """Sum the ranks' shares and keep one slice of ``dim`` each. Backward: all-gather."""
+    return _move(x, mesh, Partial(), Shard(dim), Shard(dim))
+
+
+def own_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's slice of ``dim`` of a tensor that every rank holds whole. For data without gradient."""
+    return x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
+
+
+@torch.no_grad()
+def all_reduce(x: Tensor, mesh: DeviceMesh, op: str = "sum") -> Tensor:
+    """Combine over the axis by ``sum`` or ``max``, into a new tensor. Without gradient."""
+    if mesh.size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=mesh.get_group())
+    return x

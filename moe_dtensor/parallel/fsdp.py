@@ -1,0 +1,50 @@
+"""FSDP2 over the dp axis: block by block, gradients summed, never averaged."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.plan import build_plan, find_row
+
+
+def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
+    """Shard a part's parameters over dp, each along the dimension that the placement table names.
+
+    Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums the gradients' shares over tp.
+    """
+    plan = build_plan(config)
+    dims = {param: find_row(plan, name).dp for name, param in part.named_parameters()}
+    training, fsdp = config.training, config.fsdp
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, training.param_dtype),
+        reduce_dtype=getattr(torch, training.reduce_dtype),
+        cast_forward_inputs=False,
+    )
+    offload: OffloadPolicy = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
+    for module in [*part.layers.values(), part]:
+        fully_shard(
+            module,
+            mesh=dp,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=fsdp.reshard_after_forward == "always",
+            shard_placement_fn=lambda param: Shard(dims[param]),
+        )
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, so that nothing is scaled twice; gloo has no PREMUL_SUM, so the sum is forced.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(part: nn.Module, sync: bool) -> None:
+    """Whether the next backward reduces gradients over dp, or only accumulates them."""
+    assert isinstance(part, FSDPModule)
+    part.set_is_last_backward(sync)
+    part.set_requires_gradient_sync(sync)

@@ -1,0 +1,138 @@
+"""Forward and backward over all microbatches of a step: through pipeline stages, or one after the other."""
+
+from __future__ import annotations
+
+import warnings
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from moe_dtensor.config.resolve import microbatches, num_stages, rank_stages
+from moe_dtensor.config.schema import Config
+from moe_dtensor.data.loader import Batch
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.fsdp import sync_gradients
+
+
+class Runner(Protocol):
+    """What runs a step's microbatches on one rank."""
+
+    def step(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward over this rank's sequences; its summed loss times ``scale``, a scalar."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward only; the summed loss, a scalar."""
+
+
+def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> Runner:
+    """Accumulation for pp = 1, else the pipeline schedule."""
+    if config.mesh.pp == 1:
+        return Accumulation(parts[0], config.training.microbatch_size)
+    return Pipeline(parts, config, mesh, device)
+
+
+def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
+    """Cut a batch into microbatches of ``size`` sequences: the arguments of the model for each."""
+    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS)
+    count = batch.tokens_BS.shape[0] // size
+    return list(zip(*([None] * count if x is None else x.split(size) for x in fields), strict=True))
+
+
+class Accumulation:
+    """pp = 1: one microbatch after the other, gradients reduced with the last."""
+
+    def __init__(self, part: Transformer, microbatch_size: int) -> None:
+        self.part = part
+        self.microbatch_size = microbatch_size
+
+    def step(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward; the summed loss times ``scale``, a scalar."""
+        chunks = split(batch, self.microbatch_size)
+        losses = []
+        for i, arguments in enumerate(chunks):
+            sync_gradients(self.part, i == len(chunks) - 1)
+            loss = self.part(*arguments).sum() * scale
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward only; the summed loss."""
+        return torch.stack([self.part(*arguments).sum() for arguments in split(batch, self.microbatch_size)]).sum()
+
+
+class Pipeline:
+    """pp > 1: a schedule of torch.distributed.pipelining over this rank's stages."""
+
+    def __init__(self, parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> None:
+        stages = rank_stages(config, mesh["pp"].get_local_rank())
+        self.has_first = 0 in stages
+        self.has_last = num_stages(config) - 1 in stages
+        self.scale: Tensor | None = None
+        self.stages = [
+            _build_stage(part, index, config, mesh, device) for part, index in zip(parts, stages, strict=True)
+        ]
+        schedule_class = get_schedule_class(config.pipeline.schedule)
+        self.schedule = schedule_class(
+            self.stages[0] if issubclass(schedule_class, PipelineScheduleSingle) else self.stages,  # type: ignore[arg-type]
+            n_microbatches=microbatches(config),
+            loss_fn=self._scaled,
+            scale_grads=False,
+        )
+        self.device = device
+
+    def _scaled(self, loss_B: Tensor, _labels: Tensor) -> Tensor:
+        assert self.scale is not None
+        return loss_B.sum() * self.scale
+
+    def step(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward; the summed loss times ``scale``, on ranks without the last stage 0."""
+        self.scale = scale
+        return self._run(batch, self.schedule.step)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward only; the summed loss, on ranks without the last stage 0."""
+        self.scale = torch.ones((), device=self.device)
+        return self._run(batch, self.schedule.eval)
+
+    def _run(self, batch: Batch, run: Callable[..., Any]) -> Tensor:
+        names = ("labels_BS", "positions_BS", "documents_BS")
+        kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+        losses: list[Tensor] = []
+        run(
+            *((batch.tokens_BS,) if self.has_first else ()),
+            target=batch.labels_BS if self.has_last else None,
+            losses=losses if self.has_last else None,
+            **kwargs,
+        )
+        return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=self.device)
+
+
+def _build_stage(
+    part: Transformer, index: int, config: Config, mesh: DeviceMesh, device: torch.device
+) -> PipelineStage:
+    """A stage whose shapes are given, so that nothing is run to infer them."""
+    training, model = config.training, config.model
+    length = training.seq_len // (mesh["tp"].size() if config.mesh.sequence_parallel else 1)
+    dtype = getattr(torch, training.param_dtype)
+    stream = torch.empty(training.microbatch_size, length, model.dim, device="meta", dtype=dtype, requires_grad=True)
+    tokens = torch.empty(training.microbatch_size, training.seq_len, device="meta", dtype=torch.int64)
+    loss_dtype = torch.promote_types(dtype, torch.float32)
+    loss = torch.empty(training.microbatch_size, device="meta", dtype=loss_dtype, requires_grad=True)
+    return PipelineStage(
+        part,
+        index,
+        num_stages(config),
+        device,
+        input_args=(tokens if part.is_first else stream,),
+        output_args=(loss if part.is_last else stream,),
+        group=mesh["pp"].get_group(),
+    )

@@ -1,0 +1,86 @@
+"""Where every parameter lives: one table from its name to its place on the mesh. Data only, no process group.
+
+FSDP splits the model width D of every weight over dp, tensor and expert parallelism split heads, hidden
+units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_dtensor.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """The placement of all parameters whose name (without ``layers.<i>.``) matches."""
+
+    pattern: str
+    """Regular expression for the whole name."""
+    dp: int
+    """Dimension that FSDP splits over dp."""
+    tp: int | None
+    """Dimension split over tp; None: each tp rank holds the whole."""
+    gradient: Literal["whole", "tokens", "heads"] = "whole"
+    """What one tp rank's gradient covers when tp does not split the weight. tokens: its own tokens under sequence
+    parallelism, all of them otherwise; heads: its own heads always. A share is summed over tp."""
+
+
+PLAN: tuple[Row, ...] = (
+    Row(r"tok_embeddings\.weight", dp=1, tp=0),
+    Row(r"(attention_norm|ffn_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
+    Row(r"attention\.wq\.weight", dp=1, tp=0),
+    Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
+    Row(r"attention\.wo\.weight", dp=0, tp=1),
+    Row(r"attention\.[qk]_norm\.weight", dp=0, tp=0),
+    Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
+    Row(r"feed_forward\.down\.weight", dp=0, tp=1),
+    Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
+    Row(r"moe\.experts\.w_up", dp=3, tp=0),
+    Row(r"moe\.experts\.w_down", dp=1, tp=0),
+    Row(r"moe\.shared\.(gate|up)\.weight", dp=1, tp=0),
+    Row(r"moe\.shared\.down\.weight", dp=0, tp=1),
+    Row(r"output\.weight", dp=1, tp=0),
+)
+
+
+def build_plan(config: Config) -> tuple[Row, ...]:
+    """The table for one config: heads that cannot be split over tp are held whole."""
+    whole: set[str] = set()
+    if config.model.num_kv_heads % config.mesh.tp:
+        whole |= {r"attention\.w[kv]\.weight"}
+    rows = []
+    for row in PLAN:
+        if row.pattern in whole:
+            row = Row(row.pattern, row.dp, tp=None, gradient="heads")
+        rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]
+    return tuple(rows)
+
+
+def _qk_norm_rows(config: Config) -> list[Row]:
+    """Over the whole width a norm is split as its projection is; over one head every rank holds it."""
+    if config.model.qk_norm == "none":
+        return []
+    shared = Row(r"attention\.[qk]_norm\.weight", dp=0, tp=None, gradient="heads")
+    if config.model.qk_norm == "head":
+        return [shared]
+    split_kv = config.model.num_kv_heads % config.mesh.tp == 0
+    return [
+        Row(r"attention\.q_norm\.weight", dp=0, tp=0),
+        Row(r"attention\.k_norm\.weight", dp=0, tp=0 if split_kv else None, gradient="heads"),
+    ]
+
+
+def find_row(plan: tuple[Row, ...], name: str) -> Row:
+    """The one row for a parameter.
+
+    Raises:
+        ValueError: no row matches, or more than one.
+    """
+    short = re.sub(r"^layers\.\d+\.", "", name)
+    rows = [row for row in plan if re.fullmatch(row.pattern, short)]
+    if len(rows) != 1:
+        raise ValueError(f"Parameter {name} matches {len(rows)} rows of the placement table; it needs exactly one.")
+    return rows[0]

@@ -1,0 +1,160 @@
+"""Tensor, sequence and expert parallelism: parameters become DTensors, and collectives go on the borders of layers.
+
+Layers stay as written for one device. They see the local part of each weight, and hooks bring the tokens
+together before a split layer and sum the parts after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.layers.attention import Attention
+from moe_dtensor.layers.embedding import Embedding
+from moe_dtensor.layers.feed_forward import FeedForward
+from moe_dtensor.layers.moe import MoE
+from moe_dtensor.layers.norm import HeadsNorm
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel import collectives
+from moe_dtensor.parallel.dispatch import AllGatherDispatch
+from moe_dtensor.parallel.loss import build_token_loss
+from moe_dtensor.parallel.plan import Row, build_plan, find_row
+
+
+def shard_parameters(part: Transformer, config: Config, tp: DeviceMesh) -> None:
+    """Turn every parameter into a DTensor on tp, by the placement table, and let layers see its local part."""
+    plan = build_plan(config)
+    for module_name, module in part.named_modules():
+        gradients: dict[str, Placement] = {}
+        for name, param in list(module.named_parameters(recurse=False)):
+            row = find_row(plan, f"{module_name}.{name}" if module_name else name)
+            placement: Placement = Replicate() if row.tp is None else Shard(row.tp)
+            sharded = distribute_tensor(param.detach(), tp, [placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(sharded))
+            gradients[name] = _gradient_placement(row, config)
+        if gradients:
+            _show_local(module, gradients)
+
+
+def _gradient_placement(row: Row, config: Config) -> Placement:
+    """What the gradient of the local part is on tp, as the row tells."""
+    if row.tp is not None:
+        return Shard(row.tp)
+    if row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel):
+        return Partial()
+    return Replicate()
+
+
+def _show_local(module: nn.Module, gradients: dict[str, Placement]) -> None:
+    """Let ``module.<name>`` read as the local tensor, whose gradient flows back with the given placement.
+
+    The parameter itself stays where FSDP, the optimizer and checkpoints look for it: in ``named_parameters()``.
+    """
+    module.__class__ = _local_view_class(type(module), tuple(gradients.items()))
+
+
+@functools.cache
+def _local_view_class(cls: type[nn.Module], gradients: tuple[tuple[str, Placement], ...]) -> type[nn.Module]:
+    # One class for all layers alike, so that torch.compile compiles them once.
+    return type(cls.__name__, (cls,), {name: _local_view(name, placement) for name, placement in gradients})
+
+
+def _local_view(name: str, gradient: Placement) -> property:
+    def view(module: nn.Module) -> Tensor:
+        param = module._parameters[name]
+        # On (dp, tp) it is sharded by FSDP and not in use: FSDP itself is looking.
+        return param if param.device_mesh.ndim > 1 else param.to_local(grad_placements=[gradient])
+
+    return property(view)
+
+
+def install_collectives(part: Transformer, config: Config, tp: DeviceMesh) -> None:
+    """Put the tp collectives on the borders of the split layers, and tell each layer which part it holds."""
+    if tp.size() == 1:
+        part.token_loss = build_token_loss(config, tp)
+        return
+    borders = Borders(tp, config.mesh.sequence_parallel)
+    rank = tp.get_local_rank()
+    for module in part.modules():
+        if isinstance(module, Embedding):
+            module.first_row = rank * (module.num_rows // tp.size())
+            module.register_forward_hook(lambda _module, _args, y: borders.leave(y))
+        elif isinstance(module, Attention):
+            borders.wrap(module)
+            _split_heads(module, config, tp)
+        elif isinstance(module, MoE):
+            module.experts.first_expert = rank * (module.num_experts // tp.size())
+            module.dispatch = AllGatherDispatch(borders.enter, borders.leave, borders.enter_data)
+            if config.mesh.sequence_parallel:
+                module.router.gather_positions = borders.enter_data
+                module.router.own_positions = functools.partial(collectives.own_slice, mesh=tp, dim=1)
+    for name, module in part.named_modules():
+        # A shared expert works inside the MoE's dispatch, where the tokens are together already.
+        if isinstance(module, FeedForward) and not name.endswith("moe.shared"):
+            borders.wrap(module)
+    if part.is_last:
+        part.before_head = borders.enter
+        part.token_loss = build_token_loss(config, tp)
+
+
+class Borders:
+    """The two sides of a split layer.
+
+    With sequence parallelism the stream ``(B, S, D)`` is split over S outside of split layers:
+    all-gather in, reduce-scatter out. Without, every rank holds it: nothing in, all-reduce out.
+    """
+
+    def __init__(self, tp: DeviceMesh, sequence_parallel: bool) -> None:
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens, for a share of the work."""
+        return collectives.gather(x, self.tp, 1) if self.sequence_parallel else collectives.copy(x, self.tp)
+
+    def enter_data(self, x: Tensor) -> Tensor:
+        """The same without gradient."""
+        with torch.no_grad():
+            return collectives.gather_alike(x, self.tp, 1) if self.sequence_parallel else x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Sum the shares, back to how the stream is held."""
+        return collectives.reduce_scatter(y, self.tp, 1) if self.sequence_parallel else collectives.reduce(y, self.tp)
+
+    def wrap(self, module: nn.Module) -> None:
+        """Put both borders around a module whose first argument and output are the stream."""
+        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0]), *args[1:]))
+        module.register_forward_hook(lambda _module, _args, y: self.leave(y))
+
+
+def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
+    """Key/value heads that are fewer than ranks are held whole; each rank then uses the one its queries need."""
+    copies = 1
+    if config.model.num_kv_heads % tp.size():
+        copies = tp.size() // config.model.num_kv_heads
+        head = tp.get_local_rank() // copies
+        rows = slice(head * config.model.head_dim, (head + 1) * config.model.head_dim)
+        _show_rows(attention.wk, rows)
+        _show_rows(attention.wv, rows)
+        if isinstance(attention.k_norm if config.model.qk_norm != "none" else None, HeadsNorm):
+            _show_rows(attention.k_norm, rows)
+    if config.model.qk_norm == "full":
+        attention.q_norm.sum_parts = _sum_over(tp, 1)
+        attention.k_norm.sum_parts = _sum_over(tp, copies)
+
+
+def _show_rows(module: nn.Module, rows: slice) -> None:
+    """Let ``module.weight`` read as some of its rows."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), {"weight": property(lambda self: cls.weight.fget(self)[rows])})
+
+
+def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor], Tensor]:
+    """Sum parts over tp when each part is held by ``copies`` ranks."""
+    return lambda x: collectives.reduce_shares(x, tp) / copies

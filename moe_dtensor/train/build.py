@@ -1,0 +1,73 @@
+"""Config → the parts of a training run on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dtensor.config.check import check
+from moe_dtensor.config.schema import Config
+from moe_dtensor.data import Corpus
+from moe_dtensor.mesh import build_mesh
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.apply import build_parts
+from moe_dtensor.parallel.pipeline import Runner, build_runner
+from moe_dtensor.train.optimizer import Optimizers, build_optimizers
+from moe_dtensor.train.schedule import Schedule, build_schedulers
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one rank trains with."""
+
+    config: Config
+    """Resolved."""
+    mesh: DeviceMesh
+    """(dp, pp, tp)."""
+    device: torch.device
+    parts: list[Transformer]
+    """Model parts (pipeline stages) of this rank, in the order of their blocks."""
+    runner: Runner
+    """Runs forward and backward over a step's microbatches."""
+    optimizers: Optimizers
+    schedule: Schedule
+
+
+def set_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """Fill in ``model.vocab_size`` from the tokenizer where the config leaves it open."""
+    if config.model.vocab_size:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
+
+
+def build(config: Config, device: torch.device) -> Trainer:
+    """Build all parts over the default process group.
+
+    Args:
+        config: resolved, with ``model.vocab_size``.
+        device: of this rank.
+    """
+    check(config, torch.distributed.get_world_size())
+    set_determinism(config)
+    mesh = build_mesh(config, device)
+    parts = build_parts(config, mesh, device)
+    for part in parts:
+        part.train()
+    optimizers = build_optimizers(parts, config)  # type: ignore[arg-type]
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        device=device,
+        parts=parts,
+        runner=build_runner(parts, config, mesh, device),
+        optimizers=optimizers,
+        schedule=build_schedulers(optimizers, config),
+    )
+
+
+def set_determinism(config: Config) -> None:
+    """Seed torch, and with ``training.deterministic`` allow only algorithms that repeat bit for bit."""
+    torch.manual_seed(config.training.seed)
+    torch.use_deterministic_algorithms(config.training.deterministic)
