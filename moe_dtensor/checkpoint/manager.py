@@ -7,7 +7,6 @@ keyed by parameter name and hold full tensors, in pieces, so a run on any other 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from moe_dtensor.checkpoint.folder import AtomicWriter, remove_partial, step_folder, whole_steps
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.schema import Config
 
 
@@ -72,7 +72,7 @@ class CheckpointManager:
         is raised by the next ``save`` or ``wait``.
         """
         self.wait()
-        self._on_rank_0(lambda: remove_partial(self.folder))
+        on_rank_0(lambda: remove_partial(self.folder), self._group)
         state = {**self._tensors(), **self._values(step)}
         writer = AtomicWriter(self.folder, step, self._options.keep_last)
         if self._options.async_save:
@@ -88,7 +88,7 @@ class CheckpointManager:
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint, or None; the same on every rank."""
-        steps = self._on_rank_0(lambda: whole_steps(self.folder))
+        steps = on_rank_0(lambda: whole_steps(self.folder), self._group)
         return steps[-1] if steps else None
 
     def load_latest(self) -> int | None:
@@ -133,21 +133,6 @@ class CheckpointManager:
             "rng": {_rng_key(): _rng()},
             "step": step,
         }
-
-    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
-        """Result of ``work()`` on rank 0, on every rank: file systems may show others an older view."""
-        if self._group is None:
-            return work()
-        result: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                result = [work()]
-            except OSError as error:
-                result = [error]
-        dist.broadcast_object_list(result, src=0, group=self._group)
-        if isinstance(result[0], OSError):
-            raise result[0]
-        return result[0]
 
 
 def _rng_key() -> str:

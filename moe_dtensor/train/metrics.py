@@ -1,0 +1,165 @@
+"""Turns what a step returns into records, with one read from the device per logging interval."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.train.sinks import Record, Sink
+
+# Dense bf16 tensor-core FLOP/s by a fragment of the device's name, from the makers' data sheets (without
+# sparsity). The first fragment that fits counts.
+_PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("A10G", 70e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device by its data sheet; None on CPUs and for cards not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for fragment, flops in _PEAK_FLOPS if fragment in name), None)
+
+
+class Meter:
+    """Collects each step's values and hands one record per step to the sinks, on rank 0.
+
+    Values stay on the device until ``metrics.log_interval`` steps are together (or :meth:`flush`); then
+    one copy brings them over. So times, throughput and memory are the mean (the peak) over the interval.
+
+    Args:
+        config: ``[metrics]`` and the batch's size.
+        device: of this rank.
+        sinks: where records go. Empty, as on ranks other than 0: nothing is read or kept.
+        world_size: ranks that share the work, for MFU.
+        flops_per_token: forward and backward FLOPs of one token; 0 leaves MFU out.
+        layers: block indices that name the entries of vector values, in their order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        sinks: Sequence[Sink],
+        world_size: int = 1,
+        flops_per_token: float = 0.0,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self._device = device
+        self._sinks = sinks
+        self._log_interval = config.metrics.log_interval
+        self._tokens_per_step = config.training.global_batch_size * config.training.seq_len
+        self._layers = [str(layer) for layer in layers]
+        peak = peak_flops(device)
+        self._mfu_per_token_rate = flops_per_token / (peak * world_size) if peak else 0.0
+        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._since = time.perf_counter()
+
+    def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Take the values of a finished step.
+
+        Args:
+            step: its number, from 1.
+            values: by name; numbers, tensors of one element, or vectors with one entry for each of ``layers``.
+                Tensors must not be written to later.
+        """
+        if not self._sinks:
+            return
+        self._steps.append((step, dict(values)))
+        if step % self._log_interval == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the records of all steps so far. Call before a checkpoint, so that none is missing after a resume."""
+        if not self._steps:
+            return
+        records = [{"step": step, **self._named(values)} for step, values in _read(self._steps)]
+        now = time.perf_counter()
+        shared = self._measure((now - self._since) / len(records))
+        self._since = now
+        self._steps = []
+        for record in records:
+            record = {**record, "tokens": record["step"] * self._tokens_per_step, **shared}
+            for sink in self._sinks:
+                sink.log(record)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (a checkpoint, a validation) does not count as time of the steps."""
+        if self._sinks and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Write what is left and close the sinks."""
+        self.flush()
+        for sink in self._sinks:
+            sink.close()
+
+    def _named(self, values: Mapping[str, float | list[float]]) -> Record:
+        """Vectors become dicts by layer."""
+        return {
+            name: dict(zip(self._layers, value, strict=True)) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+
+    def _measure(self, step_seconds: float) -> Record:
+        tokens_per_second = self._tokens_per_step / step_seconds
+        measured = {
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "peak_memory_gib": _peak_memory(self._device) / 2**30,
+        }
+        if self._mfu_per_token_rate:
+            measured["mfu"] = self._mfu_per_token_rate * tokens_per_second
+        return measured
+
+
+def _read(
+    steps: Sequence[tuple[int, Mapping[str, Tensor | float]]],
+) -> Iterator[tuple[int, dict[str, float | list[float]]]]:
+    """The steps with tensors as numbers, through one copy to the host."""
+    tensors = [value for _, values in steps for value in values.values() if isinstance(value, Tensor)]
+    # float64 holds every narrower value as it is.
+    joined = torch.cat([t.detach().reshape(-1).double() for t in tensors]).tolist() if tensors else []
+    position = 0
+    for step, values in steps:
+        numbers: dict[str, float | list[float]] = {}
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                numbers[name] = value
+                continue
+            entries = joined[position : position + value.numel()]
+            position += value.numel()
+            numbers[name] = entries if value.ndim else entries[0]
+        yield step, numbers
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: on a GPU of tensors since the last call, on a CPU of the process since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    # Kibibytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

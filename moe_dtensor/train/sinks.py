@@ -1,0 +1,133 @@
+"""Where records go besides the terminal: a JSON-lines file, TensorBoard, Weights & Biases.
+
+A record is a dict with ``step``, scalars, and per-layer values as ``{name: {layer: value}}``. One process
+(rank 0) owns the sinks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.schema import Config
+
+Record = dict[str, Any]
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FOLDER = "wandb"
+
+
+class Sink(Protocol):
+    """Takes records, in the order of their steps."""
+
+    def log(self, record: Record) -> None:
+        """Take one step's record."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+
+
+class JsonLines:
+    """One JSON object per line, on disk as soon as it is logged. A value that is not finite is ``null``."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        """Append the record."""
+        self._file.write(json.dumps(_json(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard events; per-layer values are ``<name>/layer_<i>``.
+
+    Args:
+        folder: of the event files.
+        start_step: steps already taken. Later events, of a run cut short, are hidden.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def log(self, record: Record) -> None:
+        """Add one point to every curve."""
+        for name, value in _flat(record):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on in the same chart (by ``run_id``)."""
+
+    def __init__(self, config: Config, folder: Path, run_id: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.metrics.wandb_project,
+            name=folder.name,
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+            config=asdict(config),
+        )
+
+    def log(self, record: Record) -> None:
+        """Send one step."""
+        self._run.log(dict(_flat(record)), step=record["step"])
+
+    def close(self) -> None:
+        """Wait for what is not sent yet."""
+        self._run.finish()
+
+
+def check_sinks(config: Config) -> None:
+    """Raise ConfigError if a sink asked for is not installed. Cheap: every rank calls it at start-up."""
+    if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.wandb = true needs the package wandb, which is not installed.",
+            'Run `pip install "moe_dtensor[wandb]"` (from a clone: `pip install -e ".[wandb]"`), '
+            "or set metrics.wandb = false.",
+        )
+
+
+def build_sinks(config: Config, folder: Path, run_id: str, start_step: int) -> list[Sink]:
+    """Open the sinks of ``[metrics]`` in the run's folder, to go on after ``start_step`` steps."""
+    check_sinks(config)
+    sinks: list[Sink] = [JsonLines(folder / METRICS_FILE)]
+    if config.metrics.tensorboard:
+        sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, start_step))
+    if config.metrics.wandb:
+        sinks.append(Wandb(config, folder, run_id))
+    return sinks
+
+
+def _flat(record: Record) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            for layer, entry in value.items():
+                yield f"{name}/layer_{layer}", entry
+        elif name != "step":
+            yield name, value
+
+
+def _json(value: Any) -> Any:
+    """The value with what JSON cannot say (NaN, infinity) as None."""
+    if isinstance(value, dict):
+        return {key: _json(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
