@@ -1,0 +1,132 @@
+"""Triton kernels of :mod:`.router`: a block of tokens holds all its scores in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ELEMENTS = 4096
+
+
+def _blocks(logits_TE: Tensor) -> tuple[int, int, int]:
+    tokens, experts = logits_TE.shape
+    columns = max(16, triton.next_power_of_2(experts))
+    return max(1, min(64, _ELEMENTS // columns)), columns, tokens
+
+
+def top_k_gates(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str) -> tuple[Tensor, Tensor]:
+    """See :func:`moe_dtensor.kernels.router.top_k_gates`."""
+    rows, columns, tokens = _blocks(logits_TE)
+    gate_TK = logits_TE.new_empty(tokens, top_k)
+    expert_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
+    _top_k_kernel[(triton.cdiv(tokens, rows),)](
+        logits_TE,
+        logits_TE if ranking_TE is None else ranking_TE.contiguous(),
+        gate_TK,
+        expert_TK,
+        tokens,
+        logits_TE.shape[1],
+        K=top_k,
+        ROWS=rows,
+        COLUMNS=columns,
+        SOFTMAX=score == "softmax",
+        OWN_RANKING=ranking_TE is not None,
+    )
+    return gate_TK, expert_TK
+
+
+def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str) -> Tensor:
+    """The gradient of the logits from the gates'."""
+    rows, columns, tokens = _blocks(logits_TE)
+    dlogits_TE = torch.empty_like(logits_TE)
+    _gates_backward_kernel[(triton.cdiv(tokens, rows),)](
+        dgate_TK,
+        logits_TE,
+        expert_TK,
+        dlogits_TE,
+        tokens,
+        logits_TE.shape[1],
+        K=expert_TK.shape[1],
+        ROWS=rows,
+        COLUMNS=columns,
+        SOFTMAX=score == "softmax",
+    )
+    return dlogits_TE
+
+
+@triton.jit
+def _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX: tl.constexpr):
+    logits = tl.load(logits_ptr + row * experts + column, mask=inside, other=float("-inf"))
+    if SOFTMAX:
+        powers = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
+        scores = powers / tl.sum(powers, axis=1, keep_dims=True)
+    else:
+        scores = tl.sigmoid(logits)
+    return logits, scores
+
+
+@triton.jit
+def _top_k_kernel(
+    logits_ptr,
+    ranking_ptr,
+    gate_ptr,
+    expert_ptr,
+    tokens,
+    experts,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    OWN_RANKING: tl.constexpr,
+):
+    row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = row_R[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < tokens) & (column < experts)
+    ranking, scores = _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX)
+    if OWN_RANKING:
+        ranking = tl.load(ranking_ptr + row * experts + column, mask=inside, other=float("-inf"))
+    ranking = ranking.to(tl.float32)
+    # Anything still to be had ranks above what is taken, NaN and -inf included: K different ids in any case.
+    floor = -3.0e38
+    ranking = tl.where(ranking > floor, ranking, floor)
+    ranking = tl.where(column < experts, ranking, float("-inf"))
+    for k in range(K):
+        best = tl.argmax(ranking, axis=1, tie_break_left=True)
+        here = column == best[:, None]
+        gate = tl.sum(tl.where(here, scores, 0.0), axis=1)
+        tl.store(gate_ptr + row_R * K + k, gate, mask=row_R < tokens)
+        tl.store(expert_ptr + row_R * K + k, best.to(tl.int64), mask=row_R < tokens)
+        ranking = tl.where(here, float("-inf"), ranking)
+
+
+@triton.jit
+def _gates_backward_kernel(
+    dgate_ptr,
+    logits_ptr,
+    expert_ptr,
+    dlogits_ptr,
+    tokens,
+    experts,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = row_R[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < tokens) & (column < experts)
+    _, scores = _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX)
+    dscores = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(K):
+        expert = tl.load(expert_ptr + row_R * K + k, mask=row_R < tokens, other=-1)
+        dgate = tl.load(dgate_ptr + row_R * K + k, mask=row_R < tokens, other=0.0)
+        dscores += tl.where(column == expert[:, None], dgate[:, None], 0.0)
+    if SOFTMAX:
+        dlogits = scores * (dscores - tl.sum(scores * dscores, axis=1, keep_dims=True))
+    else:
+        dlogits = dscores * scores * (1.0 - scores)
+    tl.store(dlogits_ptr + row * experts + column, dlogits, mask=inside)
