@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from moe_dtensor.train.sinks import Record
 
 _LINES_KEPT = 20
+_WIDTH_FOR_BAR = 120
 
 
 class Display:
@@ -32,14 +33,11 @@ class Display:
         self._keep_every = every * max(1, steps // every // _LINES_KEPT)
         self._progress: Progress | None = None
         if self._stream.isatty():
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                TimeRemainingColumn(compact=True),
-                console=Console(file=self._stream, highlight=False),
-                # No thread of its own: it redraws when there is something new.
-                auto_refresh=False,
-            )
+            console = Console(file=self._stream, highlight=False)
+            room = console.width >= _WIDTH_FOR_BAR
+            bar = [BarColumn(bar_width=16), TimeRemainingColumn(compact=True)] if room else []
+            # No thread of its own: it redraws when there is something new.
+            self._progress = Progress(TextColumn("{task.description}"), *bar, console=console, auto_refresh=False)
             self._task = self._progress.add_task("starting", total=steps, completed=start_step)
             self._progress.start()
 
@@ -51,7 +49,7 @@ class Display:
         if self._progress is None:
             self.say(line)
             return
-        if record["step"] % self._keep_every == 0:
+        if record["step"] % self._keep_every == 0 and record["step"] != self._steps:
             self.say(line)
         self._progress.update(self._task, description=line, completed=record["step"], refresh=True)
 
