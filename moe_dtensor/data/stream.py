@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -103,43 +104,63 @@ class TokenStream:
         return chunk
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive windows of a stream, and where the stream stood before them."""
+
+    number: int
+    start: dict[str, Any]
+    tokens_N: np.ndarray
+
+
 class StreamWindows:
     """Windows of a token stream, shuffled within blocks. Block b's order is drawn from (seed, b).
+
+    While a block is used, a thread reads the next: tokenising a block takes as long as many steps.
 
     Args:
         stream: where the tokens come from.
         seq_len: tokens in a sequence; a window has one more.
         seed: of the order.
-        block_windows: windows in a block; 1 keeps the stream's order.
+        block_windows: windows in a block; 1 keeps the stream's order, and reads nothing ahead.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int, block_windows: int = BLOCK_WINDOWS) -> None:
         self.stream, self.seq_len, self.seed, self.block_windows = stream, seq_len, seed, block_windows
-        self._open_block(0)
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[Block] | None = None
+        self._use(self._read_block(0))
 
     def read(self, count: int, first: int, last: int) -> np.ndarray:
         """See :class:`moe_dtensor.data.windows.Windows`; every rank reads and tokenises the whole stream."""
         out = np.empty((last - first, self.seq_len + 1), self.stream.dtype)
         for row in range(count):
             if self._place == self.block_windows:
-                self._open_block(self._block + 1)
+                self._use(self._ahead.result() if self._ahead else self._read_block(self._block.number + 1))
             if first <= row < last:
                 start = int(self._order[self._place]) * self.seq_len
-                out[row - first] = self._tokens_N[start : start + self.seq_len + 1]
+                out[row - first] = self._block.tokens_N[start : start + self.seq_len + 1]
             self._place += 1
         return out
 
     def state(self) -> dict[str, Any]:
         """Start of the block in the stream, and the place in the block."""
-        return {**self._start, "block": self._block, "place": self._place}
+        return {**self._block.start, "block": self._block.number, "place": self._place}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See :class:`moe_dtensor.data.windows.Windows`."""
+        if self._ahead is not None:
+            wait([self._ahead])  # it moves the stream
         self.stream.seek({k: state[k] for k in ("epoch", "documents", "seen", "offset")})
-        self._open_block(state["block"])
+        self._use(self._read_block(state["block"]))
         self._place = state["place"]
 
-    def _open_block(self, block: int) -> None:
-        self._block, self._place, self._start = block, 0, self.stream.position()
-        self._tokens_N = self.stream.read(self.block_windows * self.seq_len + 1)
-        self._order = np.random.default_rng((self.seed, block)).permutation(self.block_windows)
+    def _read_block(self, number: int) -> Block:
+        start = self.stream.position()
+        return Block(number, start, self.stream.read(self.block_windows * self.seq_len + 1))
+
+    def _use(self, block: Block) -> None:
+        self._block, self._place = block, 0
+        self._order = np.random.default_rng((self.seed, block.number)).permutation(self.block_windows)
+        if self.block_windows > 1:
+            self._ahead = self._thread.submit(self._read_block, block.number + 1)

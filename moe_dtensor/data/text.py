@@ -71,7 +71,7 @@ def find_sources(root: str, below: str) -> Iterator[tuple[str, tuple[int, int]]]
                     yield from find_sources(root, name)
             elif entry.name.endswith(".py") and entry.is_file():
                 stat = entry.stat()
-                yield Path(name).as_posix(), (stat.st_size, stat.st_mtime_ns)
+                yield name, (stat.st_size, stat.st_mtime_ns)
 
 
 class FilesCorpus:

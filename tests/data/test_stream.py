@@ -30,7 +30,7 @@ def write_folder(folder: Path, kind: str) -> str:
             table = pyarrow.table({"text": texts})
             pyarrow.parquet.write_table(table, folder / f"{shard}.parquet", row_group_size=7)
         else:
-            for i, text in enumerate(texts):
+            for i, text in enumerate(texts[:15]):
                 (folder / f"{shard}-{i:03}.txt").write_text(text + "\n\nsecond paragraph")
     return str(folder)
 
@@ -40,8 +40,8 @@ def test_a_local_folder_is_read_whole_and_split_by_text(make_config, tmp_path: P
     config = make_config(corpus="datasets", path=write_folder(tmp_path / "folder", kind))
     corpus = build_corpus(config)
     train, validation = list(corpus.documents("train")), list(corpus.documents("validation"))
-    suffix = "\n\nsecond paragraph" if kind == "txt" else ""
-    assert sorted(train + validation) == sorted(t + suffix for t in TEXTS)
+    expected = [t + "\n\nsecond paragraph" for t in TEXTS[:30]] if kind == "txt" else TEXTS
+    assert sorted(train + validation) == sorted(expected)
     assert 0 < len(validation) < 15
 
 
@@ -50,7 +50,7 @@ def test_an_iterator_goes_on_from_its_state(make_config, tmp_path: Path, kind: s
     corpus = build_corpus(make_config(corpus="datasets", path=write_folder(tmp_path / "folder", kind)))
     documents = corpus.documents("train")
     assert documents.state_dict() is None
-    for count in (0, 1, 30, 70):  # in the first shard and in the second
+    for count in (0, 1, 17, 70 if kind != "txt" else 20):  # in the first shard and in the second
         documents = corpus.documents("train")
         for _ in range(count):
             next(documents)
