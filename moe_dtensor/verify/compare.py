@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -123,17 +123,23 @@ def worst_of_each(deviations: Iterable[Deviation]) -> tuple[Deviation, ...]:
     return tuple(kept.values())
 
 
-def relative_to(deviations: Iterable[Deviation], reference: Mapping[str, Deviation], factor: float, least: float):
+def relative_to(
+    found: Iterable[Deviation], reference: Iterable[Deviation], factor: float, least: float
+) -> Iterator[Deviation]:
     """The same deviations, gradients judged by ``factor`` times the reference backend's error on them.
 
+    Their own limit stays the most that is allowed: where the reference is wrong too, both fail.
+
     Args:
-        reference: gradient deviations of the reference backend, by name.
+        found: of the backend in question.
+        reference: of the reference backend.
         factor: how many times its error is allowed.
-        least: smallest limit, for a parameter on which the reference happens to be exact.
+        least: an error of the reference below this counts as this.
     """
-    for d in deviations:
-        limit = max(factor * reference[d.name].error, least) if d.kind == "gradient" else d.limit
-        yield Deviation(d.name, d.kind, d.error, d.ratio, limit)
+    errors = {d.name: d.error for d in reference if d.kind == "gradient"}
+    for d in found:
+        limit = min(d.limit, factor * max(errors[d.name], least)) if d.kind == "gradient" else d.limit
+        yield replace(d, limit=limit)
 
 
 def _plain(value: Any) -> Any:

@@ -121,14 +121,16 @@ def _first_legal(
 
 def _shrink_widths(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
     split = lcm(*(layout.tp for layout in layouts), *(layout.dp for layout in layouts))
+    # Half precision is judged by statistics of rounding and by kernels that work in tiles: both want more of it.
+    more = 3 if small.training.param_dtype == "bfloat16" else 1
     return override(
         small,
         {
             # Heads come next; head_dim is fixed first so that it no longer follows the width.
             "model.head_dim": 8,
-            "model.dim": lcm(24, split),
-            "model.hidden_dim": lcm(40, split),
-            "moe.hidden_dim": lcm(16, split),
+            "model.dim": lcm(24 * more, split),
+            "model.hidden_dim": lcm(40 * more, split),
+            "moe.hidden_dim": lcm(16 * more, split),
         },
     )
 
@@ -173,7 +175,9 @@ def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Co
     sequences = 2 * groups if group > 1 else groups
     tps = lcm(*(layout.tp for layout in layouts))
     # Without sequence parallelism a length that tp does not divide must work.
-    length = lcm(8, tps) if small.mesh.sequence_parallel else lcm(8, tps) - 1
+    length = lcm(64 if small.training.param_dtype == "bfloat16" else 8, tps)
+    if not small.mesh.sequence_parallel:
+        length -= 1
     small = override(
         small,
         {

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dtensor.config.build import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.ranks import run_on_ranks
-from moe_dtensor.train.step import totals, train_step
+from moe_dtensor.train.step import train_step
 from moe_dtensor.verify import inputs
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import (
@@ -32,13 +32,13 @@ from moe_dtensor.verify.subject import build_subject, full_parameters, own_share
 LIMITS = {
     "float64": {"gradient": 1e-9, "loss": 1e-9, "grad_norm": 1e-9, "parameter": 1e-9, "routing": 0.0},
     "float32": {"gradient": 1e-5, "loss": 1e-5, "grad_norm": 1e-5, "parameter": 1e-3, "routing": 0.0},
-    # Gradients are judged by the reference backend's own error; these catch what is plainly broken.
-    "bfloat16": {"gradient": 0.0, "loss": 2e-2, "grad_norm": 5e-2, "parameter": 5e-2, "routing": 0.0},
+    # Gradients of another backend are judged by the reference's own error; this catches what both have wrong.
+    "bfloat16": {"gradient": 0.1, "loss": 2e-2, "grad_norm": 5e-2, "parameter": 5e-2, "routing": 0.0},
 }
 BFLOAT16_FACTOR = 2.0
 """How much farther from the oracle than the reference backend another backend may be in bfloat16."""
-BFLOAT16_LEAST = 2.0**-8
-"""One rounding to bfloat16: no backend is asked to be closer."""
+BFLOAT16_LEAST = 2.0**-9
+"""Rounding once to bfloat16: no backend is asked to be closer than twice that."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,11 @@ def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation]
 
 def judge(task: Task, device: torch.device) -> list[Deviation]:
     """One task on this rank: every quantity that it can see, compared."""
-    dtype = task.config.training.param_dtype
-    if dtype != "bfloat16":
-        return list(_compare(task, device))
     found = list(_compare(task, device))
-    if task.config.moe.backend == "reference":
-        return list(relative_to(found, {d.name: d for d in found}, BFLOAT16_FACTOR, BFLOAT16_LEAST))
+    if task.config.training.param_dtype != "bfloat16" or task.config.moe.backend == "reference":
+        return found
     plain = replace(task, config=override(task.config, {"moe.backend": "reference"}))
-    reference = {d.name: d for d in _compare(plain, device) if d.kind == "gradient"}
-    return list(relative_to(found, reference, BFLOAT16_FACTOR, BFLOAT16_LEAST))
+    return list(relative_to(found, _compare(plain, device), BFLOAT16_FACTOR, BFLOAT16_LEAST))
 
 
 def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
@@ -133,7 +129,7 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     routing = None if task.config.training.param_dtype == "float64" else answer.routing
     trainer, recorder = build_subject(task.config, task.initial, device, routing)
     result = train_step(trainer, own_share(trainer, task.batch))
-    loss, norm, _finite, load = totals(trainer, result)
+    loss, norm = result.loss.item(), result.grad_norm.item()
     size = gradient_norm(answer.gradients, 2.0)
     for kind, found, expected in (
         ("gradient", recorder.gradients, answer.gradients),
@@ -146,6 +142,5 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
                 yield deviate(name, kind, value, expected[name], limits[kind], size)
     yield deviate_scalar("loss", "loss", loss, answer.loss, limits["loss"])
     yield deviate_scalar("grad_norm", "grad_norm", norm, answer.grad_norm, limits["grad_norm"])
-    for layer, counts in answer.counts.items():
-        counted = torch.tensor(load[layer], dtype=torch.float64)
-        yield deviate(f"layers.{layer}.moe.load", "routing", counted, counts.double(), limits["routing"], 0.0)
+    for counted, (layer, counts) in zip(result.load_LE, sorted(answer.counts.items()), strict=True):
+        yield deviate(f"layers.{layer}.moe.load", "routing", counted.cpu(), counts.double(), limits["routing"], 0.0)

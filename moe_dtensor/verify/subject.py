@@ -21,7 +21,10 @@ from moe_dtensor.verify.oracle import Microbatch
 
 
 class Recorder:
-    """A runner that keeps every full gradient as the backward pass leaves it, before anything is clipped."""
+    """A runner that keeps every full gradient as the backward pass leaves it, before anything is clipped.
+
+    A gradient that is missing is kept as None and filled with zeros, so that the step can go on and show the rest.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.runner: Runner = trainer.runner
@@ -34,6 +37,8 @@ class Recorder:
         for part in self.parts:
             for name, param in part.named_parameters():
                 self.gradients[name] = None if param.grad is None else full(param.grad)
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
         return loss
 
 
