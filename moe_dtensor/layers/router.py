@@ -99,14 +99,12 @@ class Router(nn.Module):
         self.assignment = build_assignment(config)
         self.gather_positions: Callable[[Tensor], Tensor] = _identity
         self.own_positions: Callable[[Tensor], Tensor] = _identity
-        self.replay: list[Tensor] = []
-        """Choices ``(B, S held here, K)`` to use instead, one for each coming forward (for ``verify``)."""
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``(B, S, K)`` in at least float32, and expert ids ``(B, S, K)``."""
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         logits_BSE = F.linear(x_BSD.to(dtype), self.weight.to(dtype))
-        expert_BSK = self.replay.pop(0) if self.replay else self.choose(logits_BSE.detach())
+        expert_BSK = self.choose(logits_BSE.detach())
         scores = logits_BSE.sigmoid() if self.assignment.gate == "sigmoid" else logits_BSE.softmax(-1)
         return scores.gather(-1, expert_BSK), expert_BSK
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def global_norm(parts: list[nn.Module], mesh: DeviceMesh, norm_type: float, device: torch.device) -> Tensor:
+def global_norm(parts: Sequence[nn.Module], mesh: DeviceMesh, norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients of the model, the same scalar on every rank. No host sync.
 
     Each parameter counts once, however many ranks hold it.
@@ -42,7 +43,7 @@ def global_norm(parts: list[nn.Module], mesh: DeviceMesh, norm_type: float, devi
 
 
 @torch.no_grad()
-def clip(parts: list[nn.Module], norm: Tensor, max_norm: float) -> None:
+def clip(parts: Sequence[nn.Module], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their norm is at most ``max_norm``, given their norm. 0 leaves them."""
     if max_norm == 0:
         return

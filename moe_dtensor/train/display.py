@@ -40,6 +40,8 @@ class Display:
             self._progress = Progress(TextColumn("{task.description}"), *bar, console=console, auto_refresh=False)
             self._task = self._progress.add_task("starting", total=steps, completed=start_step)
             self._progress.start()
+            # Left visible: a run that is killed cannot give it back.
+            console.show_cursor(True)
 
     def log(self, record: Record) -> None:
         """Show a step's record."""
@@ -73,8 +75,8 @@ def format_record(record: Record, steps: int) -> str:
     for name, form in (
         ("loss", "loss {:.4f}"),
         ("validation_loss", "validation {:.4f}"),
-        ("grad_norm", "grad {:.3f}"),
-        ("lr", "lr {:.2e}"),
+        ("grad_norm", "grad {:.2f}"),
+        ("lr", "lr {:.1e}"),
         ("tokens_per_second", "{:,.0f} tok/s"),
         ("mfu", "MFU {:.1%}"),
         ("peak_memory_gib", "{:.2f} GiB"),

@@ -16,16 +16,16 @@ from moe_dtensor.train.build import Trainer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, as tensors on the device: nothing here has made the host wait."""
+    """What a step measured over all ranks, the same on each: tensors on the device, for which the host has not waited."""
 
     loss: Tensor
-    """Mean cross-entropy of the step's target tokens, in nats. Summed over this rank only: see :func:`totals`."""
+    """Mean cross-entropy of the step's target tokens, in nats; float64 scalar."""
     grad_norm: Tensor
-    """Global gradient norm before clipping, the same on every rank."""
+    """Global gradient norm before clipping."""
     finite: Tensor
-    """Whether the gradients were finite, so that the update was applied; the same on every rank."""
+    """Whether loss and gradients were finite, so that the update was applied."""
     load_LE: Tensor
-    """Copies sent to each expert of every layer (0 for dense ones), float64, of this rank's tokens."""
+    """Copies sent to each expert in each MoE block, ``(MoE blocks, E)`` float64."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -48,21 +48,56 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def train_step(trainer: Trainer, batch: Batch) -> StepResult:
     """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share."""
-    config, parts = trainer.config, trainer.parts
+    training = trainer.config.training
     trainer.optimizers.zero_grad()
-    targets = collectives.all_reduce((batch.labels_BS != IGNORED).sum(), trainer.mesh["dp"])
-    scale = 1.0 / targets.clamp(min=1).to(torch.float64 if trainer.device.type == "cpu" else torch.float32)
-    loss = trainer.runner.step(batch, scale.to(loss_dtype(trainer)))
-    norm = gradients.global_norm(parts, trainer.mesh, config.training.norm_type, trainer.device)  # type: ignore[arg-type]
-    finite = norm.isfinite()
-    gradients.clip(parts, norm, config.training.max_grad_norm)  # type: ignore[arg-type]
+    loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
+    loss, load_LE = sum_over_ranks(trainer, loss, take_load(trainer))
+    norm = gradients.global_norm(trainer.parts, trainer.mesh, training.norm_type, trainer.device)
+    finite = norm.isfinite() & loss.isfinite()
+    gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
-    return StepResult(loss=loss, grad_norm=norm, finite=finite, load_LE=take_load(trainer))
+    return StepResult(loss, norm, finite, load_LE)
 
 
-def loss_dtype(trainer: Trainer) -> torch.dtype:
-    """dtype of the loss: at least float32."""
-    return torch.promote_types(getattr(torch, trainer.config.training.param_dtype), torch.float32)
+@torch.no_grad()
+def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
+    """Mean loss of a global batch of which ``batch`` is this dp rank's share, with plain top-k routing; float64 scalar."""
+    for part in trainer.parts:
+        part.eval()
+    loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
+    for part in trainer.parts:
+        part.train()
+    return sum_over_ranks(trainer, loss, take_load(trainer))[0]
+
+
+def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
+    """Target tokens of the global batch, as a scalar of the loss's dtype (at least float32)."""
+    targets = collectives.all_reduce((batch.labels_BS != IGNORED).sum(), trainer.mesh["dp"])
+    dtype = getattr(torch, trainer.config.training.param_dtype)
+    return targets.clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+
+
+def take_load(trainer: Trainer) -> Tensor:
+    """The load of this rank's tokens at their place in the whole model, ``(MoE blocks, E)`` float64."""
+    layers = sorted(moe_layers(trainer.config))
+    load_LE = torch.zeros(len(layers), trainer.config.moe.num_experts, dtype=torch.float64, device=trainer.device)
+    for part in trainer.parts:
+        counted = part.take_load()
+        if counted is not None:
+            first = layers.index(part.moe_layers[0])
+            load_LE[first : first + len(counted)] = counted
+    return load_LE
+
+
+def sum_over_ranks(trainer: Trainer, loss: Tensor, load_LE: Tensor) -> tuple[Tensor, Tensor]:
+    """Each rank's share of loss and load to those of the step, in one collective."""
+    if trainer.mesh["tp"].get_local_rank() > 0:
+        # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
+        loss = torch.zeros_like(loss)
+        load_LE = load_LE if trainer.config.mesh.sequence_parallel else torch.zeros_like(load_LE)
+    packed = torch.cat([loss.to(torch.float64).reshape(1), load_LE.flatten()])
+    dist.all_reduce(packed)
+    return packed[0], packed[1:].view_as(load_LE)
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:
@@ -75,33 +110,3 @@ def update(trainer: Trainer, finite: Tensor) -> None:
             setattr(optimizer, "found_inf", (~finite).to(torch.float32))
             optimizer.step()
     trainer.schedule.step()
-
-
-def take_load(trainer: Trainer) -> Tensor:
-    """The load of this rank's tokens at their place in the whole model, ``(num_layers, E)``."""
-    config = trainer.config
-    load_LE = torch.zeros(
-        config.model.num_layers, max(1, config.moe.num_experts), dtype=torch.float64, device=trainer.device
-    )
-    for part in trainer.parts:
-        counted = part.take_load()
-        if counted is not None:
-            load_LE[part.moe_layers] = counted.to(torch.float64)
-    return load_LE
-
-
-def totals(trainer: Trainer, result: StepResult) -> tuple[float, float, bool, list[list[float]]]:
-    """Loss, gradient norm, finiteness and load ``(num_layers, E)`` over all ranks. The one host sync of a logged step."""
-    tp, sp = trainer.mesh["tp"], trainer.config.mesh.sequence_parallel
-    loss, load_LE = result.loss.to(torch.float64), result.load_LE
-    if tp.get_local_rank() > 0:
-        # tp ranks hold the same loss; without sequence parallelism they count the same tokens.
-        loss = torch.zeros_like(loss)
-        load_LE = load_LE if sp else torch.zeros_like(load_LE)
-    packed = torch.cat([loss.reshape(1), load_LE.flatten()])
-    dist.all_reduce(packed)
-    flags = torch.stack([result.grad_norm.to(torch.float64), result.finite.to(torch.float64)])
-    total, norm, finite, *counts = torch.cat([packed[:1], flags, packed[1:]]).tolist()
-    width = load_LE.shape[1]
-    load = [counts[i : i + width] for i in range(0, len(counts), width)]
-    return total, norm, bool(finite), load if moe_layers(trainer.config) else []

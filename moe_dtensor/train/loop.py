@@ -1,0 +1,195 @@
+"""The training loop: what every rank runs from start to end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dtensor.checkpoint.manager import CheckpointManager
+from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.schema import Config
+from moe_dtensor.data import Corpus, Loader, build_corpus
+from moe_dtensor.model.counts import flops_per_token, parameters
+from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.display import Display
+from moe_dtensor.train.metrics import Meter
+from moe_dtensor.train.profile import Profiler
+from moe_dtensor.train.run_folder import RunFolder, open_run_folder
+from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
+from moe_dtensor.train.step import StepResult, evaluate, read_batch, train_step
+
+
+def train(config: Config) -> int:
+    """Run ``config`` (resolved) to its last step on this rank; returns the exit status.
+
+    The process group is made here from torchrun's environment, and ended here.
+    """
+    device = start_ranks(config)
+    check_sinks(config)
+    corpus = build_corpus(config)
+    config = set_vocabulary(config, corpus)
+    folder = open_run_folder(config, corpus.fingerprint())
+    status = 0
+    if folder.state == "finished":
+        _say(folder.message)
+    else:
+        status = Run(config, device, corpus, folder).to_the_end()
+    end_ranks()
+    return status
+
+
+def start_ranks(config: Config) -> torch.device:
+    """Join the process group (nccl on GPUs, gloo on CPUs); the device of this rank. Alone, without torchrun: one rank."""
+    timeout = timedelta(seconds=config.comm.timeout_seconds)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]) if store else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def end_ranks() -> None:
+    """Leave the process group together."""
+    dist.barrier()
+    dist.destroy_process_group()
+    if not torch.cuda.is_available() and int(os.environ["WORLD_SIZE"]) > 1:
+        # gloo's threads can abort in an interpreter's shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(0)
+
+
+@dataclass
+class Run:
+    """One run on this rank."""
+
+    config: Config
+    device: torch.device
+    corpus: Corpus
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.trainer: Trainer = build(config, self.device)
+        self.loader = Loader(config, self.corpus)
+        self.checkpoints = CheckpointManager(
+            self.folder.checkpoints,
+            config,
+            list(self.trainer.parts),
+            self.trainer.optimizers,
+            self.trainer.schedule,
+            self.loader,
+        )
+        self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
+        self.is_rank_0 = dist.get_rank() == 0
+        self.profiler = Profiler(config.profiling, self.folder.path, dist.get_rank())
+        self.meter = Meter(
+            config,
+            self.device,
+            self._open_sinks(),
+            world_size=dist.get_world_size(),
+            flops_per_token=flops_per_token(config),
+            layers=sorted(moe_layers(config)),
+        )
+        self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def _open_sinks(self) -> list[Sink]:
+        if not self.is_rank_0:
+            return []
+        self.folder.cut_back(self.step)
+        display = Display(self.config.training.steps, self.step, self.config.metrics.log_interval)
+        total, active = parameters(self.config)
+        if self.folder.message:
+            display.say(self.folder.message)
+        display.say(
+            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; {self.trainer.mesh}; run folder {self.folder.path}"
+        )
+        return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
+
+    def to_the_end(self) -> int:
+        """Take the remaining steps; 0, or 1 if the run stopped on a loss or gradient that is not finite."""
+        steps = self.config.training.steps
+        while self.step < steps:
+            self.step += 1
+            self.profiler.before_step(self.step)
+            lr = self.trainer.schedule.lr
+            result = train_step(self.trainer, read_batch(self.trainer, self.loader))
+            self._record(result, lr)
+            self.profiler.after_step(self.step)
+            if self._must_stop(result):
+                self.meter.close()
+                _say(
+                    f"error: loss or gradient not finite at a step up to {self.step}; the updates of such steps were not "
+                    "applied, and nothing was saved after them.\n"
+                    'Start again to resume from the last checkpoint, with a lower optimizer.lr or training.nonfinite = "skip".'
+                )
+                return 1
+            self._save()
+        self.profiler.close()
+        self.checkpoints.wait()
+        self.meter.close()
+        if self.is_rank_0:
+            self.folder.finish(self.step)
+        return 0
+
+    def _record(self, result: StepResult, lr: float) -> None:
+        load_LE = result.load_LE
+        values: dict[str, Tensor | float] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        if len(load_LE):
+            values["expert_load_max_over_mean"] = load_LE.amax(1) / load_LE.mean(1)
+        if self.config.training.nonfinite == "skip":
+            values["skipped"] = (~result.finite).to(torch.float64)
+        interval = self.config.training.validation_interval
+        if interval and self.step % interval == 0:
+            with self.meter.paused():
+                values["validation_loss"] = self._validate()
+        self.meter.add(self.step, values)
+
+    def _validate(self) -> Tensor:
+        """Mean loss over ``training.validation_sequences`` held-out sequences, the same ones every time."""
+        loader = Loader(self.config, self.corpus, split="validation")
+        batches = self.config.training.validation_sequences // self.config.training.global_batch_size
+        losses = [evaluate(self.trainer, read_batch(self.trainer, loader)) for _ in range(batches)]
+        return torch.stack(losses).mean()
+
+    def _must_stop(self, result: StepResult) -> bool:
+        """Whether a step since the last look was not finite and the run is to stop. Looks before anything is saved."""
+        if self.config.training.nonfinite == "skip":
+            return False
+        self.unfinite |= ~result.finite
+        looks = self.step % self.config.metrics.log_interval == 0 or self._saves_now()
+        return looks and bool(self.unfinite)
+
+    def _saves_now(self) -> bool:
+        options = self.config.checkpoint
+        return options.enable and (self.step % options.interval == 0 or self.step == self.config.training.steps)
+
+    def _save(self) -> None:
+        if self._saves_now():
+            self.meter.flush()
+            with self.meter.paused():
+                self.checkpoints.save(self.step)
+
+
+def _say(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)
