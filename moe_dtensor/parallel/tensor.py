@@ -152,7 +152,13 @@ def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
 def _show_rows(module: nn.Module, rows: slice) -> None:
     """Let ``module.weight`` read as some of its rows."""
     cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), {"weight": property(lambda self: cls.weight.fget(self)[rows])})
+
+    def view(self: nn.Module) -> Tensor:
+        seen = cls.weight.fget(self)  # type: ignore[attr-defined]
+        # The parameter itself is for FSDP to look at, whole; a slice would take its place there.
+        return seen if seen is self._parameters["weight"] else seen[rows]
+
+    module.__class__ = type(cls.__name__, (cls,), {"weight": property(view)})
 
 
 def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor], Tensor]:
