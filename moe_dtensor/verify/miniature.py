@@ -45,7 +45,7 @@ class Layout:
         Raises:
             ConfigError: :mod:`moe_dtensor.config.check` refuses it.
         """
-        changes = {"mesh.dp": self.dp, "mesh.pp": self.pp, "mesh.tp": self.tp}
+        changes: dict[str, Any] = {"mesh.dp": self.dp, "mesh.pp": self.pp, "mesh.tp": self.tp}
         if self.pp > 1:
             changes["pipeline.schedule"] = self.schedule
         placed = override(config, changes)

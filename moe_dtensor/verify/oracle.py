@@ -61,7 +61,7 @@ def one_step(config: Config, initial: Mapping[str, Tensor], microbatches: Sequen
         loss = loss + part.detach()
     gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
     norm = gradient_norm(gradients, config.training.norm_type)
-    counts = {i: sum(_histogram(t, config.moe.num_experts) for t in chosen) for i, chosen in model.routing.items()}
+    counts = {i: _histogram(torch.cat(chosen), config.moe.num_experts) for i, chosen in model.routing.items()}
     parameters = adamw_step(config, {n: w.detach() for n, w in weights.items()}, gradients, norm)
     return Answer(float(loss), gradients, norm, parameters, counts, model.routing)
 

@@ -129,7 +129,6 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     routing = None if task.config.training.param_dtype == "float64" else answer.routing
     trainer, recorder = build_subject(task.config, task.initial, device, routing)
     result = train_step(trainer, own_share(trainer, task.batch))
-    loss, norm = result.loss.item(), result.grad_norm.item()
     size = gradient_norm(answer.gradients, 2.0)
     for kind, found, expected in (
         ("gradient", recorder.gradients, answer.gradients),
@@ -140,7 +139,7 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
                 yield missing(name, kind, limits[kind])
             else:
                 yield deviate(name, kind, value, expected[name], limits[kind], size)
-    yield deviate_scalar("loss", "loss", loss, answer.loss, limits["loss"])
-    yield deviate_scalar("grad_norm", "grad_norm", norm, answer.grad_norm, limits["grad_norm"])
+    yield deviate_scalar("loss", "loss", float(result.loss), answer.loss, limits["loss"])
+    yield deviate_scalar("grad_norm", "grad_norm", float(result.grad_norm), answer.grad_norm, limits["grad_norm"])
     for counted, (layer, counts) in zip(result.load_LE, sorted(answer.counts.items()), strict=True):
         yield deviate(f"layers.{layer}.moe.load", "routing", counted.cpu(), counts.double(), limits["routing"], 0.0)

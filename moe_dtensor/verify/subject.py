@@ -122,11 +122,12 @@ def _force_routing(trainer: Trainer, routing: Mapping[int, Sequence[Tensor]]) ->
     size = trainer.config.training.microbatch_size
     for part in trainer.parts:
         for index in part.moe_layers:
-            router = part.layers[str(index)].moe.router  # type: ignore[union-attr, index]
+            router = part.get_submodule(f"layers.{index}.moe.router")
+            assert isinstance(router, Router)
             mine = routing[index][_own_microbatches(trainer)]
             chosen = [t.to(trainer.device).unflatten(0, (size, -1)) for t in mine]
             # On the instance: the module's own method stays what it is.
-            router.choose = Replay(router, chosen)  # type: ignore[method-assign, union-attr]
+            router.choose = Replay(router, chosen)  # type: ignore[method-assign]
 
 
 class Replay:
