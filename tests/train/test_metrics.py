@@ -184,7 +184,7 @@ def test_missing_wandb_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_line() -> None:
     assert format_record(RECORD, 1000) == (
-        "step    3/1000  loss 0.3333  grad inf  lr 1.00e-03  12,346 tok/s  MFU 32.1%  1.50 GiB  load 2.25"
+        "step    3/1000  loss 0.3333  grad inf  lr 1.0e-03  12,346 tok/s  MFU 32.1%  1.50 GiB  load 2.25"
     )
     assert format_record({"step": 10, "loss": 2.0}, 10) == "step 10/10  loss 2.0000"
 
