@@ -16,7 +16,9 @@ use_environment() {
     fi
     if [ "$(cat ".venv/installed-${extra:-base}" 2>/dev/null)" != "$stamp" ]; then
         echo "Installing moe_dtensor${extra:+[$extra]} and the versions of constraints.txt into .venv"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+        # Byte code is written on first import: compiling all of torch's here would double the time.
+        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+            -c constraints.txt -e ".${extra:+[$extra]}"
         echo "$stamp" >".venv/installed-${extra:-base}"
         echo "$stamp" >.venv/installed-base
     fi

@@ -53,9 +53,10 @@ def find_field(key: str) -> Field:
     if table not in tables():
         raise _unknown_table(table, {name: None})
     members = tables()[table].fields
-    near = difflib.get_close_matches(name, members, n=1) or [k for k in all_fields() if k.endswith(f".{name}")][:1]
-    remedy = f"Did you mean {near[0] if '.' in near[0] else f'{table}.{near[0]}'}?" if near else ""
-    raise ConfigError(f"{key}: no such key in [{table}].", remedy or f"[{table}] has: {', '.join(members)}.")
+    owners = [k for k in all_fields() if k.endswith(f".{name}")]
+    near = owners or [f"{table}.{n}" for n in difflib.get_close_matches(name, members, n=1)]
+    remedy = f"Did you mean {' or '.join(near)}?" if near else f"[{table}] has: {', '.join(members)}."
+    raise ConfigError(f"{key}: no such key in [{table}].", remedy)
 
 
 def parse_text(field: Field, text: str) -> Any:

@@ -1,0 +1,204 @@
+"""Each wrong config or command line gets one clear error: key, value, remedy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_dtensor.__main__ import main
+
+DEBUG = "train_configs/debug.toml"
+
+# (command line after `check --config debug.toml`, words that the error's first line has, words of its remedy)
+WRONG = [
+    # Command line, keys, types, choices.
+    ("--training.stps 5", "training.stps: no such key", "Did you mean training.steps?"),
+    ("--modle.dim 64", "[modle]: no such table", "Did you mean [model]?"),
+    ("--model.num_experts 4", "model.num_experts: no such key", "Did you mean moe.num_experts?"),
+    ("--steps 5", "unrecognized arguments: --steps", "--training.steps"),
+    ("--model.dim", "--model.dim has no value", "VALUE"),
+    ("--model.dim wide", 'model.dim = "wide" has the wrong type', "an integer, such as 256"),
+    ("--model.dim 64.5", 'model.dim = "64.5" has the wrong type', "an integer"),
+    ("--optimizer.lr nan", "optimizer.lr = nan has the wrong type", "a number"),
+    ("--optimizer.lr inf", "optimizer.lr = inf is not finite", "finite"),
+    ("--compile.enable maybe", 'compile.enable = "maybe" has the wrong type', "true | false"),
+    ("--moe.layers 1,x", 'moe.layers = "1,x" has the wrong type', "a list of integers"),
+    ("--pipeline.schedule 1f1b", 'pipeline.schedule = "1f1b" is not among its choices', 'Did you mean "1F1B"?'),
+    ("--moe.router sinkhornn", 'moe.router = "sinkhornn" is unknown', 'Did you mean "sinkhorn"?'),
+    ("--data.corpus mine.corpus", 'data.corpus = "mine.corpus" is unknown', "package.module:Name"),
+    ("--training.loss hinge", 'training.loss = "hinge" is unknown', "cross_entropy"),
+    ("--data.corpus files", 'data.corpus = "files" needs data.path', "Set data.path"),
+    # One field by itself.
+    ("--training.steps 0", "training.steps = 0 is too small", "1 or more"),
+    ("--mesh.dp 0", "mesh.dp = 0 is no number of ranks", "-1"),
+    ("--optimizer.beta2 1.0", "optimizer.beta2 = 1.0", "below 1"),
+    ("--optimizer.eps 0", "optimizer.eps = 0.0 must be above 0", "1e-08"),
+    ("--lr_scheduler.min_lr_ratio 1.5", "lr_scheduler.min_lr_ratio = 1.5 lies outside", "0 to 1"),
+    ("--checkpoint.keep_last 1", "checkpoint.keep_last = 1", "2 or more"),
+    ("--training.norm_type 1", "training.norm_type = 1.0 is not supported", "2 or inf"),
+    # The model.
+    ("--model.dim 100", "model.dim = 100 is not a multiple of model.num_heads = 8", "model.head_dim"),
+    ("--model.head_dim 15", "model.head_dim = 15 is odd", "model.head_dim = 16"),
+    ("--model.num_kv_heads 3", "model.num_heads = 8 is not a multiple of model.num_kv_heads = 3", "divisor of 8"),
+    ("--moe.top_k 9", "moe.top_k = 9 is above moe.num_experts = 8", "at most 8"),
+    ("--moe.layers 0,6", "moe.layers names block 6", "raise model.num_layers"),
+    ("--moe.layers 1,1", "moe.layers = [1, 1] names a block twice", "once"),
+    ("--moe.every 7", "moe.every = 7 makes no MoE block", "at most 6"),
+    ("--moe.num_experts 0 --moe.layers 1", "moe.layers = [1] with moe.num_experts = 0", "clear moe.layers"),
+    (
+        "--training.microbatch_size 4 --moe.group_sequences 3",
+        "moe.group_sequences = 3 does not divide training.microbatch_size = 4",
+        "divisor",
+    ),
+    # The mesh.
+    ("--mesh.dp 2 --mesh.tp 4 --world 4", "dp=2 x pp=1 x tp=4 = 8 ranks, but there are 4", "mesh.dp = -1"),
+    ("--mesh.tp 4 --world 6", "a multiple of pp=1 x tp=4 = 4 ranks, but there are 6", "Start 8 ranks"),
+    ("--mesh.tp 3", "model.num_heads = 8 is not a multiple of mesh.tp = 3", "divisor of 8"),
+    ("--mesh.tp 4 --moe.num_experts 6", "moe.num_experts = 6 is not a multiple of mesh.tp = 4", "that to 8"),
+    (
+        "--mesh.tp 4 --training.seq_len 126",
+        "training.seq_len = 126 is not a multiple",
+        "mesh.sequence_parallel = false",
+    ),
+    ("--mesh.tp 8 --moe.every 2 --model.hidden_dim 100", "model.hidden_dim = 100 is not a multiple", "104"),
+    ("--mesh.tp 8 --moe.num_shared_experts 1 --moe.hidden_dim 12", "moe.hidden_dim = 12 is not a multiple", "16"),
+    (
+        "--mesh.tp 4 --model.num_heads 12 --model.num_kv_heads 6",
+        "model.num_kv_heads = 6 and mesh.tp = 4: neither divides the other",
+        "multiple of the other",
+    ),
+    ("--mesh.dp 12 --model.dim 208", "model.dim = 208 is not a multiple of mesh.dp = 12", "model.dim = 216"),
+    # Batches.
+    ("--mesh.dp 5 --model.dim 160", "training.global_batch_size = 24 is not a multiple of mesh.dp = 5", "25"),
+    (
+        "--training.validation_interval 5 --training.validation_sequences 25",
+        "training.validation_sequences = 25 is not a multiple of training.global_batch_size = 24",
+        "48",
+    ),
+    # The pipeline.
+    ("--mesh.pp 7", "model.num_layers = 6 is below the 7 stages", "7 or more"),
+    ("--mesh.pp 4 --pipeline.schedule ZBVZeroBubble", "model.num_layers = 6 is below the 8 stages", "mesh.pp"),
+    ("--mesh.pp 2 --model.tie_embeddings true", "model.tie_embeddings = true with mesh.pp = 2", "mesh.pp = 1"),
+    (
+        "--mesh.pp 2 --compile.enable true --pipeline.schedule DualPipeV",
+        "compile.enable = true with pipeline.schedule = DualPipeV",
+        "Interleaved1F1B",
+    ),
+    ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
+    ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
+    (
+        "--mesh.pp 3 --pipeline.schedule DualPipeV --training.microbatch_size 8",
+        "needs one for each of 6 stages",
+        "To have 6 or more",
+    ),
+    (
+        "--mesh.pp 3 --pipeline.schedule Interleaved1F1B --training.global_batch_size 10",
+        "goes in rounds of mesh.pp = 3",
+        "multiple of 3",
+    ),
+    ("--mesh.pp 2 --pipeline.stages_per_rank 2", "pipeline.schedule = 1F1B has 1 on a rank", "stages_per_rank = 0"),
+    (
+        "--mesh.pp 2 --pipeline.stages_per_rank 1 --pipeline.schedule Interleaved1F1B",
+        "wants several stages on a rank, not 1",
+        "2 or more",
+    ),
+    # Precision.
+    ("--training.param_dtype float16", "training.param_dtype = float16 needs loss scaling", "bfloat16"),
+    ("--training.param_dtype float64", "training.param_dtype = float64 is wider", "training.dtype = float64"),
+    ("--training.reduce_dtype bfloat16", "training.reduce_dtype = bfloat16 is narrower", "float32"),
+    ("--moe.backend grouped_gemm", "moe.backend = grouped_gemm computes in bfloat16", "reference"),
+    (
+        "--moe.backend triton --training.dtype float64 --training.param_dtype float64 --training.reduce_dtype float64",
+        "moe.backend = triton has no kernel for training.param_dtype = float64",
+        "reference",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "problem", "remedy"), WRONG, ids=[row[0] for row in WRONG])
+def test_one_clear_error(
+    words: str, problem: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["check", "--config", DEBUG, *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    rule, hint = err.splitlines()
+    assert rule.startswith("error: ")
+    assert problem in rule
+    assert remedy in hint
+
+
+TOMLS = [
+    ("steps = 5\n", "steps = 5 stands outside any table", "training.steps"),
+    ("[training]\nsteps = true\n", "training.steps = true has the wrong type", "an integer"),
+    ('[training]\nsteps = "5"\n', 'training.steps = "5" has the wrong type', "an integer"),
+    ("[training]\nsteps = 5.0\n", "training.steps = 5.0 has the wrong type", "an integer"),
+    ("[compile]\nenable = 1\n", "compile.enable = 1 has the wrong type", "true | false"),
+    ("[data]\npath = 5\n", "data.path = 5 has the wrong type", "a string"),
+    ("[moe]\nlayers = [1, true]\n", "moe.layers = [1, true] has the wrong type", "a list of integers"),
+    ("[moe.router]\nname = 1\n", "moe.router = a dict has the wrong type", "a string"),
+    ("model = 3\n", "model = 3: model is a table", "[model]"),
+    ("[training\n", "is not valid TOML", "line"),
+    ("[optimiser]\nlr = 1e-3\n", "[optimiser]: no such table", "Did you mean [optimizer]?"),
+]
+
+
+@pytest.mark.parametrize(("text", "problem", "remedy"), TOMLS, ids=[row[0] for row in TOMLS])
+def test_wrong_toml(text: str, problem: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    assert main(["check", "--config", str(path)]) == 2
+    rule, hint = capsys.readouterr().err.splitlines()
+    assert problem in rule
+    assert remedy in hint
+
+
+def test_missing_file_names_those_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", "train_configs/debgu.toml"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot read the config train_configs/debgu.toml" in err
+    assert "debug.toml" in err
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chekc"]) == 2
+    assert "Did you mean check?" in capsys.readouterr().err
+
+
+def test_train_checks_before_it_loads_torch() -> None:
+    """Ranks started without the script say the same, at once, and only rank 0 speaks."""
+    command = [sys.executable, "-m", "moe_dtensor", "train", "--config", DEBUG, "--mesh.tp", "3"]
+    said = {}
+    for rank in ("0", "1"):
+        start = time.perf_counter()
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "3"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 2
+        assert time.perf_counter() - start < 5
+        said[rank] = done.stdout + done.stderr
+    assert said["0"].startswith("error: model.num_heads = 8")
+    assert "Traceback" not in said["0"]
+    assert not said["1"]
+
+
+@pytest.mark.parametrize(("words", "code"), [("--world 4", 0), ("--mesh.tp 3", 2), ("--training.stps 3", 2)])
+def test_check_is_quick_and_loads_no_torch(words: str, code: int) -> None:
+    program = (
+        "import sys; from moe_dtensor.__main__ import main; code = main(sys.argv[1:]);"
+        "print(*{'torch', 'numpy', 'triton', 'torchtitan'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    start = time.perf_counter()
+    command = [sys.executable, "-c", program, "check", "--config", DEBUG, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert not any(name in done.stderr.split() for name in ("torch", "numpy", "triton", "torchtitan"))
+    assert seconds < 2
