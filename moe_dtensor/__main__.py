@@ -6,7 +6,6 @@ import ast
 import difflib
 import importlib
 import os
-import pkgutil
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_verb(word: str) -> str:
     """The verb called ``word``, or a ConfigError that suggests one."""
-    known = verb_names()
+    known = list(verb_helps())
     if word in known:
         return word
     near = difflib.get_close_matches(word, known, n=1)
@@ -38,22 +37,21 @@ def find_verb(word: str) -> str:
     raise ConfigError(f"{word}: no such verb.", remedy)
 
 
-def verb_names() -> list[str]:
-    """Every verb, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(verbs.__path__))
+def verb_helps() -> dict[str, str]:
+    """Every verb with its line of help, read from its source so that none is imported (some load torch)."""
+    helps = {}
+    for path in sorted(Path(verbs.__path__[0]).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id="HELP")], value=ast.Constant(value=str(text))):
+                    helps[path.stem] = text
+    return helps
 
 
 def usage() -> str:
-    """The verbs with a line on each, read from their source so that none is imported (some load torch)."""
+    """The verbs, with a line on each."""
     lines = ["usage: python -m moe_dtensor VERB --config F [--table.key value ...]", ""]
-    for name in verb_names():
-        tree = ast.parse((Path(verbs.__path__[0]) / f"{name}.py").read_text(encoding="utf-8"))
-        texts = [
-            ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP"
-        ]
-        lines.append(f"  {name:<10}{texts[0]}")
+    lines += [f"  {name:<10}{text}" for name, text in verb_helps().items()]
     return "\n".join([*lines, "", "python -m moe_dtensor VERB --help lists its options and every key of the config."])
 
 

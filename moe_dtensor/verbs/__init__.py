@@ -1,4 +1,4 @@
-"""The commands of ``python -m moe_dtensor``: a module here is a verb.
+"""The commands of ``python -m moe_dtensor``: a module here that defines ``HELP`` is a verb.
 
-Each has ``HELP``, one line as a string literal, and ``main(argv) -> exit code``.
+``HELP`` is one line, a plain string literal; ``main(argv) -> exit code`` runs the verb.
 """
