@@ -91,7 +91,7 @@ class Meter:
         """Write the records of all steps so far. Call before a checkpoint, so that none is missing after a resume."""
         if not self._steps:
             return
-        records = [{"step": step, **self._named(values)} for step, values in _read(self._steps)]
+        records = [{"step": step, **self._named(values)} for step, values in _read(self._steps, self._device)]
         now = time.perf_counter()
         shared = self._measure((now - self._since) / len(records))
         self._since = now
@@ -136,12 +136,13 @@ class Meter:
 
 
 def _read(
-    steps: Sequence[tuple[int, Mapping[str, Tensor | float]]],
+    steps: Sequence[tuple[int, Mapping[str, Tensor | float]]], device: torch.device
 ) -> Iterator[tuple[int, dict[str, float | list[float]]]]:
-    """The steps with tensors as numbers, through one copy to the host."""
+    """The steps with tensors as numbers, through one copy from the device."""
     tensors = [value for _, values in steps for value in values.values() if isinstance(value, Tensor)]
     # float64 holds every narrower value as it is.
-    joined = torch.cat([t.detach().reshape(-1).double() for t in tensors]).tolist() if tensors else []
+    parts = [tensor.detach().reshape(-1).to(device, torch.float64) for tensor in tensors]
+    joined = torch.cat(parts).tolist() if parts else []
     position = 0
     for step, values in steps:
         numbers: dict[str, float | list[float]] = {}
