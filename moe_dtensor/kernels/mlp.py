@@ -39,15 +39,15 @@ def expert_mlp(
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     check(backend, x_TD, w_up_EGFD.shape[2])
     held_experts = w_up_EGFD.shape[0]
-    w_up_EPD = w_up_EGFD.flatten(1, 2)
     route = sort_by_expert(expert_TK, first_expert, held_experts)
     # An unknown total with first_expert = 0 takes the static bound: right in any case, and without a sync.
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
     plan = make_plan(route.ends, num_rows, backend)
 
-    h_NP = _Up.apply(x_TD, w_up_EPD.detach(), route, plan, num_rows, backend)
-    h_NP = _Join.apply(h_NP, _UpWeight.apply(w_up_EPD, x_TD.detach(), route, plan, num_rows, backend))
+    h_NP = _Up.apply(x_TD, w_up_EGFD.detach().flatten(1, 2), route, plan, num_rows, backend)
+    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
+    h_NP = _Join.apply(h_NP, handle_NP)
     do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
     return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, plan, activation, backend)
 

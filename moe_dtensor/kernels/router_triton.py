@@ -58,7 +58,9 @@ def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score
 
 @triton.jit
 def _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX: tl.constexpr):
-    logits = tl.load(logits_ptr + row * experts + column, mask=inside, other=float("-inf"))
+    # Columns past E weigh nothing; rows past T are never stored, and 0 keeps them free of NaN.
+    outside = tl.where(column < experts, 0.0, float("-inf"))
+    logits = tl.load(logits_ptr + row * experts + column, mask=inside, other=outside)
     if SOFTMAX:
         powers = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
         scores = powers / tl.sum(powers, axis=1, keep_dims=True)

@@ -15,14 +15,12 @@ def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tu
     copies = expert_TK.numel()
     blocks = triton.cdiv(copies, _BLOCK)
     bins = max(16, triton.next_power_of_2(num_experts + 1))
-    made = {"dtype": torch.int32, "device": expert_TK.device}
+    position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
+    copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
     # Expert-major, so that one inclusive prefix sum over all of it ends at each (expert, block)'s last row.
-    counts_EB = torch.empty(num_experts, blocks, **made)
+    counts_EB = position_TK.new_empty(num_experts, blocks)
     _count[(blocks,)](expert_TK, counts_EB, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK, BINS=bins)
     last_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
-    position_TK = torch.empty(expert_TK.shape, **made)
-    copy_N = torch.empty(copies, **made)
-    ends_E = torch.empty(num_experts, **made)
     _place[(blocks,)](
         expert_TK, last_EB, position_TK, copy_N, ends_E, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK
     )

@@ -1,0 +1,91 @@
+"""Expert layers for tests, and the comparison of a backend with the reference. Letters as in moe_dtensor.kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dtensor.kernels.activation import num_up_projections
+from moe_dtensor.kernels.experts import expert_mlp
+
+
+@dataclass(frozen=True)
+class Case:
+    T: int
+    D: int
+    F: int
+    E: int
+    K: int
+    activation: str
+    first_expert: int = 0
+    held: int | None = None
+    rows: str = "exact"
+
+    @property
+    def num_held(self) -> int:
+        return self.E if self.held is None else self.held
+
+
+ODD_CASES = [
+    Case(37, 16, 24, 5, 2, "swiglu"),
+    Case(37, 24, 8, 5, 1, "gelu"),
+    Case(5, 24, 16, 40, 3, "geglu"),  # most experts have no token
+    Case(64, 40, 24, 6, 4, "relu2", first_expert=2, held=3),
+    Case(64, 40, 24, 6, 4, "silu", first_expert=2, held=3, rows="worst"),
+    Case(0, 16, 16, 4, 2, "swiglu"),
+    Case(9, 8, 8, 4, 4, "swiglu", held=1),
+    Case(1, 8, 8, 512, 32, "swiglu"),
+    Case(300, 8, 8, 1, 1, "gelu"),  # one expert, more rows than a tile
+]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
+    """``[x, w_up, w_down, gate]`` as leaves, expert ids, and a gradient for the output."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    groups = num_up_projections(case.activation)
+    tensors = [
+        normal(case.T, case.D),
+        normal(case.num_held, groups, case.F, case.D) / case.D**0.5,
+        normal(case.num_held, case.D, case.F) / case.F**0.5,
+    ]
+    leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+    leaves.append(normal(case.T, case.K).abs().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
+    order = torch.rand(case.T, case.E, generator=generator).argsort(1)
+    expert_TK = order[:, : case.K].contiguous()
+    return leaves, expert_TK.to(device), normal(case.T, case.D).to(device, dtype)
+
+
+def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Tensor:
+    return expert_mlp(
+        *leaves,
+        expert_TK,
+        activation=case.activation,
+        backend=backend,
+        first_expert=case.first_expert,
+        rows=case.rows,
+        num_experts=case.E,
+    )
+
+
+def relative_errors(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
+    """Errors of the output and of every gradient against the reference in float64 on the same values."""
+    leaves, expert_TK, dy_TD = make_inputs(case, dtype, device)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected_TD = run(case, "reference", wide, expert_TK)
+    expected_TD.backward(dy_TD.double())
+    y_TD = run(case, backend, leaves, expert_TK)
+    y_TD.backward(dy_TD)
+    got = [y_TD, *(leaf.grad for leaf in leaves)]
+    expected = [expected_TD, *(leaf.grad for leaf in wide)]
+    names = ("y", "x", "w_up", "w_down", "gate")
+    # Where nothing is expected (no token), nothing may come: the error is then absolute.
+    return {
+        name: ((a.double() - b).norm() / (b.norm() if b.norm() > 0 else 1)).item()
+        for name, a, b in zip(names, got, expected, strict=True)
+    }

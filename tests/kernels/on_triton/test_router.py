@@ -1,0 +1,37 @@
+"""Router and sort through Triton kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_dtensor.kernels.router import top_k_gates
+from moe_dtensor.kernels.routing import sort_by_expert
+from tests.kernels.router_cases import CASES, check_gates
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize(("T", "E", "K", "score"), CASES)
+def test_gates_and_choice(T, E, K, score, ranked, device, poisoned_memory):
+    check_gates(T, E, K, score, ranked, device)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_choices_are_distinct_ids_whatever_the_logits(device):
+    for value in (float("nan"), -float("inf"), 0.0):
+        _, expert_TK = top_k_gates(torch.full((3, 6), value, device=device), 4)
+        assert expert_TK.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(("first", "held"), [(0, 7), (2, 3), (6, 1)])
+@pytest.mark.parametrize("T", [1, 300])
+def test_counting_sort_is_the_stable_sort(T, first, held, device, monkeypatch):
+    torch.manual_seed(0)
+    expert_TK = torch.rand(T, 7).topk(3, 1).indices
+    by_triton = [t.cpu() for t in sort_by_expert(expert_TK.to(device), first, held)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    position, copy, ends = sort_by_expert(expert_TK, first, held)
+    rows = int(ends[-1])
+    assert torch.equal(by_triton[0], position)
+    assert torch.equal(by_triton[1][:rows], copy[:rows])
+    assert torch.equal(by_triton[2], ends)
