@@ -44,6 +44,11 @@ def choose_tile(dtype: torch.dtype, columns: int) -> Tile:
     return _HALF
 
 
+def choose_group(weight_bytes: int) -> int:
+    """Row tiles that go side by side: many where they share a weight that L2 does not hold, else one."""
+    return 1 if weight_bytes <= _L2_BYTES else 12
+
+
 @lru_cache
 def _num_programs(device: torch.device) -> int:
     if device.type != "cuda":
@@ -83,8 +88,6 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
     out_N = a_N.new_empty(a_N.shape[0], columns)
     tile = choose_tile(a_N.dtype, columns)
     weight_block = [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]
-    # Many row tiles share a weight that L2 does not hold: let them go side by side.
-    group = 1 if p * q * w_EPQ.itemsize <= _L2_BYTES else 12
     programs = _num_programs(a_N.device)
     rows_kernel[(programs,)](
         TensorDescriptor.from_tensor(a_N, [ROW_TILE, tile.k]),
@@ -96,7 +99,7 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
         columns,
         inner,
         TRANSPOSED=transposed,
-        GROUP=group,
+        GROUP=choose_group(p * q * w_EPQ.itemsize),
         ROW_TILE=ROW_TILE,
         COLUMN_TILE=tile.n,
         INNER_TILE=tile.k,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 4096
+_ELEMENTS = 2048
 
 
 def _blocks(logits_TE: Tensor) -> tuple[int, int, int]:
