@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .library import define, launches_triton
+
 
 @torch.no_grad()
 def sinkhorn(logits_GTE: Tensor, iterations: int) -> Tensor:
@@ -28,7 +30,22 @@ def sinkhorn(logits_GTE: Tensor, iterations: int) -> Tensor:
     if tokens == 0:
         return log_GTE
     log_share = math.log(tokens / experts)
+    if iterations > 0 and log_GTE.dtype == torch.float32 and launches_triton(log_GTE):
+        return _sinkhorn_op(log_GTE.reshape(-1, tokens, experts), iterations, log_share).view(log_GTE.shape)
     for _ in range(iterations):
         log_GTE = log_GTE - log_GTE.logsumexp(-1, keepdim=True)
         log_GTE = log_GTE - (log_GTE.logsumexp(-2, keepdim=True) - log_share)
     return log_GTE
+
+
+def _sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
+    from . import sinkhorn_triton
+
+    return sinkhorn_triton.sinkhorn(logits_GTE.contiguous(), iterations, log_share)
+
+
+_sinkhorn_op = define(
+    "sinkhorn(Tensor logits, int iterations, float log_share) -> Tensor",
+    _sinkhorn,
+    lambda logits_GTE, iterations, log_share: torch.empty_like(logits_GTE, memory_format=torch.contiguous_format),
+)
