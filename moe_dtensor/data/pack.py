@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -161,14 +162,14 @@ def cache_folder() -> Path:
 def replace_file(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes ``target``'s name when it is complete, and leaves nothing when writing fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 

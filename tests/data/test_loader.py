@@ -63,8 +63,8 @@ def test_a_resumed_loader_goes_on_with_the_same_batches(config) -> None:
     for step in (0, 1, 37, 63, 64, 65, 120):
         resumed = Loader(config, build_corpus(config))
         resumed.load_state_dict(states[step])
-        assert resumed.state_dict() == states[step]
-        for batch in batches[step : step + 30]:
+        for state, batch in list(zip(states, batches, strict=True))[step : step + 30]:
+            assert resumed.state_dict() == state
             assert_equal(resumed.next_batch(0, 4), batch)
     assert max(len(s["position"]) for s in states) < 1000
     assert {tuple(s) for s in states} == {("position",)}

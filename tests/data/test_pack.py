@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,19 @@ def test_tokens_are_made_once_and_again_when_the_corpus_changes() -> None:
     assert pack.packed(corpus, "train").digest != first.digest
     pack.packed(corpus, "validation")
     assert corpus.calls == 3
+
+
+def test_ranks_that_start_together_tokenise_once() -> None:
+    class Slow(Fixed):
+        def documents(self, split):
+            time.sleep(0.1)
+            return super().documents(split)
+
+    corpus = Slow(["text"] * 50)
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(lambda _: pack.packed(corpus, "train").digest, range(4)))
+    assert corpus.calls == 1
+    assert len(set(found)) == 1
 
 
 def test_tokens_without_their_record_are_made_again(cache: Path) -> None:

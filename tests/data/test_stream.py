@@ -124,6 +124,7 @@ def test_an_iterator_without_a_state_is_read_again(make_config) -> None:
     resumed.load_state_dict(state)
     for _ in range(70):
         assert torch.equal(loader.next_batch(0, 4).tokens_BS, resumed.next_batch(0, 4).tokens_BS)
+        assert loader.state_dict() == resumed.state_dict()  # so that it can be resumed once more
 
 
 def test_the_stream_is_the_documents_over_and_over(make_config) -> None:
@@ -143,10 +144,14 @@ def test_blocks_are_shuffled_by_the_seed_and_keep_their_windows(make_config) -> 
 
     in_order, shuffled, other = read(0, 1), read(0, 8), read(1, 8)
     assert not np.array_equal(shuffled, other)
+    orders = set()
     for start in range(0, 24, 8):
-        block = slice(start, start + 8)
-        assert not np.array_equal(in_order[block], shuffled[block])
-        assert sorted(in_order[block].tolist()) == sorted(shuffled[block].tolist())
+        block = in_order[start : start + 8].tolist()
+        order = [block.index(window) for window in shuffled[start : start + 8].tolist()]
+        assert sorted(order) == list(range(8))
+        orders.add(tuple(order))
+    assert len(orders) == 3  # each block has its own
+    assert tuple(range(8)) not in orders
 
 
 def test_random_tokens_fill_the_model_vocabulary_and_differ_by_split(make_config) -> None:

@@ -50,6 +50,18 @@ def test_stdlib_split_depends_on_the_path_alone(make_config, monkeypatch, tmp_pa
     assert set(validation) <= set(again[1])
 
 
+def test_stdlib_is_tokenised_again_when_a_file_changes(make_config, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    (tmp_path / "lib").mkdir()
+    for i in range(3):
+        (tmp_path / "lib" / f"m{i}.py").write_text("x = 1\n")
+    before = build_corpus(make_config()).fingerprint()
+    for i in range(3):
+        (tmp_path / "lib" / f"m{i}.py").write_text("x = 2\n")  # the same size
+        os.utime(tmp_path / "lib" / f"m{i}.py", ns=(10**18, 10**18 + i))
+    assert build_corpus(make_config()).fingerprint() != before
+
+
 def test_stdlib_without_sources_is_refused(make_config, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=r"(?s)stdlib.*data\.corpus = 'files'"):
