@@ -9,6 +9,7 @@ from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.norm import build_norm
+from moe_dtensor.layers.rope import Positions
 
 
 class Block(nn.Module):
@@ -25,11 +26,9 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(config.model.dim, config.model.hidden_dim, config.model.activation)
         self.is_moe = is_moe
 
-    def forward(
-        self, x_BSD: Tensor, positions_BS: Tensor | None, documents_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
         """The stream ``(B, S, D)`` after the block, and the load ``(E,)`` of its experts if it has any."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions_BS, documents_BS)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions)
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.feed_forward(h_BSD), None

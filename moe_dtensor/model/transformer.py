@@ -13,6 +13,7 @@ from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.norm import build_norm
+from moe_dtensor.layers.rope import build_positions
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
@@ -41,6 +42,11 @@ class Transformer(nn.Module):
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
                 self.output = nn.Linear(dim, rows, bias=False)
+        self.seq_len, self.head_dim, self.rope_theta = (
+            config.training.seq_len,
+            config.model.head_dim,
+            config.model.rope_theta,
+        )
         self.token_loss: TokenLoss = _cross_entropy
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
@@ -68,9 +74,18 @@ class Transformer(nn.Module):
         """
         if self.is_first:
             x = self.tok_embeddings(x)
+        positions = build_positions(
+            self.seq_len,
+            positions_BS,
+            documents_BS,
+            head_dim=self.head_dim,
+            theta=self.rope_theta,
+            dtype=x.dtype,
+            device=x.device,
+        )
         loads = []
         for block in self.layers.values():
-            x, load_E = block(x, positions_BS, documents_BS)
+            x, load_E = block(x, positions)
             if load_E is not None:
                 loads.append(load_E)
         if loads and self.training:
