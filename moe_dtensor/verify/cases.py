@@ -132,7 +132,7 @@ def build_case(setting: Setting) -> Case:
     config = override(
         Config(),
         {
-            "model.num_layers": 6 if pp == 3 else 4 if pp == 2 else 2,
+            "model.num_layers": max(2, pp * (1 if setting["schedule"] in ("none", "GPipe", "1F1B") else 2)),
             "model.dim": 24,
             "model.num_heads": 8,
             "model.num_kv_heads": 8 if setting["kv_heads"] == "all" else max(1, tp // 2),

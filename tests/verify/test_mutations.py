@@ -1,0 +1,122 @@
+"""``verify`` catches what it is there to catch, and names it. A proof that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.cases import Case
+from moe_dtensor.verify.compare import Verdict
+from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.run import prove
+
+from . import mutations
+
+TP2, DP2, PP2 = Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 1, "1F1B")
+CONFIG = override(
+    Config(),
+    {
+        "model.num_layers": 2,
+        "model.dim": 24,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 1,
+        "model.head_dim": 8,
+        "model.hidden_dim": 40,
+        "model.vocab_size": 101,
+        "moe.num_experts": 4,
+        "moe.hidden_dim": 16,
+        "data.corpus": "random",
+        "training.seq_len": 8,
+        "training.microbatch_size": 1,
+        "training.global_batch_size": 4,
+        "training.dtype": "float64",
+        "training.param_dtype": "float64",
+        "training.reduce_dtype": "float64",
+        "checkpoint.enable": False,
+    },
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the verdict has to say: the worst quantity (a regular expression), its kind, its ratio of norms."""
+
+    mutation: mutations.Mutation
+    worst: str
+    kind: str = "gradient"
+    ratio: float | None = None
+    layout: Layout = TP2
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+MUTATIONS = [
+    Expected(mutations.router_not_reduced, r"layers\.\d\.moe\.router\.weight"),
+    Expected(mutations.norms_not_reduced, r".*norm\.weight"),
+    Expected(mutations.repeated_heads_not_reduced, r"layers\.\d\.attention\.w[kv]\.weight"),
+    Expected(mutations.experts_times_tp, r"layers\.\d\.moe\.experts\.w_(up|down)", ratio=2.0),
+    Expected(mutations.experts_over_tp, r"layers\.\d\.moe\.experts\.w_(up|down)", ratio=0.5),
+    Expected(mutations.norm_counts_replicas, "grad_norm", "grad_norm"),
+    Expected(mutations.norm_of_own_stage, "grad_norm", "grad_norm", layout=PP2),
+    # Nothing but the loss is above a last router, so its gradient is exactly four times too large.
+    Expected(
+        mutations.router_term_per_microbatch,
+        r"layers\.1\.moe\.router\.weight",
+        ratio=4.0,
+        changes={"moe.layers": (1,)},
+    ),
+    Expected(mutations.gates_detached, r"layers\.\d\.moe\.router\.weight", ratio=0.0),
+    Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "parameter"),
+    Expected(mutations.pipeline_scales_gradients, ".*", ratio=0.25, layout=PP2),
+    Expected(mutations.routing_over_own_tokens, ".*"),
+    Expected(
+        mutations.norms_decayed,
+        r".*(norm|router|tok_embeddings)\.weight",
+        "parameter",
+        changes={"optimizer.lr": 0.1, "lr_scheduler.warmup_steps": 0},
+    ),
+]
+
+
+def verdict_on(layout: Layout, **changes: Any) -> Verdict:
+    (verdict,) = prove([Case(layout, override(CONFIG, changes))])
+    return verdict
+
+
+@pytest.mark.parametrize("layout", [TP2, DP2, PP2], ids=lambda layout: layout.mesh)
+def test_the_unbroken_library_passes(layout: Layout) -> None:
+    assert verdict_on(layout).ok
+
+
+@pytest.mark.parametrize("expected", MUTATIONS, ids=lambda expected: expected.mutation.__name__)
+def test_caught_and_named(expected: Expected) -> None:
+    with expected.mutation():
+        verdict = verdict_on(expected.layout, **expected.changes)
+    assert not verdict.ok
+    assert not verdict.failure
+    worst = verdict.worst
+    assert re.fullmatch(expected.worst, worst.name), worst
+    assert worst.kind == expected.kind, worst
+    if expected.ratio is not None:
+        assert worst.ratio == pytest.approx(expected.ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("mutation", [mutations.microbatch_dropped, mutations.loss_over_own_targets])
+def test_what_is_wrong_with_all_gradients_alike_is_said_of_all(mutation: mutations.Mutation) -> None:
+    with mutation():
+        verdict = verdict_on(DP2)
+    assert not verdict.failure
+    wrong = {d.name for d in verdict.deviations if d.kind == "gradient" and not d.ok}
+    assert wrong == {d.name for d in verdict.deviations if d.kind == "gradient"}
+    assert any(d.kind == "loss" and not d.ok for d in verdict.deviations)
+
+
+def test_only_what_is_broken_is_named() -> None:
+    with mutations.experts_times_tp():
+        verdict = verdict_on(TP2)
+    wrong = {d.name for d in verdict.deviations if d.kind == "gradient" and not d.ok}
+    assert wrong == {f"layers.{i}.moe.experts.w_{w}" for i in range(2) for w in ("up", "down")}
