@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .library import launches_triton
+
 IGNORED = -100
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -49,22 +51,54 @@ def _shard_column(labels_T: Tensor, first_row: int, columns: int) -> tuple[Tenso
     return column_T.where(here_T, 0), here_T
 
 
+def _row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum of each row, sum of the exponentials above it, and the target's logit (0 where it is elsewhere)."""
+    if _by_triton(logits_TV):
+        from . import cross_entropy_triton
+
+        return cross_entropy_triton.row_statistics(logits_TV, column_T, here_T)
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    max_T = logits_TV.amax(1).to(wide)
+    sum_T = torch.empty_like(max_T)
+    for block in _row_blocks(logits_TV):
+        sum_T[block] = (logits_TV[block].to(wide) - max_T[block, None]).exp_().sum(1)
+    return max_T, sum_T, logits_TV.gather(1, column_T[:, None])[:, 0].to(wide).where(here_T, 0)
+
+
+def _write_gradient(
+    logits_TV: Tensor, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
+) -> None:
+    """``out = (softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
+    if _by_triton(logits_TV):
+        from . import cross_entropy_triton
+
+        cross_entropy_triton.write_gradient(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV)
+        return
+    for block in _row_blocks(logits_TV):
+        softmax = (logits_TV[block].to(log_sum_T.dtype) - log_sum_T[block, None]).exp_()
+        softmax.scatter_add_(1, column_T[block, None], -here_T[block, None].to(softmax.dtype))
+        out_TV[block] = softmax.mul_(grad_T[block, None])
+
+
+def _by_triton(logits_TV: Tensor) -> bool:
+    return launches_triton(logits_TV) and logits_TV.dtype != torch.float64 and logits_TV.numel() > 0
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TV: Tensor, labels_T: Tensor, first_row: int, all_reduce: AllReduce | None) -> Tensor:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        combine = all_reduce if all_reduce is not None else lambda t, op: t
+        in_place = not logits_TV.is_leaf
+        if logits_TV.stride(1) != 1:
+            logits_TV = logits_TV.contiguous()
         column_T, here_T = _shard_column(labels_T, first_row, logits_TV.shape[1])
-        max_T = combine(logits_TV.amax(1).to(wide), "max")
-        sum_T = torch.empty_like(max_T)
-        for block in _row_blocks(logits_TV):
-            sum_T[block] = (logits_TV[block].to(wide) - max_T[block, None]).exp_().sum(1)
-        target_T = logits_TV.gather(1, column_T[:, None])[:, 0].to(wide).where(here_T, 0)
-        sum_T, target_T = combine(torch.stack([sum_T, target_T]), "sum").unbind()
+        max_T, sum_T, target_T = _row_statistics(logits_TV, column_T, here_T)
+        if all_reduce is not None:
+            shard_max_T, max_T = max_T, all_reduce(max_T.clone(), "max")  # a collective may work in place
+            sum_T = sum_T * (shard_max_T - max_T).exp()
+            sum_T, target_T = all_reduce(torch.stack([sum_T, target_T]), "sum").unbind()
         log_sum_T = max_T + sum_T.log()
         ctx.save_for_backward(logits_TV, labels_T, log_sum_T)
-        ctx.first_row = first_row
-        ctx.in_place = not logits_TV.is_leaf
+        ctx.first_row, ctx.in_place = first_row, in_place
         return (log_sum_T - target_T).where(labels_T != IGNORED, 0)
 
     @staticmethod
@@ -73,8 +107,5 @@ class _CrossEntropy(torch.autograd.Function):
         column_T, here_T = _shard_column(labels_T, ctx.first_row, logits_TV.shape[1])
         grad_T = grad_T.to(log_sum_T.dtype).where(labels_T != IGNORED, 0)
         grad_TV = logits_TV if ctx.in_place else torch.empty_like(logits_TV)
-        for block in _row_blocks(logits_TV):
-            softmax = (logits_TV[block].to(log_sum_T.dtype) - log_sum_T[block, None]).exp_()
-            softmax.scatter_add_(1, column_T[block, None], -here_T[block, None].to(softmax.dtype))
-            grad_TV[block] = softmax.mul_(grad_T[block, None])
+        _write_gradient(logits_TV, column_T, here_T, log_sum_T, grad_T, grad_TV)
         return grad_TV, None, None, None

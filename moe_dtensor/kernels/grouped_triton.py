@@ -16,6 +16,7 @@ from .gemm_triton import make_tiles_kernel, rows_kernel, weight_kernel
 ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
 _L2_BYTES = 24 << 20
+_WEIGHT_GROUP = 8
 
 
 class Tile(NamedTuple):
@@ -130,7 +131,7 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) ->
         Q_TILE=tile.n,
         ROWS_TILE=tile.k,
         EPILOGUE=tile.epilogue,
-        GROUP=8,
+        GROUP=_WEIGHT_GROUP,
         PROGRAMS=programs,
         PRECISION=_precision(l_NP),
         num_stages=tile.stages,

@@ -1,7 +1,7 @@
 """Triton kernels of :mod:`.sinkhorn`: one launch an iteration, and one for the result.
 
-The balanced matrix is ``L - r - c`` with a number per token and per expert. Each launch derives the columns' c from what
-the launch before it summed up, block by block, then the rows' r, and sums up anew.
+The balanced matrix is ``L - r - c`` with a number per token and per expert. Each launch derives the columns' c from
+what the launch before it summed up, block by block, then the rows' r, and sums up anew.
 """
 
 from __future__ import annotations

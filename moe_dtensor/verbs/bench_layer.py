@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moe_dtensor.verbs.bench_shapes import Layer, parse_shape
 
 MAX_ERROR = 2e-2
 """Relative error in bf16 above which a time is not reported."""
-_ROUNDS, _STEPS = 5, 4
+_ROUNDS, _STEPS = 6, 6
 
 
 @dataclass
@@ -189,7 +190,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
     for _ in range(_ROUNDS):
         for name in times:
             runs[name]()
-            times[name] += [_one(runs[name], cuda) for _ in range(_STEPS)]
+            times[name] += _several(runs[name], cuda)
             layer.clear()
     for name, taken in times.items():
         result = found[name]
@@ -200,22 +201,26 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
             result.kernels = _kernel_times(runs[name])
 
 
-def _one(run: Callable[[], None], cuda: bool) -> float:
+def _several(run: Callable[[], None], cuda: bool) -> list[float]:
+    """Milliseconds of some steps, issued without waiting in between, as a training loop does."""
     if not cuda:
-        start = time.perf_counter()
+        marks = [time.perf_counter()]
+        for _ in range(_STEPS):
+            run()
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS + 1)]
+    events[0].record()
+    for event in events[1:]:
         run()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def _kernel_times(run: Callable[[], None]) -> dict[str, float]:
     steps = 3
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(steps):
             run()
         torch.cuda.synchronize()

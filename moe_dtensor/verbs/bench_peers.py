@@ -34,7 +34,8 @@ def _torchtitan(shape: Shape, layer: Layer) -> Callable[[], None]:
     x_1TD, dy_1TD = layer.x_TD.detach()[None].requires_grad_(), layer.dy_TD[None]
     with torch.device(layer.x_TD.device):
         moe = MoE(args, shape.dim, shape.hidden)
-        moe.init_weights(0.02, torch.device(layer.x_TD.device))
+    with torch.no_grad():
+        moe.init_weights(0.02, layer.x_TD.device)
     moe.to(layer.x_TD.dtype)
 
     def step() -> None:

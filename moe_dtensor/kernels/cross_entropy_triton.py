@@ -1,0 +1,84 @@
+"""Triton kernels of :mod:`.cross_entropy`: one reading of the logits forward, one reading and writing backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+
+
+def row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exponentials above it, and the target's logit (0 where it is elsewhere), of each row."""
+    tokens, columns = logits_TV.shape
+    made = [torch.empty(tokens, dtype=torch.float32, device=logits_TV.device) for _ in range(3)]
+    _row_statistics[(tokens,)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
+    return made[0], made[1], made[2]
+
+
+def write_gradient(
+    logits_TV: Tensor, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
+) -> None:
+    """Write ``(softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
+    tokens, columns = logits_TV.shape
+    grid = (tokens, triton.cdiv(columns, _BLOCK))
+    _write_gradient[grid](
+        logits_TV,
+        column_T,
+        here_T,
+        log_sum_T,
+        grad_T,
+        out_TV,
+        logits_TV.stride(0),
+        out_TV.stride(0),
+        columns,
+        BLOCK=_BLOCK,
+    )
+
+
+@triton.jit
+def _row_statistics(
+    logits_ptr, column_ptr, here_ptr, max_ptr, sum_ptr, target_ptr, stride, columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    # A finite start: a row may be -inf throughout, and -inf less -inf is NaN.
+    largest = tl.full((BLOCK,), -3.0e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        logits = tl.load(logits_ptr + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(largest, logits)
+        total = total * tl.exp(largest - higher) + tl.exp(logits - higher)
+        largest = higher
+    row_max = tl.max(largest, axis=0)
+    tl.store(max_ptr + row, row_max)
+    tl.store(sum_ptr + row, tl.sum(total * tl.exp(largest - row_max), axis=0))
+    here = tl.load(here_ptr + row)
+    target = tl.load(logits_ptr + row * stride + tl.load(column_ptr + row), mask=here, other=0.0)
+    tl.store(target_ptr + row, target.to(tl.float32))
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr,
+    column_ptr,
+    here_ptr,
+    log_sum_ptr,
+    grad_ptr,
+    out_ptr,
+    stride,
+    out_stride,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+    softmax = tl.exp(logits - tl.load(log_sum_ptr + row))
+    here = tl.load(here_ptr + row)
+    hit = (column == tl.load(column_ptr + row)) & here
+    grad = (softmax - tl.where(hit, 1.0, 0.0)) * tl.load(grad_ptr + row)
+    tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=column < columns)
