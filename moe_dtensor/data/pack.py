@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 import uuid
@@ -123,6 +124,7 @@ def packed(corpus: Any, split: str) -> Packed:
     if not meta.exists():
         with locked(folder / f"{key}.lock"):
             if not meta.exists():  # another rank may have made it while this one waited
+                logging.getLogger(__name__).info("tokenising the %s split once, into %s", split, data)
                 with replace_file(data) as file:
                     digest = write_tokens(file, corpus.documents(split), tokenizer)
                 with replace_file(meta) as file:  # last: its presence says that the tokens are whole
