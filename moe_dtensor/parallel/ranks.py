@@ -20,10 +20,16 @@ import torch
 import torch.distributed as dist
 
 
-def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call ``fn(*args)`` on ``world_size`` forked gloo ranks; return their results in rank order.
+def run_on_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call ``fn(*args)`` on ``world_size`` forked ranks; return their results in rank order.
 
     Results travel by pickle. The parent must not have started CUDA.
+
+    Args:
+        timeout: seconds, for all of it and for each collective.
+        backend: of the process group; with ``nccl`` rank i takes GPU i.
 
     Raises:
         RuntimeError: a rank raised (its traceback is the message) or ended without a result.
@@ -34,7 +40,8 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, pipes[rank][1], fn, args)
+                target=_rank_main,
+                args=(rank, world_size, f"{folder}/store", timeout, backend, pipes[rank][1], fn, args),
             )
             for rank in range(world_size)
         ]
@@ -59,9 +66,10 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
         if not ready:
             raise TimeoutError(f"Ranks {sorted(pending.values())} did not finish within {timeout:.0f} s.")
         for receiver in ready:
-            rank = pending.pop(receiver)  # type: ignore[call-overload]
+            assert isinstance(receiver, Connection)
+            rank = pending.pop(receiver)
             try:
-                ok, value = receiver.recv()  # type: ignore[union-attr]
+                ok, value = receiver.recv()
             except EOFError:
                 ok, value = False, "the process ended without a result"
             if not ok:
@@ -71,13 +79,22 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, timeout: float, sender: Connection, fn: Callable[..., Any], args: tuple
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+    backend: str,
+    sender: Connection,
+    fn: Callable[..., Any],
+    args: tuple,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,

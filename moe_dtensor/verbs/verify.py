@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
     options, config = parser.load(argv)
     config = _with_backend(config, options)
 
-    # Only now: a wrong command line is told without waiting for torch.
+    # Counting GPUs must not start CUDA here: the ranks are forked from this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.verify.miniature import shrink
 
     layouts, refused = choose_layouts(config, options.meshes, options.schedules)

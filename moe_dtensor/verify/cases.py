@@ -36,7 +36,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     ),
     # Times the fewest microbatches that the schedule runs with: 1 without a pipeline.
     "accumulation": (1, 3),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "full", "selective"),
     "tied": (False, True),
     "top_k": (1, 2),
     "router": ("sinkhorn", "sinkhorn in groups", "topk"),
@@ -48,6 +48,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "sequence_parallel": (True, False),
     "activation": ("swiglu", "gelu"),
     "norm": ("rmsnorm", "layernorm"),
+    "documents": (False, True),
 }
 Setting = Mapping[str, Any]
 
@@ -151,6 +152,7 @@ def build_case(setting: Setting) -> Case:
             "moe.num_shared_experts": setting["shared"],
             "mesh.sequence_parallel": setting["sequence_parallel"],
             "data.corpus": "random",
+            "data.document_mask": setting["documents"],
             "training.seq_len": 8 if setting["sequence_parallel"] else 7,
             "training.microbatch_size": sequences,
             "training.dtype": "float64",

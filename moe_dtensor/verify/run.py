@@ -54,12 +54,13 @@ class Task:
 Answers = dict[str, tuple[Mapping[str, Tensor], Sequence[Microbatch], Answer]]
 
 
-def prove(cases: Sequence[Case], *, device: str = "cpu", timeout: float = 600.0) -> Iterator[Verdict]:
+def prove(cases: Sequence[Case], *, timeout: float = 600.0) -> Iterator[Verdict]:
     """Judge each case; cases that follow one another on the same mesh share one start of its ranks.
+
+    Ranks are on GPUs (nccl) where there is one for each, else on the CPU (gloo).
 
     Args:
         cases: at miniature size; the oracle loops over tokens.
-        device: ``cpu`` (gloo) or ``cuda`` (nccl, a GPU for each rank).
         timeout: seconds for all cases of one mesh together.
 
     Yields:
@@ -67,13 +68,16 @@ def prove(cases: Sequence[Case], *, device: str = "cpu", timeout: float = 600.0)
     """
     answers: Answers = {}
     for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
-        yield from _prove_on_one_mesh(list(same_mesh), answers, device, timeout)
+        yield from _prove_on_one_mesh(list(same_mesh), answers, timeout)
 
 
-def _prove_on_one_mesh(cases: list[Case], answers: Answers, device: str, timeout: float) -> Iterator[Verdict]:
+def _prove_on_one_mesh(cases: list[Case], answers: Answers, timeout: float) -> Iterator[Verdict]:
+    world_size = cases[0].layout.world_size
+    device = "cuda" if torch.cuda.device_count() >= world_size else "cpu"
     tasks = [_task(case, answers) for case in cases]
     try:
-        ranks = run_on_ranks(_run_tasks, cases[0].layout.world_size, tasks, device, timeout=timeout)
+        backend = "nccl" if device == "cuda" else "gloo"
+        ranks = run_on_ranks(_run_tasks, world_size, tasks, device, timeout=timeout, backend=backend)
     except (RuntimeError, TimeoutError) as error:
         if len(cases) == 1:
             lost = missing("no answer", "gradient", 0.0)
@@ -81,7 +85,7 @@ def _prove_on_one_mesh(cases: list[Case], answers: Answers, device: str, timeout
         else:
             # One case took the others with it: give each ranks of its own.
             for case in cases:
-                yield from _prove_on_one_mesh([case], answers, device, timeout)
+                yield from _prove_on_one_mesh([case], answers, timeout)
         return
     for i, (case, task) in enumerate(zip(cases, tasks, strict=True)):
         deviations = worst_of_each(itertools.chain.from_iterable(rank[i][0] for rank in ranks))
@@ -105,8 +109,6 @@ def _task(case: Case, answers: Answers) -> Task:
 def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float]]:
     """On every rank: the deviations that this rank sees, and the seconds, of each task."""
     where = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
     results = []
     for task in tasks:
         start = time.perf_counter()
