@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _BLOCK = 4096
 
 
@@ -14,7 +16,7 @@ def row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple
     """Maximum, sum of exponentials above it, and the target's logit (0 where it is elsewhere), of each row."""
     tokens, columns = logits_TV.shape
     made = [torch.empty(tokens, dtype=torch.float32, device=logits_TV.device) for _ in range(3)]
-    _row_statistics[(tokens,)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
+    launch(_row_statistics, (tokens,), logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
     return made[0], made[1], made[2]
 
 
@@ -24,7 +26,9 @@ def write_gradient(
     """Write ``(softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
     tokens, columns = logits_TV.shape
     grid = (tokens, triton.cdiv(columns, _BLOCK))
-    _write_gradient[grid](
+    launch(
+        _write_gradient,
+        grid,
         logits_TV,
         column_T,
         here_T,

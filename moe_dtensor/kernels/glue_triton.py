@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import num_up_projections
+from .launch import launch
 
 
 def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
@@ -15,7 +16,7 @@ def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     width = x_TD.shape[1]
     block = min(2048, triton.next_power_of_2(width))
     grid = (tokens, triton.cdiv(width, block))
-    _gather_rows[grid](x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
+    launch(_gather_rows, grid, x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
 
 
 def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
@@ -25,7 +26,18 @@ def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_
     block = min(1024, triton.next_power_of_2(width))
     gate_TK = gate_TK.contiguous() if gate_TK is not None else None
     grid = (tokens, triton.cdiv(width, block))
-    _combine_rows[grid](y_ND, position_TK, gate_TK, out_TD, width, K=choices, BLOCK=block, HAS_GATE=gate_TK is not None)
+    launch(
+        _combine_rows,
+        grid,
+        y_ND,
+        position_TK,
+        gate_TK,
+        out_TD,
+        width,
+        K=choices,
+        BLOCK=block,
+        HAS_GATE=gate_TK is not None,
+    )
 
 
 def activate_rows(
@@ -40,7 +52,9 @@ def activate_rows(
     rows, hidden = out_NF.shape
     row_block, block = 8, min(256, triton.next_power_of_2(hidden))
     grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, block))
-    _activate_rows[grid](
+    launch(
+        _activate_rows,
+        grid,
         h_NP,
         ends_E,
         out_NF,
@@ -71,7 +85,9 @@ def activation_backward(
     """Write dH, A' and dgate in one pass."""
     rows, hidden = da_NF.shape
     row_block, block = 8, min(256, triton.next_power_of_2(hidden))
-    _activation_backward[(triton.cdiv(rows, row_block),)](
+    launch(
+        _activation_backward,
+        (triton.cdiv(rows, row_block),),
         h_NP,
         da_NF,
         gate_TK,

@@ -12,6 +12,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_triton import make_tiles_kernel, rows_kernel, weight_kernel
+from .launch import launch
 
 ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
@@ -70,7 +71,9 @@ def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
 def plan(ends_E: Tensor, rows: int) -> Tensor:
     """Cut each expert's rows into tiles of ROW_TILE, on the device."""
     table, experts = fake_plan(ends_E, rows), ends_E.numel()
-    make_tiles_kernel[(experts,)](
+    launch(
+        make_tiles_kernel,
+        (experts,),
         ends_E,
         table,
         experts,
@@ -90,7 +93,9 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
     tile = choose_tile(a_N.dtype, columns)
     weight_block = [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]
     programs = _num_programs(a_N.device)
-    rows_kernel[(programs,)](
+    launch(
+        rows_kernel,
+        (programs,),
         TensorDescriptor.from_tensor(a_N, [ROW_TILE, tile.k]),
         TensorDescriptor.from_tensor(w_EPQ, weight_block),
         create_ragged_descriptor(out_N, [ROW_TILE, tile.n // tile.epilogue]),
@@ -119,7 +124,9 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) ->
     out_EPQ = l_NP.new_empty(experts, p, q)
     tile = choose_tile(l_NP.dtype, q)
     programs = _num_programs(l_NP.device)
-    weight_kernel[(programs,)](
+    launch(
+        weight_kernel,
+        (programs,),
         create_ragged_descriptor(l_NP, [tile.k, tile.m]),
         create_ragged_descriptor(r_NQ, [tile.k, tile.n]),
         TensorDescriptor.from_tensor(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),

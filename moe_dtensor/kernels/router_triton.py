@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _ELEMENTS = 2048
 
 
@@ -21,7 +23,9 @@ def top_k_gates(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score:
     rows, columns, tokens = _blocks(logits_TE)
     gate_TK = logits_TE.new_empty(tokens, top_k)
     expert_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
-    _top_k_kernel[(triton.cdiv(tokens, rows),)](
+    launch(
+        _top_k_kernel,
+        (triton.cdiv(tokens, rows),),
         logits_TE,
         logits_TE if ranking_TE is None else ranking_TE.contiguous(),
         gate_TK,
@@ -41,7 +45,9 @@ def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score
     """The gradient of the logits from the gates'."""
     rows, columns, tokens = _blocks(logits_TE)
     dlogits_TE = torch.empty_like(logits_TE)
-    _gates_backward_kernel[(triton.cdiv(tokens, rows),)](
+    launch(
+        _gates_backward_kernel,
+        (triton.cdiv(tokens, rows),),
         dgate_TK,
         logits_TE,
         expert_TK,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _BLOCK = 128
 
 
@@ -19,10 +21,21 @@ def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tu
     copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
     # Expert-major, so that one inclusive prefix sum over all of it ends at each (expert, block)'s last row.
     counts_EB = position_TK.new_empty(num_experts, blocks)
-    _count[(blocks,)](expert_TK, counts_EB, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK, BINS=bins)
+    launch(_count, (blocks,), expert_TK, counts_EB, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK, BINS=bins)
     last_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
-    _place[(blocks,)](
-        expert_TK, last_EB, position_TK, copy_N, ends_E, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK
+    launch(
+        _place,
+        (blocks,),
+        expert_TK,
+        last_EB,
+        position_TK,
+        copy_N,
+        ends_E,
+        copies,
+        first_expert,
+        num_experts,
+        blocks,
+        BLOCK=_BLOCK,
     )
     return position_TK, copy_N, ends_E
 

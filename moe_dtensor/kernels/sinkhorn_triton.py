@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _ELEMENTS = 2048
 _PROGRAMS = 132
 
@@ -27,27 +29,34 @@ def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
     sizes = {"ROWS": rows, "COLUMNS": columns, "TILES": per_block}
     grid = (blocks, groups)
     for i in range(iterations):
-        _iterate[grid](logits_GTE, row_GT, *old, *new, tokens, experts, blocks, log_share, FIRST=i == 0, **sizes)
+        launch(
+            _iterate, grid, logits_GTE, row_GT, *old, *new, tokens, experts, blocks, log_share, FIRST=i == 0, **sizes
+        )
         old, new = new, old
     out_GTE = torch.empty_like(logits_GTE)
-    _finish[grid](logits_GTE, row_GT, *old, out_GTE, tokens, experts, blocks, log_share, **sizes)
+    launch(_finish, grid, logits_GTE, row_GT, *old, out_GTE, tokens, experts, blocks, log_share, **sizes)
     return out_GTE
 
 
 @triton.jit
-def _column_terms(max_ptr, sum_ptr, group, blocks, experts, log_share, COLUMNS: tl.constexpr):
+def _column_terms(max_ptr, sum_ptr, group, blocks, experts, log_share, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """c of each expert: the logsumexp over the blocks' parts, less the share."""
     column = tl.arange(0, COLUMNS)
-    largest = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    largest = tl.full((COLUMNS,), -1.0e30, tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for block in range(blocks):
-        part = (group * blocks + block) * experts + column
-        part_max = tl.load(max_ptr + part, mask=column < experts, other=0.0)
-        part_sum = tl.load(sum_ptr + part, mask=column < experts, other=1.0)
-        higher = tl.maximum(largest, part_max)
-        total = total * tl.exp(largest - higher) + part_sum * tl.exp(part_max - higher)
+    # Many blocks at a time: one after the other would wait for memory as many times.
+    for start in range(0, blocks, PARTS):
+        block = start + tl.arange(0, PARTS)[:, None]
+        part = (group * blocks + block) * experts + column[None, :]
+        inside = (block < blocks) & (column[None, :] < experts)
+        part_max = tl.load(max_ptr + part, mask=inside, other=-1.0e30)
+        part_sum = tl.load(sum_ptr + part, mask=inside, other=0.0)
+        higher = tl.maximum(largest, tl.max(part_max, axis=0))
+        added = tl.sum(part_sum * tl.exp(part_max - higher[None, :]), axis=0)
+        total = total * tl.exp(largest - higher) + added
         largest = higher
-    return largest + tl.log(total) - log_share
+    # Columns past E have no part, and their logits stay as far down as they were loaded.
+    return tl.where(column < experts, largest + tl.log(tl.where(column < experts, total, 1.0)) - log_share, 0.0)
 
 
 @triton.jit
@@ -72,7 +81,7 @@ def _iterate(
     if FIRST:
         c = tl.zeros((COLUMNS,), tl.float32)
     else:
-        c = _column_terms(old_max_ptr, old_sum_ptr, group, blocks, experts, log_share, COLUMNS)
+        c = _column_terms(old_max_ptr, old_sum_ptr, group, blocks, experts, log_share, COLUMNS, ROWS)
     # A finite start: a block may hold no token, and -inf less -inf is NaN.
     largest = tl.full((COLUMNS,), -1.0e30, tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -112,7 +121,7 @@ def _finish(
 ):
     block, group = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, COLUMNS)
-    c = _column_terms(max_ptr, sum_ptr, group, blocks, experts, log_share, COLUMNS)
+    c = _column_terms(max_ptr, sum_ptr, group, blocks, experts, log_share, COLUMNS, ROWS)
     for tile in range(TILES):
         token = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
         inside = (token[:, None] < tokens) & (column[None, :] < experts)
