@@ -47,6 +47,8 @@ class Result:
     """Median of a forward and backward; None if the answer was wrong or the backend failed."""
     milliseconds_spread: tuple[float, float] | None = None
     tflops: float | None = None
+    graph_tflops: float | None = None
+    """The same step captured in a CUDA graph and replayed: without the host's part."""
     kept_mib: float = 0.0
     """What autograd holds between forward and backward, parameters aside."""
     kept_mib_formula: float = 0.0
@@ -199,6 +201,8 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.tflops = layer.shape.flops / result.milliseconds / 1e9
         if cuda:
             result.kernels = _kernel_times(runs[name])
+        if cuda and name in ("torch", "triton"):
+            result.graph_tflops = layer.shape.flops / _graph_milliseconds(layer, name) / 1e9
 
 
 def _several(run: Callable[[], None], cuda: bool) -> list[float]:
@@ -218,6 +222,23 @@ def _several(run: Callable[[], None], cuda: bool) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
+def _graph_milliseconds(layer: Layer, backend: str) -> float:
+    leaves = list(layer.leaves.values())
+
+    def step() -> None:
+        torch.autograd.grad(layer(backend), leaves, layer.dy_TD)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return statistics.median(_several(graph.replay, True) + _several(graph.replay, True))
+
+
 def _kernel_times(run: Callable[[], None]) -> dict[str, float]:
     steps = 3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -235,8 +256,9 @@ def _line(result: Result) -> str:
     if result.milliseconds is None:
         return f"{head}  {result.failure}"
     worst = f"{max(result.error.values()):.1e}" if result.error else "not checked"
+    graph = f" ({result.graph_tflops:.1f} as a CUDA graph)" if result.graph_tflops else ""
     return (
-        f"{head} {result.milliseconds:9.3f} ms {result.tflops:7.1f} TFLOP/s  error {worst}  "
+        f"{head} {result.milliseconds:9.3f} ms {result.tflops:7.1f} TFLOP/s{graph}  error {worst}  "
         f"kept {result.kept_mib:7.1f} MiB  peak {result.peak_mib:8.1f} MiB  first {result.first_call_seconds:5.1f} s  "
         f"load {result.load_max_over_mean:4.2f}"
     )
