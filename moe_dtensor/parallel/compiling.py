@@ -16,4 +16,4 @@ def apply_compile(part: Transformer, config: Config) -> None:
         # A pipeline keeps several microbatches' graphs alive, so a backward must not reuse their buffers.
         torch._functorch.config.donated_buffer = False
     for block in part.layers.values():
-        setattr(block, "forward", torch.compile(block.forward))
+        block.forward = torch.compile(block.forward)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -81,7 +79,7 @@ class Pipeline:
         ]
         schedule_class = get_schedule_class(config.pipeline.schedule)
         self.schedule = schedule_class(
-            self.stages[0] if issubclass(schedule_class, PipelineScheduleSingle) else self.stages,  # type: ignore[arg-type]
+            self.stages[0] if issubclass(schedule_class, PipelineScheduleSingle) else self.stages,
             n_microbatches=microbatches(config),
             loss_fn=self._scaled,
             scale_grads=False,

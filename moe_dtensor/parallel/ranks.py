@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -69,7 +70,7 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
             assert isinstance(receiver, Connection)
             rank = pending.pop(receiver)
             try:
-                ok, value = receiver.recv()
+                ok, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 ok, value = False, "the process ended without a result"
             if not ok:
@@ -100,10 +101,11 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
-        sender.send((True, fn(*args)))
+        # Tensors as bytes: torch's own way through shared memory needs the sender to stay.
+        sender.send_bytes(pickle.dumps((True, fn(*args))))
         dist.barrier()
-    except BaseException:  # noqa: BLE001 - whatever ended the rank is the parent's to raise
-        sender.send((False, traceback.format_exc()))
+    except BaseException:
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
     sender.close()
     # No interpreter shutdown: gloo threads of a torn-down group can abort there.
     os._exit(0)

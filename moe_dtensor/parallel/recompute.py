@@ -28,9 +28,11 @@ def apply_recompute(part: Transformer, config: Config) -> None:
     if mode == "none":
         return
     for block in part.layers.values():
-        options = {"context_fn": _selective_contexts} if mode == "selective" else {}
+        rerun = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if mode == "selective":
+            rerun = functools.partial(rerun, context_fn=_selective_contexts)
         # On the instance, not a wrapper module: parameter names stay as they are.
-        setattr(block, "forward", functools.partial(checkpoint, block.forward, use_reentrant=False, **options))
+        block.forward = rerun
 
 
 def _selective_contexts() -> tuple:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
@@ -56,7 +56,7 @@ def _show_local(module: nn.Module, gradients: dict[str, Placement]) -> None:
 
     The parameter itself stays where FSDP, the optimizer and checkpoints look for it: in ``named_parameters()``.
     """
-    module.__class__ = _local_view_class(type(module), tuple(gradients.items()))
+    module.__class__ = _local_view_class(type(module), tuple(gradients.items()))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -68,6 +68,7 @@ def _local_view_class(cls: type[nn.Module], gradients: tuple[tuple[str, Placemen
 def _local_view(name: str, gradient: Placement) -> property:
     def view(module: nn.Module) -> Tensor:
         param = module._parameters[name]
+        assert isinstance(param, DTensor)
         # On (dp, tp) it is sharded by FSDP and not in use: FSDP itself is looking.
         return param if param.device_mesh.ndim > 1 else param.to_local(grad_placements=[gradient])
 
@@ -145,8 +146,9 @@ def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
         if isinstance(attention.k_norm if config.model.qk_norm != "none" else None, HeadsNorm):
             _show_rows(attention.k_norm, rows)
     if config.model.qk_norm == "full":
-        attention.q_norm.sum_parts = _sum_over(tp, 1)
-        attention.k_norm.sum_parts = _sum_over(tp, copies)
+        for norm, held_by in ((attention.q_norm, 1), (attention.k_norm, copies)):
+            assert isinstance(norm, HeadsNorm)
+            norm.sum_parts = _sum_over(tp, held_by)
 
 
 def _show_rows(module: nn.Module, rows: slice) -> None:
@@ -154,9 +156,9 @@ def _show_rows(module: nn.Module, rows: slice) -> None:
     cls = type(module)
 
     def view(self: nn.Module) -> Tensor:
-        seen = cls.weight.fget(self)  # type: ignore[attr-defined]
+        seen: Tensor = cls.weight.fget(self)  # type: ignore[attr-defined]
         # The parameter itself is for FSDP to look at, whole; a slice would take its place there.
-        return seen if seen is self._parameters["weight"] else seen[rows]
+        return seen if isinstance(seen, DTensor) else seen[rows]
 
     module.__class__ = type(cls.__name__, (cls,), {"weight": property(view)})
 

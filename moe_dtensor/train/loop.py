@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -91,6 +91,8 @@ class Run:
         config = self.config
         self.trainer: Trainer = build(config, self.device)
         self.loader = Loader(config, self.corpus)
+        # Made now, though used later: a split that is too small is told at once.
+        self.validation = Loader(config, self.corpus, "validation") if config.training.validation_interval else None
         self.checkpoints = CheckpointManager(
             self.folder.checkpoints,
             config,
@@ -120,8 +122,10 @@ class Run:
         total, active = parameters(self.config)
         if self.folder.message:
             display.say(self.folder.message)
+        mesh = self.config.mesh
         display.say(
-            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; {self.trainer.mesh}; run folder {self.folder.path}"
+            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; mesh dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
+            f"on {self.device.type}; run folder {self.folder.path}"
         )
         return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
 
@@ -136,20 +140,23 @@ class Run:
             self._record(result, lr)
             self.profiler.after_step(self.step)
             if self._must_stop(result):
-                self.meter.close()
+                self._close()
                 _say(
-                    f"error: loss or gradient not finite at a step up to {self.step}; the updates of such steps were not "
-                    "applied, and nothing was saved after them.\n"
-                    'Start again to resume from the last checkpoint, with a lower optimizer.lr or training.nonfinite = "skip".'
+                    f"error: loss or gradient was not finite by step {self.step}; the update of such a step was not "
+                    "applied, and nothing was saved after it.\nStart again to resume from the last checkpoint, with a lower "
+                    'optimizer.lr or with training.nonfinite = "skip".'
                 )
                 return 1
             self._save()
-        self.profiler.close()
-        self.checkpoints.wait()
-        self.meter.close()
+        self._close()
         if self.is_rank_0:
             self.folder.finish(self.step)
         return 0
+
+    def _close(self) -> None:
+        self.profiler.close()
+        self.checkpoints.wait()
+        self.meter.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
         load_LE = result.load_LE
@@ -159,16 +166,17 @@ class Run:
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         interval = self.config.training.validation_interval
-        if interval and self.step % interval == 0:
+        if self.validation is not None and self.step % interval == 0:
             with self.meter.paused():
-                values["validation_loss"] = self._validate()
+                values["validation_loss"] = self._validate(self.validation)
         self.meter.add(self.step, values)
 
-    def _validate(self) -> Tensor:
+    def _validate(self, loader: Loader) -> Tensor:
         """Mean loss over ``training.validation_sequences`` held-out sequences, the same ones every time."""
-        loader = Loader(self.config, self.corpus, split="validation")
+        start = loader.state_dict()
         batches = self.config.training.validation_sequences // self.config.training.global_batch_size
         losses = [evaluate(self.trainer, read_batch(self.trainer, loader)) for _ in range(batches)]
+        loader.load_state_dict(start)
         return torch.stack(losses).mean()
 
     def _must_stop(self, result: StepResult) -> bool:

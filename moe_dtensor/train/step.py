@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from moe_dtensor.train.build import Trainer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured over all ranks, the same on each: tensors on the device, for which the host has not waited."""
+    """What a step measured over all ranks, the same on each: tensors on the device; the host has not waited for them."""
 
     loss: Tensor
     """Mean cross-entropy of the step's target tokens, in nats; float64 scalar."""
@@ -39,10 +39,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy a batch to the device; from pinned memory, so that the host does not wait."""
     if device.type == "cpu":
         return batch
-    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(
-        batch,
-        **{k: x if x is None else x.pin_memory().to(device, non_blocking=True) for k, x in moved.items()},
+
+    def move(x: Tensor) -> Tensor:
+        return x.pin_memory().to(device, non_blocking=True)
+
+    return Batch(
+        move(batch.tokens_BS),
+        move(batch.labels_BS),
+        None if batch.positions_BS is None else move(batch.positions_BS),
+        None if batch.documents_BS is None else move(batch.documents_BS),
     )
 
 
@@ -61,7 +66,7 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
-    """Mean loss of a global batch of which ``batch`` is this dp rank's share, with plain top-k routing; float64 scalar."""
+    """Mean loss of a global batch, of which ``batch`` is this dp rank's share, with plain top-k routing; float64."""
     for part in trainer.parts:
         part.eval()
     loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
@@ -107,6 +112,6 @@ def update(trainer: Trainer, finite: Tensor) -> None:
             trainer.optimizers.step()
     else:
         for optimizer in trainer.optimizers:
-            setattr(optimizer, "found_inf", (~finite).to(torch.float32))
+            optimizer.found_inf = (~finite).to(torch.float32)
             optimizer.step()
     trainer.schedule.step()
