@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from . import mlp, reference
 from .activation import num_up_projections
+
+_LOGGER = logging.getLogger(__name__)
+_LOGGED: set[tuple[str, str]] = set()
 
 BACKENDS = ("reference", "torch", "triton", "grouped_gemm")
 
@@ -54,6 +58,7 @@ def expert_mlp(
     if rows not in ("exact", "worst"):
         raise ValueError(f"rows = {rows!r} is not known. Use exact or worst.")
     chosen = choose_backend(backend, x_TD, w_up_EGFD)
+    _log_once(backend, chosen, x_TD)
     run = reference.expert_mlp if chosen == "reference" else partial(mlp.expert_mlp, backend=chosen)
     return run(
         x_TD,
@@ -83,8 +88,19 @@ def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor) -> str:
     aligned = width * x_TD.dtype.itemsize % 16 == 0 and hidden * x_TD.dtype.itemsize % 16 == 0
     if not x_TD.is_cuda or x_TD.dtype == torch.float64 or not aligned:
         return "reference"
-    hopper = torch.cuda.get_device_capability(x_TD.device) == (9, 0)
-    return "triton" if hopper and x_TD.dtype.itemsize == 2 else "torch"
+    return "triton" if x_TD.dtype.itemsize == 2 and _is_hopper(x_TD.device.index) else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _log_once(backend: str, chosen: str, x_TD: Tensor) -> None:
+    if torch.compiler.is_compiling() or (backend, chosen) in _LOGGED:
+        return
+    _LOGGED.add((backend, chosen))
+    _LOGGER.info("experts: moe.backend = %s runs as %s (%s on %s)", backend, chosen, x_TD.dtype, x_TD.device)
 
 
 def check_shapes(

@@ -75,11 +75,13 @@ def test_cuda_graph(backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled(backend):
-    step = make_step(backend)
-    expected = step()
-    got = torch.compile(step, fullgraph=False)()
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_compiled_without_a_graph_break(backend):
+    case = Case(512, 256, 256, 8, 2, "swiglu")
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.bfloat16, "cuda")
+    expected = torch.autograd.grad(run(case, backend, leaves, expert_TK), leaves, dy_TD)
+    compiled = torch.compile(lambda *tensors: run(case, backend, list(tensors), expert_TK), fullgraph=True)
+    got = torch.autograd.grad(compiled(*leaves), leaves, dy_TD)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
