@@ -1,4 +1,7 @@
-"""Rotary positions and the attention mask: what all blocks of a forward pass share. B sequences, S positions, C head width."""
+"""Rotary positions and the attention mask, which all blocks of a forward pass share.
+
+B sequences, S positions, C head width.
+"""
 
 from __future__ import annotations
 

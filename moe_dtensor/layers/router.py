@@ -44,6 +44,7 @@ class Sinkhorn:
         self.gate = "sigmoid" if config.moe.top_k == 1 else "softmax"
 
     def __call__(self, logits_GTE: Tensor, top_k: int) -> Tensor:
+        """Balance over the T tokens of each group, then take each token's K best."""
         return top_k_of_rounded(sinkhorn(logits_GTE, self.iterations), top_k)
 
 
@@ -71,6 +72,7 @@ class TopK:
         pass
 
     def __call__(self, logits_GTE: Tensor, top_k: int) -> Tensor:
+        """Each token by itself."""
         return logits_GTE.topk(top_k, dim=-1).indices
 
 

@@ -16,7 +16,7 @@ from moe_dtensor.parallel.plan import build_plan, find_row
 def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
     """Shard a part's parameters over dp, each along the dimension that the placement table names.
 
-    Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums the gradients' shares over tp.
+    Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums gradients over tp.
     """
     plan = build_plan(config)
     dims = {param: find_row(plan, name).dp for name, param in part.named_parameters()}

@@ -46,7 +46,7 @@ def train(config: Config) -> int:
 
 
 def start_ranks(config: Config) -> torch.device:
-    """Join the process group (nccl on GPUs, gloo on CPUs); the device of this rank. Alone, without torchrun: one rank."""
+    """Join the process group (nccl on GPUs, gloo on CPUs; one rank without torchrun); the device of this rank."""
     timeout = timedelta(seconds=config.comm.timeout_seconds)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
@@ -124,7 +124,7 @@ class Run:
             display.say(self.folder.message)
         mesh = self.config.mesh
         display.say(
-            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; mesh dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
+            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
             f"on {self.device.type}; run folder {self.folder.path}"
         )
         return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
@@ -143,8 +143,9 @@ class Run:
                 self._close()
                 _say(
                     f"error: loss or gradient was not finite by step {self.step}; the update of such a step was not "
-                    "applied, and nothing was saved after it.\nStart again to resume from the last checkpoint, with a lower "
-                    'optimizer.lr or with training.nonfinite = "skip".'
+                    "applied, and nothing was saved after it.\n"
+                    "Start again to resume from the last checkpoint, with a lower optimizer.lr or with "
+                    'training.nonfinite = "skip".'
                 )
                 return 1
             self._save()

@@ -16,7 +16,7 @@ from moe_dtensor.train.build import Trainer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured over all ranks, the same on each: tensors on the device; the host has not waited for them."""
+    """What a step measured over all ranks, the same on each; tensors on the device that the host has not waited for."""
 
     loss: Tensor
     """Mean cross-entropy of the step's target tokens, in nats; float64 scalar."""
