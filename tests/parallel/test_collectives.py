@@ -1,0 +1,74 @@
+"""Each collective's gradient is the adjoint of what it computes, on ranks that use it as documented."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_dtensor.parallel import collectives
+from moe_dtensor.parallel.ranks import run_on_ranks
+
+RANKS = 3
+
+
+def _numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _share_of_work(rank: int, x: Tensor) -> Tensor:
+    """What one rank computes of the whole: differs by rank, and all shares together matter."""
+    return (x * _numbers(100 + rank, *x.shape)).square()
+
+
+def _on_rank() -> dict[str, tuple[Tensor, Tensor]]:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    rank = mesh.get_local_rank()
+    part, whole = _numbers(rank, 2, 2).requires_grad_(), _numbers(7, 2, 6).requires_grad_()
+    results = {}
+
+    def record(name: str, leaf: Tensor, loss: Tensor) -> None:
+        loss.backward()
+        results[name] = (loss.detach(), leaf.grad.clone())
+        leaf.grad = None
+
+    # A share of the work, then the sum of all ranks' shares: the loss is the same on every rank.
+    record(
+        "gather, reduce", part, collectives.reduce(_share_of_work(rank, collectives.gather(part, mesh, 1)), mesh).sum()
+    )
+    record("copy, reduce", whole, collectives.reduce(_share_of_work(rank, collectives.copy(whole, mesh)), mesh).sum())
+    scattered = collectives.reduce_scatter(_share_of_work(rank, collectives.copy(whole, mesh)), mesh, 1)
+    record("copy, reduce_scatter", whole, collectives.gather_alike(scattered, mesh, 1).square().sum())
+    record("gather_alike", part, collectives.gather_alike(part, mesh, 1).pow(3).sum())
+    total = collectives.reduce_shares(part.sum(), mesh)
+    record("reduce_shares", part, collectives.reduce(_share_of_work(rank, total * part), mesh).sum())
+    return results
+
+
+def _by_hand(name: str) -> tuple[Tensor, list[Tensor]]:
+    """Loss and each rank's gradient from one process that holds everything."""
+    parts = [_numbers(rank, 2, 2).requires_grad_() for rank in range(RANKS)]
+    whole = _numbers(7, 2, 6).requires_grad_()
+    if name == "gather, reduce":
+        loss = sum(_share_of_work(rank, torch.cat(parts, 1)) for rank in range(RANKS)).sum()
+    elif name == "copy, reduce":
+        loss = sum(_share_of_work(rank, whole) for rank in range(RANKS)).sum()
+    elif name == "copy, reduce_scatter":
+        loss = sum(_share_of_work(rank, whole) for rank in range(RANKS)).square().sum()
+    elif name == "gather_alike":
+        loss = torch.cat(parts, 1).pow(3).sum()
+    else:
+        total = sum(part.sum() for part in parts)
+        loss = sum(_share_of_work(rank, total * part) for rank, part in enumerate(parts)).sum()
+    loss.backward()
+    return loss.detach(), [whole.grad] * RANKS if whole.grad is not None else [part.grad for part in parts]
+
+
+def test_every_gradient_is_the_adjoint() -> None:
+    ranks = run_on_ranks(_on_rank, RANKS)
+    assert len(ranks[0]) == 5
+    for name in ranks[0]:
+        loss, gradients = _by_hand(name)
+        for rank in range(RANKS):
+            torch.testing.assert_close(ranks[rank][name][0], loss, msg=f"{name}: loss")
+            torch.testing.assert_close(ranks[rank][name][1], gradients[rank], msg=f"{name}: gradient of rank {rank}")
