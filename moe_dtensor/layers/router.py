@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.router import router_logits, top_k_gates
 from moe_dtensor.kernels.sinkhorn import sinkhorn
 
 
@@ -23,11 +23,11 @@ class Assignment(Protocol):
 
     over_groups: bool
     """Whether a token's choice depends on its routing group. If so the logits are brought together first."""
-    gate: str
-    """Score that weights an expert's output: ``sigmoid`` or ``softmax`` (over all E)."""
+    score: str
+    """What weights an expert's output: ``sigmoid`` of its logit, or ``softmax`` over all E."""
 
-    def __call__(self, logits_GTE: Tensor, top_k: int) -> Tensor:
-        """Expert ids ``(G, T, K)``, int64, distinct for each token. No gradient passes through."""
+    def __call__(self, logits_GTE: Tensor) -> Tensor:
+        """What the choice goes by, ``(G, T, E)``: each token takes the K highest. No gradient passes through."""
 
 
 class Sinkhorn:
@@ -41,39 +41,35 @@ class Sinkhorn:
 
     def __init__(self, config: Config) -> None:
         self.iterations = config.moe.sinkhorn_iterations
-        self.gate = "sigmoid" if config.moe.top_k == 1 else "softmax"
+        self.score = "sigmoid" if config.moe.top_k == 1 else "softmax"
 
-    def __call__(self, logits_GTE: Tensor, top_k: int) -> Tensor:
-        """Balance over the T tokens of each group, then take each token's K best."""
-        return top_k_of_rounded(sinkhorn(logits_GTE, self.iterations), top_k)
+    def __call__(self, logits_GTE: Tensor) -> Tensor:
+        """Balance over the T tokens of each group."""
+        return round_to_ties(sinkhorn(logits_GTE, self.iterations))
 
 
-def top_k_of_rounded(scores_GTE: Tensor, top_k: int) -> Tensor:
-    """Indices ``(G, T, K)`` of the K highest scores; those equal up to rounding errors go by lowest index.
+def round_to_ties(scores: Tensor) -> Tensor:
+    """Make scores that are equal up to rounding errors equal, so that the lowest index wins among them.
 
     Balancing makes exact ties: in a group whose tokens are all alike (a run of spaces) every expert has the same
     share. Were the last bit to decide, meshes that sum in another order would route differently.
     """
-    steps = 2.0**40 if scores_GTE.dtype == torch.float64 else 2.0**16
-    num_experts = scores_GTE.shape[-1]
-    last_first_E = torch.arange(num_experts - 1, -1, -1, device=scores_GTE.device)
-    # One integer orders by rounded score, then by index.
-    key_GTE = (scores_GTE * steps).round().to(torch.int64) * num_experts + last_first_E
-    return key_GTE.topk(top_k, dim=-1).indices
+    steps = 2.0**40 if scores.dtype == torch.float64 else 2.0**16
+    return (scores * steps).round() / steps
 
 
 class TopK:
     """Each token's K highest scores (Shazeer et al., arXiv:1701.06538), without balancing."""
 
     over_groups = False
-    gate = "softmax"
+    score = "softmax"
 
     def __init__(self, config: Config) -> None:
         pass
 
-    def __call__(self, logits_GTE: Tensor, top_k: int) -> Tensor:
+    def __call__(self, logits_GTE: Tensor) -> Tensor:
         """Each token by itself."""
-        return logits_GTE.topk(top_k, dim=-1).indices
+        return logits_GTE
 
 
 ASSIGNMENTS: dict[str, Callable[[Config], Assignment]] = {"sinkhorn": Sinkhorn, "topk": TopK}
@@ -103,24 +99,25 @@ class Router(nn.Module):
         self.own_positions: Callable[[Tensor], Tensor] = _identity
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``(B, S, K)`` in at least float32, and expert ids ``(B, S, K)``."""
-        dtype = torch.promote_types(x_BSD.dtype, torch.float32)
-        logits_BSE = F.linear(x_BSD.to(dtype), self.weight.to(dtype))
-        expert_BSK = self.choose(logits_BSE.detach())
-        scores = logits_BSE.sigmoid() if self.assignment.gate == "sigmoid" else logits_BSE.softmax(-1)
-        return scores.gather(-1, expert_BSK), expert_BSK
+        """Gates ``(B, S, K)`` in at least float32, and expert ids ``(B, S, K)`` int64."""
+        lead = x_BSD.shape[:2]
+        logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
+        ranking_BSE = self.rank(logits_TE.detach().unflatten(0, lead))
+        gate_TK, expert_TK = top_k_gates(
+            logits_TE, self.top_k, score=self.assignment.score, ranking_TE=ranking_BSE.flatten(0, 1)
+        )
+        return gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
 
-    def choose(self, logits_BSE: Tensor) -> Tensor:
-        """Expert ids ``(B, S, K)``: the assignment in training, plain top-k in evaluation."""
+    def rank(self, logits_BSE: Tensor) -> Tensor:
+        """What the choice goes by, ``(B, S, E)``: the assignment's in training, the logits in evaluation."""
         if not self.training:
-            return logits_BSE.topk(self.top_k, dim=-1).indices
+            return logits_BSE
         if not self.assignment.over_groups:
-            return self.assignment(logits_BSE, self.top_k)
+            return self.assignment(logits_BSE)
         whole = self.gather_positions(logits_BSE)
         sequences, length, experts = whole.shape
         groups_GTE = whole.reshape(sequences // self.group_sequences, self.group_sequences * length, experts)
-        expert_GTK = self.assignment(groups_GTE, self.top_k)
-        return self.own_positions(expert_GTK.reshape(sequences, length, self.top_k))
+        return self.own_positions(self.assignment(groups_GTE).view(whole.shape))
 
 
 def _identity(x: Tensor) -> Tensor:

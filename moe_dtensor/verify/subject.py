@@ -127,7 +127,7 @@ def _force_routing(trainer: Trainer, routing: Mapping[int, Sequence[Tensor]]) ->
             mine = routing[index][_own_microbatches(trainer)]
             chosen = [t.to(trainer.device).unflatten(0, (size, -1)) for t in mine]
             # On the instance: the module's own method stays what it is.
-            router.choose = Replay(router, chosen)  # type: ignore[method-assign]
+            router.rank = Replay(router, chosen)  # type: ignore[method-assign]
 
 
 class Replay:
@@ -142,10 +142,12 @@ class Replay:
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, logits_BSE: Tensor) -> Tensor:
-        """Expert ids ``(B, S held here, K)``."""
-        for logits, chosen in self.seen:
+        """A ranking ``(B, S held here, E)`` in which the choices come first, in their order."""
+        for logits, ranking in self.seen:
             if torch.equal(logits, logits_BSE):
-                return chosen
+                return ranking
         chosen = self.own_positions(self.coming.pop(0))
-        self.seen.append((logits_BSE.clone(), chosen))
-        return chosen
+        places = torch.arange(chosen.shape[-1], 0, -1, device=chosen.device, dtype=logits_BSE.dtype)
+        ranking = torch.zeros_like(logits_BSE).scatter(-1, chosen, places.expand_as(chosen))
+        self.seen.append((logits_BSE.clone(), ranking))
+        return ranking

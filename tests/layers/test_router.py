@@ -8,7 +8,7 @@ import torch
 from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.router import Router, top_k_of_rounded
+from moe_dtensor.layers.router import Router, round_to_ties
 
 
 def build_router(**keys: object) -> Router:
@@ -66,16 +66,20 @@ def test_gates_are_the_scores_of_the_chosen(router: str, top_k: int, score: str)
     assert module.weight.grad.abs().sum() > 0
 
 
-def test_equal_scores_go_to_the_lowest_index_whatever_the_last_bit() -> None:
+def test_equal_scores_stay_equal_whatever_the_last_bit() -> None:
     """Tokens all alike share every expert equally; meshes that sum in another order must still agree."""
     scores = torch.zeros(1, 5, 8, dtype=torch.float64) - 2.0794415416798357
-    noisy = scores + torch.randn_like(scores) * 1e-15
-    assert torch.equal(top_k_of_rounded(noisy, 3), torch.tensor([0, 1, 2]).expand(1, 5, 3))
+    assert torch.equal(round_to_ties(scores + torch.randn_like(scores) * 1e-15), round_to_ties(scores))
+
+
+def test_tokens_all_alike_go_to_the_lowest_experts() -> None:
+    expert = build_router()(torch.ones(4, 8, 16, dtype=torch.float64))[1]
+    assert torch.equal(expert, torch.tensor([0, 1]).expand(4, 8, 2))
 
 
 def test_scores_that_differ_keep_their_order() -> None:
     scores = torch.randn(2, 50, 16, dtype=torch.float64)
-    assert torch.equal(top_k_of_rounded(scores, 4), scores.topk(4, dim=-1).indices)
+    assert torch.equal(round_to_ties(scores).topk(4).indices, scores.topk(4).indices)
 
 
 def test_a_router_of_ones_own() -> None:
@@ -88,10 +92,10 @@ class Lazy:
     """Sends every token to the first experts."""
 
     over_groups = False
-    gate = "softmax"
+    score = "softmax"
 
     def __init__(self, config: Config) -> None:
         pass
 
-    def __call__(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
-        return torch.arange(top_k).expand(*logits.shape[:-1], top_k)
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(logits.shape[-1]).expand_as(logits).double()
