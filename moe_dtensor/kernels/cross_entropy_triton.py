@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ceil_div, launch
 
 _BLOCK = 4096
 
@@ -25,7 +25,7 @@ def write_gradient(
 ) -> None:
     """Write ``(softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
     tokens, columns = logits_TV.shape
-    grid = (tokens, triton.cdiv(columns, _BLOCK))
+    grid = (tokens, ceil_div(columns, _BLOCK))
     launch(
         _write_gradient,
         grid,

@@ -7,15 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import num_up_projections
-from .launch import launch
+from .launch import ceil_div, launch, next_power_of_2
 
 
 def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
     tokens, choices = position_TK.shape
     width = x_TD.shape[1]
-    block = min(2048, triton.next_power_of_2(width))
-    grid = (tokens, triton.cdiv(width, block))
+    block = min(2048, next_power_of_2(width))
+    grid = (tokens, ceil_div(width, block))
     launch(_gather_rows, grid, x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
 
 
@@ -23,9 +23,9 @@ def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_
     """Write ``out[t] = sum_k gate[t, k] * y[position[t, k]]``."""
     tokens, choices = position_TK.shape
     width = y_ND.shape[1]
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     gate_TK = gate_TK.contiguous() if gate_TK is not None else None
-    grid = (tokens, triton.cdiv(width, block))
+    grid = (tokens, ceil_div(width, block))
     launch(
         _combine_rows,
         grid,
@@ -50,8 +50,8 @@ def activate_rows(
 ) -> None:
     """Write the activation of each row, times its gate if one is given."""
     rows, hidden = out_NF.shape
-    row_block, block = 8, min(256, triton.next_power_of_2(hidden))
-    grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, block))
+    row_block, block = 8, min(256, next_power_of_2(hidden))
+    grid = (ceil_div(rows, row_block), ceil_div(hidden, block))
     launch(
         _activate_rows,
         grid,
@@ -84,10 +84,10 @@ def activation_backward(
 ) -> None:
     """Write dH, A' and dgate in one pass."""
     rows, hidden = da_NF.shape
-    row_block, block = 8, min(256, triton.next_power_of_2(hidden))
+    row_block, block = 8, min(256, next_power_of_2(hidden))
     launch(
         _activation_backward,
-        (triton.cdiv(rows, row_block),),
+        (ceil_div(rows, row_block),),
         h_NP,
         da_NF,
         gate_TK,

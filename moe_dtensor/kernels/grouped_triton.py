@@ -6,18 +6,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.ragged_tma import create_ragged_descriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_triton import make_tiles_kernel, rows_kernel, weight_kernel
-from .launch import launch
+from .launch import describe, describe_ragged, launch, next_power_of_2
 
 ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
 _L2_BYTES = 24 << 20
-_WEIGHT_GROUP = 8
+_WEIGHT_GROUP = 4
 
 
 class Tile(NamedTuple):
@@ -32,7 +29,7 @@ class Tile(NamedTuple):
     """The accumulator is stored in this many column slices, each of which needs shared memory only once."""
 
 
-_HALF = Tile(m=128, n=256, k=64, stages=3, warps=8, epilogue=2)
+_HALF = Tile(m=128, n=256, k=64, stages=4, warps=8, epilogue=2)
 # float32 in full precision has no tensor cores: a small tile, right rather than fast.
 _FLOAT = Tile(m=128, n=64, k=32, stages=2, warps=8, epilogue=1)
 
@@ -47,8 +44,8 @@ def choose_tile(dtype: torch.dtype, columns: int) -> Tile:
 
 
 def choose_group(weight_bytes: int) -> int:
-    """Row tiles that go side by side: many where they share a weight that L2 does not hold, else one."""
-    return 1 if weight_bytes <= _L2_BYTES else 12
+    """Row tiles that go side by side: many where they share a weight that L2 does not hold, else few."""
+    return 2 if weight_bytes <= _L2_BYTES else 12
 
 
 @lru_cache
@@ -79,7 +76,7 @@ def plan(ends_E: Tensor, rows: int) -> Tensor:
         experts,
         _max_row_tiles(rows, experts),
         ROW_TILE=ROW_TILE,
-        EXPERTS=max(2, triton.next_power_of_2(experts)),
+        EXPERTS=max(2, next_power_of_2(experts)),
         BLOCK=64,
     )
     return table
@@ -96,9 +93,9 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
     launch(
         rows_kernel,
         (programs,),
-        TensorDescriptor.from_tensor(a_N, [ROW_TILE, tile.k]),
-        TensorDescriptor.from_tensor(w_EPQ, weight_block),
-        create_ragged_descriptor(out_N, [ROW_TILE, tile.n // tile.epilogue]),
+        describe(a_N, [ROW_TILE, tile.k]),
+        describe(w_EPQ, weight_block),
+        describe_ragged(out_N, [ROW_TILE, tile.n // tile.epilogue]),
         ends_E,
         plan,
         _max_row_tiles(a_N.shape[0], experts),
@@ -127,9 +124,9 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) ->
     launch(
         weight_kernel,
         (programs,),
-        create_ragged_descriptor(l_NP, [tile.k, tile.m]),
-        create_ragged_descriptor(r_NQ, [tile.k, tile.n]),
-        TensorDescriptor.from_tensor(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),
+        describe_ragged(l_NP, [tile.k, tile.m]),
+        describe_ragged(r_NQ, [tile.k, tile.n]),
+        describe(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),
         ends_E,
         experts,
         p,

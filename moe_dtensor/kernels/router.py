@@ -64,14 +64,14 @@ _logits_op = define(
 
 def _logits_backward(dlogits_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
     # A float32 number as the sum of two bf16 ones, side by side: one product each for dx and dw.
-    experts = w_ED.shape[0]
-    halves_TC = x_TD.new_empty(x_TD.shape[0], 2 * experts)
-    high_TE, low_TE = halves_TC[:, :experts], halves_TC[:, experts:]
-    high_TE.copy_(dlogits_TE)
-    torch.sub(dlogits_TE, high_TE, out=low_TE)
+    halves_TC = x_TD.new_empty(x_TD.shape[0], 2 * w_ED.shape[0])
+    if halves_TC.numel() > 0:
+        from . import router_triton
+
+        router_triton.split_halves(dlogits_TE.contiguous(), halves_TC)
     dx_TD = halves_TC @ torch.cat([w_ED, w_ED])
     dw_CD = torch.mm(halves_TC.T, x_TD, out_dtype=torch.float32)
-    return dx_TD, (dw_CD[:experts] + dw_CD[experts:]).to(w_ED.dtype)
+    return dx_TD, dw_CD.view(2, *w_ED.shape).sum(0).to(w_ED.dtype)
 
 
 _logits_backward_op = define(

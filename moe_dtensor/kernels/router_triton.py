@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ceil_div, launch, next_power_of_2
 
 _ELEMENTS = 2048
 
 
 def _blocks(logits_TE: Tensor) -> tuple[int, int, int]:
     tokens, experts = logits_TE.shape
-    columns = max(16, triton.next_power_of_2(experts))
+    columns = max(16, next_power_of_2(experts))
     return max(1, min(64, _ELEMENTS // columns)), columns, tokens
 
 
@@ -25,7 +25,7 @@ def top_k_gates(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score:
     expert_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
     launch(
         _top_k_kernel,
-        (triton.cdiv(tokens, rows),),
+        (ceil_div(tokens, rows),),
         logits_TE,
         logits_TE if ranking_TE is None else ranking_TE.contiguous(),
         gate_TK,
@@ -47,7 +47,7 @@ def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score
     dlogits_TE = torch.empty_like(logits_TE)
     launch(
         _gates_backward_kernel,
-        (triton.cdiv(tokens, rows),),
+        (ceil_div(tokens, rows),),
         dgate_TK,
         logits_TE,
         expert_TK,
@@ -60,6 +60,24 @@ def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score
         SOFTMAX=score == "softmax",
     )
     return dlogits_TE
+
+
+def split_halves(x_TE: Tensor, out_TC: Tensor) -> None:
+    """Write ``out = [high | low]``, two low-precision numbers whose sum is x."""
+    tokens, experts = x_TE.shape
+    block = 1024
+    launch(_split_halves, (ceil_div(tokens * experts, block),), x_TE, out_TC, tokens * experts, experts, BLOCK=block)
+
+
+@triton.jit
+def _split_halves(x_ptr, out_ptr, elements, experts, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + element, mask=element < elements, other=0.0)
+    high = x.to(out_ptr.dtype.element_ty)
+    low = (x - high.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    out = out_ptr + element + element // experts * experts
+    tl.store(out, high, mask=element < elements)
+    tl.store(out + experts, low, mask=element < elements)
 
 
 @triton.jit

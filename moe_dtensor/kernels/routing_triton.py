@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ceil_div, launch, next_power_of_2
 
 _BLOCK = 128
 
@@ -15,8 +15,8 @@ _BLOCK = 128
 def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches and one prefix sum; see :func:`moe_dtensor.kernels.routing.sort_by_expert`."""
     copies = expert_TK.numel()
-    blocks = triton.cdiv(copies, _BLOCK)
-    bins = max(16, triton.next_power_of_2(num_experts + 1))
+    blocks = ceil_div(copies, _BLOCK)
+    bins = max(16, next_power_of_2(num_experts + 1))
     position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
     copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
     # Expert-major, so that one inclusive prefix sum over all of it ends at each (expert, block)'s last row.

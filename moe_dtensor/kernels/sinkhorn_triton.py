@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ceil_div, launch, next_power_of_2
 
 _ELEMENTS = 2048
 _PROGRAMS = 132
@@ -20,10 +20,10 @@ _PROGRAMS = 132
 def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
     """See :func:`moe_dtensor.kernels.sinkhorn.sinkhorn`; float32, at least one iteration and one token."""
     groups, tokens, experts = logits_GTE.shape
-    columns = max(16, triton.next_power_of_2(experts))
+    columns = max(16, next_power_of_2(experts))
     rows = max(1, _ELEMENTS // columns)
-    blocks = min(triton.cdiv(tokens, rows), max(1, _PROGRAMS // groups))
-    per_block = triton.cdiv(triton.cdiv(tokens, rows), blocks)
+    blocks = min(ceil_div(tokens, rows), max(1, _PROGRAMS // groups))
+    per_block = ceil_div(ceil_div(tokens, rows), blocks)
     row_GT = logits_GTE.new_empty(groups, tokens)
     old, new = (logits_GTE.new_empty(2, groups, blocks, experts) for _ in range(2))
     sizes = {"ROWS": rows, "COLUMNS": columns, "TILES": per_block}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_dtensor.kernels.router import top_k_gates
+from moe_dtensor.kernels.router_triton import split_halves
 from moe_dtensor.kernels.routing import sort_by_expert
 from tests.kernels.router_cases import CASES, check_gates
 
@@ -35,3 +36,11 @@ def test_counting_sort_is_the_stable_sort(T, first, held, device, monkeypatch):
     assert torch.equal(by_triton[0], position)
     assert torch.equal(by_triton[1][:rows], copy[:rows])
     assert torch.equal(by_triton[2], ends)
+
+
+def test_two_halves_add_up(device):
+    x_TE = torch.randn(37, 5, device=device)
+    out_TC = torch.empty(37, 10, dtype=torch.bfloat16, device=device)
+    split_halves(x_TE, out_TC)
+    torch.testing.assert_close(out_TC[:, :5].float(), x_TE, atol=0, rtol=2**-7)
+    torch.testing.assert_close(out_TC.float().view(37, 2, 5).sum(1), x_TE, atol=0, rtol=2**-14)

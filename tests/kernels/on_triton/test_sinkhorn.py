@@ -9,7 +9,7 @@ from moe_dtensor.kernels.sinkhorn import sinkhorn
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 3), (2, 64, 8), (5, 3, 130), (300, 16), (2, 40, 512)])
-@pytest.mark.parametrize("iterations", [1, 8])
+@pytest.mark.parametrize("iterations", [1, 3])
 def test_equals_the_loop(shape, iterations, device, poisoned_memory):
     torch.manual_seed(0)
     logits = 4 * torch.randn(shape, device=device)
