@@ -234,6 +234,12 @@ def _pipeline(config: Config) -> Broken:
             "a compiled block would run the whole of it twice.",
             "Set compile.enable = false, or pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
         )
+    if config.activation_checkpoint.mode == "selective" and schedule in SPLIT_BACKWARD:
+        yield (
+            f"activation_checkpoint.mode = selective with pipeline.schedule = {schedule}, which splits the backward "
+            "pass: what selective recomputation keeps is given up after its first half.",
+            "Set activation_checkpoint.mode to full or none, or pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
+        )
     if config.fsdp.reshard_after_forward == "always":
         yield (
             f"fsdp.reshard_after_forward = always with mesh.pp = {pp} loses gradients between microbatches.",

@@ -89,6 +89,11 @@ WRONG = [
         "compile.enable = true with pipeline.schedule = DualPipeV",
         "Interleaved1F1B",
     ),
+    (
+        "--mesh.pp 2 --activation_checkpoint.mode selective --pipeline.schedule InterleavedZeroBubble",
+        "activation_checkpoint.mode = selective with pipeline.schedule = InterleavedZeroBubble",
+        "full or none",
+    ),
     ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
     ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
     (
