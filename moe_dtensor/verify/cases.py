@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_dtensor.config.build import override
-from moe_dtensor.config.resolve import microbatches
+from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Layout, legal
 
@@ -69,6 +69,8 @@ def possible(setting: Setting) -> bool:
         return False
     pipelined = s.get("schedule", "none") != "none" or MESHES[s.get("mesh", "1x1x2")][1] > 1
     if s.get("tied") and pipelined:
+        return False
+    if s.get("recompute") == "selective" and s.get("schedule") in SPLIT_BACKWARD:
         return False
     # Fewer than one head is not to be had.
     if s.get("kv_heads") == "fewer than tp" and MESHES[s.get("mesh", "1x1x2")][2] == 1:

@@ -99,13 +99,14 @@ def initial_values(config: Config, *, empty_expert: bool = False) -> dict[str, T
 
 
 def global_batch(config: Config) -> list[Microbatch]:
-    """The step's microbatches in order; every sequence has its own number of targets, one has a single one."""
+    """The step's microbatches in order; every sequence has its own number of targets, the first of several only one."""
     training = config.training
     generator = torch.Generator().manual_seed(training.seed + 1)
     shape = (training.global_batch_size, training.seq_len)
     tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
     ignored = torch.randint(0, training.seq_len // 2 + 1, (shape[0],), generator=generator)
-    ignored[0] = training.seq_len - 1
+    if shape[0] > 1:
+        ignored[0] = training.seq_len - 1
     for row, count in zip(labels, ignored.tolist(), strict=True):
         row[torch.randperm(training.seq_len, generator=generator)[:count]] = IGNORED
     documents = None
