@@ -10,6 +10,7 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,20 +19,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_dtensor.kernels.experts import BACKENDS, choose_backend
+from moe_dtensor.verbs.bench_measure import graph_milliseconds, kernel_times, measure_memory, peak_mib, several, wait
 from moe_dtensor.verbs.bench_peers import installed_peers
 from moe_dtensor.verbs.bench_shapes import Layer, parse_shape
 
 MAX_ERROR = 2e-2
 """Relative error in bf16 above which a time is not reported."""
-_ROUNDS, _STEPS = 6, 6
+_ROUNDS = 6
 
 
 @dataclass
@@ -106,6 +106,7 @@ def bench_layer(
         for name, build in peers.items():
             found[name] = Result(asdict(shape), name, skew)
             runs[name] = build(shape, layer)
+            found[name].peak_mib = peak_mib(runs[name])
         _time(runs, found, layer, cuda)
         for result in found.values():
             print(_line(result), flush=True)
@@ -138,7 +139,7 @@ def _check(layer: Layer, name: str, expected: dict[str, Any], result: Result) ->
     try:
         start = time.perf_counter()
         layer.step(name)
-        _wait(layer.x_TD)
+        wait(layer.x_TD)
         result.first_call_seconds = time.perf_counter() - start
         layer.clear()
         y_TD = layer(name)
@@ -160,39 +161,13 @@ def _check(layer: Layer, name: str, expected: dict[str, Any], result: Result) ->
         result.failure = f"wrong: {result.error}"
 
 
-def measure_memory(forward: Callable[[], Tensor], dy: Tensor, parameters: set[int]) -> tuple[float, float]:
-    """MiB that autograd keeps (parameters' storages aside), and the peak above what is there now (0 on a CPU)."""
-    kept: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    if dy.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if dy.is_cuda else 0
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = forward()
-    y.backward(dy)
-    peak = torch.cuda.max_memory_allocated() - before if dy.is_cuda else 0
-    return sum(kept.values()) / 2**20, peak / 2**20
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
 def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: Layer, cuda: bool) -> None:
     """Alternate between the runs; medians into the results, and where a step's time goes."""
     times: dict[str, list[float]] = {name: [] for name in runs if not found[name].failure}
     for _ in range(_ROUNDS):
         for name in times:
             runs[name]()
-            times[name] += _several(runs[name], cuda)
+            times[name] += several(runs[name], cuda)
             layer.clear()
     for name, taken in times.items():
         result = found[name]
@@ -200,55 +175,9 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.milliseconds_spread = (min(taken), max(taken))
         result.tflops = layer.shape.flops / result.milliseconds / 1e9
         if cuda:
-            result.kernels = _kernel_times(runs[name])
+            result.kernels = kernel_times(runs[name])
         if cuda and name in ("torch", "triton"):
-            result.graph_tflops = layer.shape.flops / _graph_milliseconds(layer, name) / 1e9
-
-
-def _several(run: Callable[[], None], cuda: bool) -> list[float]:
-    """Milliseconds of some steps, issued without waiting in between, as a training loop does."""
-    if not cuda:
-        marks = [time.perf_counter()]
-        for _ in range(_STEPS):
-            run()
-            marks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def _graph_milliseconds(layer: Layer, backend: str) -> float:
-    leaves = list(layer.leaves.values())
-
-    def step() -> None:
-        torch.autograd.grad(layer(backend), leaves, layer.dy_TD)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return statistics.median(_several(graph.replay, True) + _several(graph.replay, True))
-
-
-def _kernel_times(run: Callable[[], None]) -> dict[str, float]:
-    steps = 3
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-        for _ in range(steps):
-            run()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in profile.events():
-        times[event.name[:80]] = times.get(event.name[:80], 0.0) + event.device_time / 1e3 / steps
-    return dict(sorted(((name, round(t, 4)) for name, t in times.items() if t > 0), key=lambda item: -item[1]))
+            result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
 
 
 def _line(result: Result) -> str:
@@ -265,7 +194,10 @@ def _line(result: Result) -> str:
 
 
 def _write_json(path: Path, results: list[Result]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = (
+        os.environ.get("MOE_DTENSOR_COMMIT")
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    )
     try:
         import triton
 

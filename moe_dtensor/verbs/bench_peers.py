@@ -39,8 +39,9 @@ def _torchtitan(shape: Shape, layer: Layer) -> Callable[[], None]:
     moe.to(layer.x_TD.dtype)
 
     def step() -> None:
+        moe(x_1TD).backward(dy_1TD)
+        # No gradient outlives a step, so that its memory is a step's from nothing.
         moe.zero_grad()
         x_1TD.grad = None
-        moe(x_1TD).backward(dy_1TD)
 
     return step
