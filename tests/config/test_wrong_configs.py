@@ -12,9 +12,9 @@ import pytest
 
 from moe_dtensor.__main__ import main
 
-DEBUG = "train_configs/debug.toml"
+PLAIN = "tests/config/plain.toml"
 
-# (command line after `check --config debug.toml`, words that the error's first line has, words of its remedy)
+# (command line after `check --config plain.toml`, words that the error's first line has, words of its remedy)
 WRONG = [
     # Command line, keys, types, choices.
     ("--training.stps 5", "training.stps: no such key", "Did you mean training.steps?"),
@@ -131,7 +131,7 @@ def test_one_clear_error(
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert main(["check", "--config", DEBUG, *words.split()]) == 2
+    assert main(["check", "--config", PLAIN, *words.split()]) == 2
     out, err = capsys.readouterr()
     assert not out
     rule, hint = err.splitlines()
@@ -179,7 +179,7 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_checks_before_it_loads_torch() -> None:
     """Ranks started without the script say the same, at once, and only rank 0 speaks."""
-    command = [sys.executable, "-m", "moe_dtensor", "train", "--config", DEBUG, "--mesh.tp", "3"]
+    command = [sys.executable, "-m", "moe_dtensor", "train", "--config", PLAIN, "--mesh.tp", "3"]
     said = {}
     for rank in ("0", "1"):
         start = time.perf_counter()
@@ -200,7 +200,7 @@ def test_check_is_quick_and_loads_no_torch(words: str, code: int) -> None:
         "print(*{'torch', 'numpy', 'triton', 'torchtitan'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
     )
     start = time.perf_counter()
-    command = [sys.executable, "-c", program, "check", "--config", DEBUG, *words.split()]
+    command = [sys.executable, "-c", program, "check", "--config", PLAIN, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     assert done.returncode == code
