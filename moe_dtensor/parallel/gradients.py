@@ -14,32 +14,34 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def global_norm(parts: Sequence[nn.Module], mesh: DeviceMesh, norm_type: float, device: torch.device) -> Tensor:
-    """The norm of all gradients of the model, the same scalar on every rank. No host sync.
+    """The norm of all gradients of the model, the same scalar on every rank. One collective, no host sync.
 
     Each parameter counts once, however many ranks hold it.
 
     Raises:
         RuntimeError: a parameter has no gradient (a schedule that lost it, or a layer that took no part).
     """
-    grads = []
+    by_copies: dict[int, list[Tensor]] = {}
     for part in parts:
         for name, param in part.named_parameters():
             if param.grad is None:
                 raise RuntimeError(f"Parameter {name} has no gradient after the backward pass.")
-            grads.append(param.grad)
-    norm = torch.nn.utils.get_total_norm(grads, norm_type)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    norm = norm.to(device)
-    pp = mesh["pp"]
-    if pp.size() == 1:
-        return norm
+            local = _local(param.grad)
+            if local.numel():
+                by_copies.setdefault(_copies(param.grad), []).append(local)
     if math.isinf(norm_type):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group=pp.get_group())
+        largest = [n for grads in by_copies.values() for n in torch._foreach_norm(grads, norm_type)]
+        norm = torch.stack(largest).max().to(device)
+        dist.all_reduce(norm, dist.ReduceOp.MAX)
         return norm
-    norm = norm**norm_type
-    dist.all_reduce(norm, group=pp.get_group())
-    return norm ** (1.0 / norm_type)
+    # Each copy adds its share, so that one sum over all ranks serves dp, tp and pp alike.
+    shares = [
+        torch.stack(torch._foreach_norm(grads, norm_type)).pow(norm_type).sum() / copies
+        for copies, grads in by_copies.items()
+    ]
+    total = torch.stack(shares).sum().to(device)
+    dist.all_reduce(total)
+    return total ** (1.0 / norm_type)
 
 
 @torch.no_grad()
@@ -48,4 +50,19 @@ def clip(parts: Sequence[nn.Module], norm: Tensor, max_norm: float) -> None:
     if max_norm == 0:
         return
     for part in parts:
-        torch.nn.utils.clip_grads_with_norm_(part.parameters(), max_norm, norm.to(next(part.parameters()).device))
+        grads = [_local(param.grad) for param in part.parameters() if param.grad is not None]
+        # As torch's: the norm of a clipped gradient is a hair below the limit, and a zero norm divides nothing.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device)
+        torch._foreach_mul_(grads, factor)
+
+
+def _local(grad: Tensor) -> Tensor:
+    """This rank's part. Its own tensors, not DTensors: a list of those takes the host milliseconds to place."""
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _copies(grad: Tensor) -> int:
+    """Ranks of a stage that hold the same part."""
+    if not isinstance(grad, DTensor):
+        return 1
+    return math.prod(grad.device_mesh.size(i) for i, place in enumerate(grad.placements) if place.is_replicate())

@@ -24,9 +24,9 @@ import torch.distributed as dist
 def run_on_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
-    """Call ``fn(*args)`` on ``world_size`` forked ranks; return their results in rank order.
+    """Call ``fn(*args)`` on ``world_size`` new processes of this machine; return their results in rank order.
 
-    Results travel by pickle. The parent must not have started CUDA.
+    Results travel by pickle.
 
     Args:
         timeout: seconds, for all of it and for each collective.
@@ -36,7 +36,8 @@ def run_on_ranks(
         RuntimeError: a rank raised (its traceback is the message) or ended without a result.
         TimeoutError: the ranks took longer than ``timeout`` seconds.
     """
-    context = multiprocessing.get_context("fork")
+    # A parent that has so much as asked for GPUs cannot be forked onto them.
+    context: Any = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
