@@ -45,7 +45,8 @@ def expert_mlp(
     num_rows = count_rows(route, rows, held_experts, all_held)
     plan = make_plan(route.ends, num_rows, backend)
 
-    h_NP = _Up.apply(x_TD, w_up_EGFD.detach().flatten(1, 2), route, plan, num_rows, backend)
+    x_ND = _Gather.apply(x_TD, route.position, num_rows)
+    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
     handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
     h_NP = _Join.apply(h_NP, handle_NP)
     do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
@@ -70,21 +71,33 @@ def _wanted(ctx: Function, index: int) -> bool:
         return True
 
 
-class _Up(Function):
-    """H = gather(x) w_up^T; backward gives dX."""
+class _Gather(Function):
+    """Copies of tokens as rows by expert; backward sums each token's. Apart from _Up, so that dH is gone by then."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_up_EPD, route, plan, num_rows, backend):
-        x_ND = gather_rows(x_TD, route.position, num_rows, 0)
-        ctx.save_for_backward(w_up_EPD, route.position, route.ends, plan)
+    def forward(ctx, x_TD, position_TK, num_rows):
+        ctx.save_for_backward(position_TK)
+        return gather_rows(x_TD, position_TK, num_rows, 0)
+
+    @staticmethod
+    def backward(ctx, dx_ND):
+        (position_TK,) = ctx.saved_tensors
+        return combine_rows(dx_ND, position_TK, None), None, None
+
+
+class _Up(Function):
+    """H = x w_up^T; backward gives dX of the rows."""
+
+    @staticmethod
+    def forward(ctx, x_ND, w_up_EPD, route, plan, backend):
+        ctx.save_for_backward(w_up_EPD, route.ends, plan)
         ctx.backend = backend
         return rows_times_weight(x_ND, w_up_EPD, route.ends, plan, True, backend)
 
     @staticmethod
     def backward(ctx, dh_NP):
-        w_up_EPD, position_TK, ends_E, plan = ctx.saved_tensors
-        dx_ND = rows_times_weight(dh_NP, w_up_EPD, ends_E, plan, False, ctx.backend)
-        return combine_rows(dx_ND, position_TK, None), None, None, None, None, None
+        w_up_EPD, ends_E, plan = ctx.saved_tensors
+        return rows_times_weight(dh_NP, w_up_EPD, ends_E, plan, False, ctx.backend), None, None, None, None
 
 
 class _UpWeight(Function):
