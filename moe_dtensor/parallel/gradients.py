@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def global_norm(parts: Sequence[nn.Module], mesh: DeviceMesh, norm_type: float, device: torch.device) -> Tensor:
+def global_norm(parts: Sequence[nn.Module], norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients of the model, the same scalar on every rank. One collective, no host sync.
 
     Each parameter counts once, however many ranks hold it.
@@ -31,7 +30,8 @@ def global_norm(parts: Sequence[nn.Module], mesh: DeviceMesh, norm_type: float, 
                 by_copies.setdefault(_copies(param.grad), []).append(local)
     if math.isinf(norm_type):
         largest = [n for grads in by_copies.values() for n in torch._foreach_norm(grads, norm_type)]
-        norm = torch.stack(largest).max().to(device)
+        # A collective's maximum may lose a NaN on some ranks and keep it on others.
+        norm = torch.stack(largest).max().nan_to_num(nan=math.inf, posinf=math.inf).to(device)
         dist.all_reduce(norm, dist.ReduceOp.MAX)
         return norm
     # Each copy adds its share, so that one sum over all ranks serves dp, tp and pp alike.

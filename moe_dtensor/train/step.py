@@ -57,7 +57,7 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
     trainer.optimizers.zero_grad()
     loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
     loss, load_LE = sum_over_ranks(trainer, loss, take_load(trainer))
-    norm = gradients.global_norm(trainer.parts, trainer.mesh, training.norm_type, trainer.device)
+    norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)

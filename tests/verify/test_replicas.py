@@ -79,9 +79,10 @@ def locals_of(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 
 class Poisoned:
-    """A runner that leaves one infinite gradient on one rank, in one step."""
+    """A runner that leaves one bad gradient on one rank, in one step."""
 
-    def __init__(self, trainer: Trainer, rank: int, bad_step: int) -> None:
+    def __init__(self, trainer: Trainer, rank: int, bad_step: int, value: float = math.inf) -> None:
+        self.value = value
         self.runner, self.parts = trainer.runner, trainer.parts
         self.rank, self.bad_step = rank, bad_step
         self.steps = 0
@@ -92,22 +93,23 @@ class Poisoned:
         if dist.get_rank() == self.rank and self.steps == self.bad_step:
             grad = next(self.parts[-1].parameters()).grad
             assert isinstance(grad, DTensor)
-            grad.to_local()[0] = math.inf
+            grad.to_local()[0] = self.value
         return loss
 
 
-def step_with_infinite_gradient(config: Config) -> tuple[bool, bool]:
+def step_with_bad_gradient(config: Config, value: float) -> tuple[bool, bool]:
     trainer = trainer_with_values(config)
     before = {name: value.clone() for name, value in locals_of(trainer)}
-    poisoned = replace(trainer, runner=Poisoned(trainer, 3, 1))  # type: ignore[arg-type]
+    poisoned = replace(trainer, runner=Poisoned(trainer, 3, 1, value))  # type: ignore[arg-type]
     result = train_step(poisoned, own_share(trainer, global_batch(config)))
     return bool(result.finite), all(torch.equal(before[name], value) for name, value in locals_of(trainer))
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("order", [2.0, math.inf])
-def test_an_infinite_gradient_on_one_rank_is_refused_by_all(order: float) -> None:
+def test_a_bad_gradient_on_one_rank_is_refused_by_all(order: float, value: float) -> None:
     config = CUBE.place(override(CONFIG, {"training.norm_type": order, "model.vocab_size": 101}))
-    assert run_on_ranks(step_with_infinite_gradient, 8, config) == [(False, True)] * 8
+    assert run_on_ranks(step_with_bad_gradient, 8, config, value) == [(False, True)] * 8
 
 
 def run_with_infinite_gradient(config: Config) -> tuple[int, int]:
