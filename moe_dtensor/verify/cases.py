@@ -34,7 +34,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
         "ZBVZeroBubble",
         "DualPipeV",
     ),
-    # Times the fewest microbatches that the schedule runs with: 1 without a pipeline.
+    # 1: the fewest microbatches that the schedule runs with, one without a pipeline. 3: at least that, and two more.
     "accumulation": (1, 3),
     "recompute": ("none", "full", "selective"),
     "tied": (False, True),
@@ -173,16 +173,19 @@ def build_case(setting: Setting) -> Case:
 
 def _with_microbatches(config: Config, layout: Layout, accumulation: int) -> Config:
     each = layout.dp * config.training.microbatch_size
-    for least in range(1, 2 * 2 * layout.pp + 1):
-        fewest = override(config, {"training.global_batch_size": least * each})
-        if legal(fewest, [layout]):
-            break
-    count = microbatches(layout.place(fewest))
-    while True:
-        more = override(config, {"training.global_batch_size": count * accumulation * each})
-        if legal(more, [layout]):
-            return more
-        accumulation += 1
+    counts = iter(range(1, 100))
+
+    def next_legal() -> Config:
+        tried = (override(config, {"training.global_batch_size": n * each}) for n in counts)
+        return next(c for c in tried if legal(c, [layout]))
+
+    fewest = next_legal()
+    if accumulation == 1:
+        return fewest
+    least = microbatches(layout.place(fewest)) + accumulation - 1
+    while microbatches(layout.place(more := next_legal())) < least:
+        pass
+    return more
 
 
 def generated_cases() -> list[Case]:
