@@ -36,6 +36,9 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.live.__exit__(kind, error, trace)
+        if not self.console.is_terminal:
+            # Live leaves the cursor at the end of the table's last line.
+            self.console.print()
         for verdict in self.verdicts:
             if not verdict.ok:
                 self.console.print(_explain(verdict), markup=False, highlight=False)
