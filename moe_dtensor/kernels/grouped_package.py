@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def _ops() -> ModuleType:
+def _backend() -> ModuleType:
     try:
-        return importlib.import_module("grouped_gemm.ops")
+        return importlib.import_module("grouped_gemm.backend")
     except ImportError as error:
         raise ValueError(
             "moe.backend = grouped_gemm needs the package grouped_gemm, which is not installed. On a machine with the "
@@ -34,7 +34,7 @@ def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
 def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
     """See :data:`moe_dtensor.kernels.grouped.rows_times_weight`."""
     held = int(plan.sum())
-    out = _ops().gmm(a_N[:held], w_EPQ, plan, trans_b=transposed)
+    out = _backend().gmm(a_N[:held], w_EPQ, plan, trans_a=False, trans_b=transposed)
     if held == a_N.shape[0]:
         return out
     # The package wants as many rows as the counts add up to; ours may be allocated for the worst case.
@@ -46,4 +46,4 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
 def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
     """See :data:`moe_dtensor.kernels.grouped.weight_gradient`."""
     held = int(plan.sum())
-    return _ops().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True)
+    return _backend().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True, trans_b=False)

@@ -11,11 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from moe_dtensor.config.resolve import microbatches, num_stages, rank_stages
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.fsdp import sync_gradients
+
+FIRST_TORCH_TO_SPLIT = (2, 13)
+"""torch 2.11 loses autograd nodes of the experts between the two halves of a backward pass, and its V schedules hang on
+gloo; 2.12 was not tried."""
 
 
 class Runner(Protocol):
@@ -32,7 +37,20 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     """Accumulation for pp = 1, else the pipeline schedule."""
     if config.mesh.pp == 1:
         return Accumulation(parts[0], config.training.microbatch_size)
+    check_torch(config, torch.__version__)
     return Pipeline(parts, config, mesh, device)
+
+
+def check_torch(config: Config, version: str) -> None:
+    """Raise ConfigError if this torch cannot run the configured schedule rightly."""
+    wanted = ".".join(map(str, FIRST_TORCH_TO_SPLIT))
+    installed = tuple(int(part) for part in version.split(".")[:2])
+    if config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD and installed < FIRST_TORCH_TO_SPLIT:
+        raise ConfigError(
+            f"pipeline.schedule = {config.pipeline.schedule} splits the backward pass, which needs torch {wanted} or "
+            f"newer; this is torch {version}.",
+            f"Install torch {wanted}, or set pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
+        )
 
 
 def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
