@@ -27,6 +27,7 @@ class Experts(nn.Module):
         self.activation = config.model.activation
         self.backend = moe.backend
         self.first_expert = 0
+        self.num_experts = moe.num_experts
 
     def forward(self, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
         """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; no copy is dropped."""
@@ -39,6 +40,7 @@ class Experts(nn.Module):
             activation=self.activation,
             backend=self.backend,
             first_expert=self.first_expert,
+            num_experts=self.num_experts,
         )
         return y_TD.view(x_BSD.shape)
 
