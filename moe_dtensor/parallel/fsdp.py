@@ -26,7 +26,9 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
         reduce_dtype=getattr(torch, training.reduce_dtype),
         cast_forward_inputs=False,
     )
-    offload: OffloadPolicy = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
+    # CPU ranks have everything in host memory as it is.
+    moves = fsdp.cpu_offload and dp.device_type != "cpu"
+    offload: OffloadPolicy = CPUOffloadPolicy() if moves else OffloadPolicy()
     for module in [*part.layers.values(), part]:
         fully_shard(
             module,

@@ -10,14 +10,10 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ import torch
 from moe_dtensor.kernels.experts import BACKENDS, choose_backend
 from moe_dtensor.verbs.bench_measure import graph_milliseconds, kernel_times, measure_memory, peak_mib, several, wait
 from moe_dtensor.verbs.bench_peers import installed_peers
+from moe_dtensor.verbs.bench_provenance import provenance
 from moe_dtensor.verbs.bench_shapes import Layer, parse_shape
 
 MAX_ERROR = 2e-2
@@ -194,23 +191,7 @@ def _line(result: Result) -> str:
 
 
 def _write_json(path: Path, results: list[Result]) -> None:
-    commit = (
-        os.environ.get("MOE_DTENSOR_COMMIT")
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    )
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    record = {
-        "what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {"torch": torch.__version__, "triton": triton_version, "python": platform.python_version()},
-        "results": [asdict(result) for result in results],
-    }
+    what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
+    record = what | provenance() | {"results": [asdict(result) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -71,6 +71,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all() -> 
     assert run_on_ranks(_poisoned_step, 4) == [(False, True, True)] * 4
 
 
+def _two_losses(overrides: dict[str, object]) -> list[float]:
+    trainer, loader = start(overrides)
+    return [train_step(trainer, read_batch(trainer, loader)).loss.item() for _ in range(2)]
+
+
+def test_cpu_offload_changes_nothing_on_cpu_ranks() -> None:
+    """It once asked for pinned memory there, which needs a GPU."""
+    offloaded = run_on_ranks(_two_losses, 2, {"mesh.dp": 2, "fsdp.cpu_offload": True})
+    assert offloaded == run_on_ranks(_two_losses, 2, {"mesh.dp": 2})
+
+
 def _validation() -> tuple[float, float, float]:
     trainer, loader = start({"mesh.pp": 2})
     batch = read_batch(trainer, loader)
