@@ -1,0 +1,223 @@
+"""``plan``: what a config would hold, compute and send on a mesh. Loads no torch, needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dtensor.config.check import check
+from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.resolve import microbatches, resolve
+from moe_dtensor.config.schema import Config
+from moe_dtensor.model.activations import expert_rows
+from moe_dtensor.model.counts import flops_per_token, parameters
+from moe_dtensor.parallel.memory import Memory, fullest_rank
+from moe_dtensor.parallel.schedule_costs import SOURCES, bubble
+from moe_dtensor.parallel.shares import Folded, all_shares, fold
+from moe_dtensor.parallel.traffic import Traffic, traffic
+
+HELP = "placement, memory, FLOPs and bytes moved on any mesh (no torch, no GPU)"
+GIB = 2**30
+BYTE_TOKENS = 257
+"""Vocabulary of the byte tokenizer: 256 values and an end token."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that ``plan`` says about one mesh."""
+
+    mesh: str
+    config: Config
+    """Resolved."""
+    parameters: list[Folded]
+    balanced: tuple[int, Memory]
+    """The fullest pipeline rank and its memory in bytes, each expert getting as many copies."""
+    skewed: tuple[int, Memory]
+    """The same where all tokens prefer one rank's experts, on that rank."""
+    rows: tuple[int, int]
+    """Rows of expert copies of one MoE block and microbatch on a rank: balanced and at most."""
+    flops: float
+    """Of a step, on all ranks."""
+    traffic: Traffic
+    bubble: float
+    """Share of the time that a pipeline rank waits."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, FLOPs, shapes."""
+        rows = [
+            {"name": f.pattern, "count": f.count, "shape": f.share.shape, "dp": f.share.row.dp, "tp": f.share.row.tp}
+            | {"local": f.share.local}
+            for f in self.parameters
+        ]
+        memory = {
+            name: {"pipeline_rank": rank} | asdict(m) | {"peak": m.peak}
+            for name, (rank, m) in (("balanced", self.balanced), ("skewed", self.skewed))
+        }
+        return {
+            "mesh": self.mesh,
+            "parameters": rows,
+            "total_parameters": parameters(self.config)[0],
+            "active_parameters": parameters(self.config)[1],
+            "memory_bytes": memory,
+            "expert_rows": {"balanced": self.rows[0], "skewed": self.rows[1]},
+            "flops_per_step": self.flops,
+            "bytes_sent_per_step": asdict(self.traffic),
+            "bubble": self.bubble,
+            "config": asdict(self.config),
+        }
+
+
+def main(argv: list[str]) -> int:
+    """Print a plan for each mesh, or why it cannot run the config; then 2 if one of them cannot, else 0."""
+    parser = Parser("plan", HELP)
+    parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help="default: [mesh] of the config")
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="ranks for [mesh] (default: NGPU, else what it asks for)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plans to a file, in bytes")
+    options, config = parser.load(argv)
+    config = with_vocabulary(config)
+    console = Console(width=None if os.isatty(1) else 120)
+    records: list[dict[str, Any]] = []
+    for placed, world_size in [_place(config, mesh, options.world) for mesh in options.meshes or [None]]:
+        mesh = "x".join(map(str, (placed.mesh.dp, placed.mesh.pp, placed.mesh.tp)))
+        try:
+            plan = make_plan(placed, world_size)
+        except ConfigError as error:
+            console.print(f"{mesh} cannot run: {error}\n", style="red", highlight=False, markup=False)
+            records.append({"mesh": mesh, "refused": str(error)})
+        else:
+            show(plan, console)
+            records.append(plan.to_json())
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return 2 if any("refused" in record for record in records) else 0
+
+
+def with_vocabulary(config: Config) -> Config:
+    """Fill in the byte tokenizer's vocabulary; another tokenizer is not loaded here.
+
+    Raises:
+        ConfigError: the vocabulary is left to a tokenizer file.
+    """
+    if config.model.vocab_size:
+        return config
+    if config.data.tokenizer != "bytes":
+        raise ConfigError(
+            f"model.vocab_size = 0 leaves the vocabulary to {config.data.tokenizer}, which plan does not load.",
+            "Add --model.vocab_size N.",
+        )
+    return replace(config, model=replace(config.model, vocab_size=BYTE_TOKENS))
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """The plan of a config that names its vocabulary.
+
+    Raises:
+        ConfigError: so many ranks cannot run it.
+    """
+    check(config, world_size)
+    config = resolve(config, world_size)
+    training, mesh = config.training, config.mesh
+    return Plan(
+        mesh=f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
+        config=config,
+        parameters=fold(all_shares(config)),
+        balanced=fullest_rank(config),
+        skewed=fullest_rank(config, skewed=True),
+        rows=(expert_rows(config, skewed=False), expert_rows(config, skewed=True))
+        if config.moe.num_experts
+        else (0, 0),
+        flops=flops_per_token(config) * training.global_batch_size * training.seq_len,
+        traffic=traffic(config),
+        bubble=bubble(config),
+    )
+
+
+def _place(config: Config, mesh: str | None, world: int | None) -> tuple[Config, int]:
+    """The config on a mesh of the command line, and its ranks; or on its own mesh."""
+    if mesh is None:
+        own = max(1, config.mesh.dp) * config.mesh.pp * config.mesh.tp
+        return config, world if world is not None else int(os.environ.get("NGPU", own))
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", mesh)
+    if not match:
+        raise ConfigError(f"--meshes {mesh}: not a mesh.", "Write DPxPPxTP, such as 8x2x8.")
+    dp, pp, tp = map(int, match.groups())
+    return replace(config, mesh=replace(config.mesh, dp=dp, pp=pp, tp=tp)), dp * pp * tp
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the parameters' table and the summary."""
+    mesh = plan.config.mesh
+    table = Table(title=f"dp={mesh.dp} x pp={mesh.pp} x tp={mesh.tp}: parameters", title_justify="left")
+    for column in ("name", "count", "shape", "dp splits", "tp splits", "one rank's"):
+        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
+    for folded in plan.parameters:
+        row = folded.share.row
+        whole = "-" if row.tp is None else f"dim {row.tp}"
+        shape, local = _shape(folded.share.shape), _shape(folded.share.local)
+        table.add_row(folded.pattern, str(folded.count), shape, f"dim {row.dp}", whole, local)
+    console.print(table)
+    console.print(_memory_table(plan))
+    for line in _lines(plan):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _memory_table(plan: Plan) -> Table:
+    """GiB of the fullest rank, balanced and skewed."""
+    table = Table(title="memory of the fullest rank, GiB", title_justify="left")
+    table.add_column("routing")
+    for routing, (pp_rank, _) in (("balanced", plan.balanced), ("skewed", plan.skewed)):
+        table.add_column(f"{routing} (pp rank {pp_rank})" if plan.config.mesh.pp > 1 else routing, justify="right")
+    names = {
+        "weights": "master weights",
+        "gradients": "gradients",
+        "moments": "AdamW moments",
+        "compute_copy": f"compute copy (reshard_after_forward = {plan.config.fsdp.reshard_after_forward})",
+        "activations": "activations kept",
+        "buffers": "pipeline receive buffers",
+        "workspaces": "cuBLAS workspaces",
+        "at_loss": "at the loss: logits *",
+        "at_block": "in a block's backward *",
+        "at_reduce": "in a block's reduce-scatter *",
+        "peak": "peak (of * the largest)",
+    }
+    for field, text in names.items():
+        balanced, skewed = (getattr(memory, field) / GIB for _, memory in (plan.balanced, plan.skewed))
+        table.add_row(text, f"{balanced:.2f}", f"{skewed:.2f}", end_section=field in ("workspaces", "at_reduce"))
+    return table
+
+
+def _lines(plan: Plan) -> list[str]:
+    config, mesh = plan.config, plan.config.mesh
+    total, active = parameters(config)
+    ranks, count = mesh.dp * mesh.pp * mesh.tp, microbatches(config)
+    sent = plan.traffic
+    lines = [
+        f"parameters     {total / 1e6:,.1f}M, {active / 1e6:,.1f}M active in a token",
+        f"step           {config.training.global_batch_size} sequences of {config.training.seq_len}, "
+        f"{count} microbatches of {config.training.microbatch_size} on each dp rank",
+        f"FLOPs a step   {plan.flops / 1e12:,.1f} T, {plan.flops / ranks / 1e12:,.1f} T a rank; "
+        "recomputation not counted",
+        f"sent a step    by a rank, GiB: dp {sent.dp / GIB:.2f}, pp {sent.pp / GIB:.2f}, tp {sent.tp / GIB:.2f}",
+    ]
+    if config.moe.num_experts:
+        lines.append(f"expert rows    {plan.rows[0]:,} a block and microbatch if balanced, at most {plan.rows[1]:,}")
+    if mesh.pp > 1:
+        schedule = config.pipeline.schedule
+        lines.append(f"bubble         {plan.bubble:.1%} under {schedule}: {SOURCES[schedule]}")
+    return lines
