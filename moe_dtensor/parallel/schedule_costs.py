@@ -14,7 +14,7 @@ SOURCES = {
     "Interleaved1F1B": "(p-1)/(vm+p-1) (arXiv:2104.04473)",
     "InterleavedZeroBubble": "(p-1)/(3vm+p-1): ZB1P's (p-1)(F+B-2W) with B = 2F = 2W (arXiv:2401.10241)",
     "ZBVZeroBubble": "0 if forward and both halves of backward take equal time and m >= 2p-1 (arXiv:2401.10241)",
-    "DualPipeV": "(p-1)/(3m+p-1): (p-1)(F&B+B-3W) with B = 2F = 2W, nothing overlapped (arXiv:2412.19437)",
+    "DualPipeV": "(p-1)/(3m+p-1): (p-1)(F&B+B-3W) with B = 2F = 2W, nothing overlapped (github.com/deepseek-ai/DualPipe)",
 }
 """Where each formula of :func:`bubble` is from. F, B, W: times of a stage's forward, backward, weight gradients."""
 
@@ -45,7 +45,7 @@ def in_flight(config: Config, pp_rank: int) -> dict[int, int]:
 
     Warm-up forwards as torch.distributed.pipelining lays them out, and one more: GPipe m; 1F1B one for each stage from
     here on; interleaved (v-1) rounds of p and twice (zero-bubble: once) the ranks after this one, there also the
-    microbatches whose weight gradients wait; ZBV 2p stage passes, DualPipeV 2p+1 (arXiv:2412.19437, table 2).
+    microbatches whose weight gradients wait; ZBV 2p stage passes, DualPipeV 2p+1 (github.com/deepseek-ai/DualPipe).
     """
     p, m, schedule = config.mesh.pp, microbatches(config), config.pipeline.schedule
     stages = rank_stages(config, pp_rank)
