@@ -14,7 +14,7 @@ SOURCES = {
     "Interleaved1F1B": "(p-1)/(vm+p-1) (arXiv:2104.04473)",
     "InterleavedZeroBubble": "(p-1)/(3vm+p-1): ZB1P's (p-1)(F+B-2W) with B = 2F = 2W (arXiv:2401.10241)",
     "ZBVZeroBubble": "0 if forward and both halves of backward take equal time and m >= 2p-1 (arXiv:2401.10241)",
-    "DualPipeV": "(p-1)/(3m+p-1): (p-1)(F&B+B-3W) with B = 2F = 2W, nothing overlapped (github.com/deepseek-ai/DualPipe)",
+    "DualPipeV": "(p-1)/(3m+p-1): (p-1)(F&B+B-3W) with B = 2F = 2W, no overlap (github.com/deepseek-ai/DualPipe)",
 }
 """Where each formula of :func:`bubble` is from. F, B, W: times of a stage's forward, backward, weight gradients."""
 
