@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     options, config = parser.load(argv)
     config = _with_backend(config, options)
 
-    # Counting GPUs must not start CUDA here: the ranks are forked from this process.
+    # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.verify.miniature import shrink
 
