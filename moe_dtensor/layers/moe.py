@@ -13,6 +13,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.tokens import Tokens
 
 
 class Experts(nn.Module):
@@ -30,7 +31,7 @@ class Experts(nn.Module):
         self.num_experts = moe.num_experts
 
     def forward(self, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
-        """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; no copy is dropped."""
+        """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; an id of -1 is no copy."""
         y_TD = expert_mlp(
             x_BSD.flatten(0, 1),
             self.w_up,
@@ -57,15 +58,15 @@ def run_experts(
 
 
 class MoE(nn.Module):
-    """A dropless mixture of experts in place of a feed-forward.
+    """A mixture of experts in place of a feed-forward, dropless unless ``moe.capacity_factor`` says otherwise.
 
     ``dispatch`` brings tokens to experts and sums what comes back; where experts live is its business alone.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         moe = config.moe
-        self.router = Router(config)
+        self.router = Router(config, layer)
         self.experts = Experts(config)
         self.shared = (
             FeedForward(config.model.dim, moe.num_shared_experts * moe.hidden_dim, config.model.activation)
@@ -75,10 +76,7 @@ class MoE(nn.Module):
         self.dispatch: Dispatch = run_experts
         self.num_experts = moe.num_experts
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Output ``(B, S, D)``, and how many copies of these tokens went to each expert, ``(E,)`` int64."""
-        gate_BSK, expert_BSK = self.router(x_BSD)
-        y_BSD = self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK)
-        ids_E = torch.arange(self.num_experts, device=expert_BSK.device)
-        load_E = (expert_BSK[..., None] == ids_E).flatten(0, -2).sum(0)
-        return y_BSD, load_E
+    def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""
+        gate_BSK, expert_BSK, record_R = self.router(x_BSD, tokens)
+        return self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK), record_R

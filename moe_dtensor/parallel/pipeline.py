@@ -55,7 +55,7 @@ def check_torch(config: Config, version: str) -> None:
 
 def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
     """Cut a batch into microbatches of ``size`` sequences: the arguments of the model for each."""
-    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS)
+    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS, None, batch.sequence_B)
     count = batch.tokens_BS.shape[0] // size
     return list(zip(*([None] * count if x is None else x.split(size) for x in fields), strict=True))
 
@@ -120,7 +120,7 @@ class Pipeline:
         return self._run(batch, self.schedule.eval)
 
     def _run(self, batch: Batch, run: Callable[..., Any]) -> Tensor:
-        names = ("labels_BS", "positions_BS", "documents_BS")
+        names = ("labels_BS", "positions_BS", "documents_BS", "tokens_BS", "sequence_B")
         kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
         losses: list[Tensor] = []
         run(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.model.counts import flops_per_token, parameters
@@ -100,6 +100,7 @@ class Run:
             self.trainer.optimizers,
             self.trainer.schedule,
             self.loader,
+            self.trainer.balance,
         )
         self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
         self.is_rank_0 = dist.get_rank() == 0
@@ -160,10 +161,9 @@ class Run:
         self.meter.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
-        load_LE = result.load_LE
         values: dict[str, Tensor | float] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
-        if len(load_LE):
-            values["expert_load_max_over_mean"] = load_LE.amax(1) / load_LE.mean(1)
+        if len(result.churn_L):
+            values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         interval = self.config.training.validation_interval
@@ -197,6 +197,24 @@ class Run:
             self.meter.flush()
             with self.meter.paused():
                 self.checkpoints.save(self.step)
+
+
+def routing_metrics(config: Config, result: StepResult) -> dict[str, Tensor]:
+    """Diagnostics of the MoE blocks by name, ``(L,)`` each; those of what is switched off are left out."""
+    load_LE, means = result.routing
+    off = {
+        "balance_loss": config.moe.balance_loss == 0,
+        "dropped": config.moe.capacity_factor == 0,
+        "differs_from_top_k": config.moe.router in ("topk", *FORCED),
+        "sinkhorn_error": config.moe.router != "sinkhorn",
+    }
+    return {
+        "expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
+        "expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
+        "experts_without_tokens": (load_LE == 0).sum(1),
+        "expert_load_churn": result.churn_L,
+        **{name: mean_L for name, mean_L in means.items() if not off.get(name)},
+    }
 
 
 def _say(message: str) -> None:

@@ -143,5 +143,5 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
                 yield deviate(name, kind, value, expected[name], limits[kind], size)
     yield deviate_scalar("loss", "loss", float(result.loss), answer.loss, limits["loss"])
     yield deviate_scalar("grad_norm", "grad_norm", float(result.grad_norm), answer.grad_norm, limits["grad_norm"])
-    for counted, (layer, counts) in zip(result.load_LE, sorted(answer.counts.items()), strict=True):
+    for counted, (layer, counts) in zip(result.routing.load_LE, sorted(answer.counts.items()), strict=True):
         yield deviate(f"layers.{layer}.moe.load", "routing", counted.cpu(), counts.double(), limits["routing"], 0.0)

@@ -14,6 +14,7 @@ from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.tokens import Tokens
 from moe_dtensor.parallel.pipeline import Runner
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import to_device
@@ -141,13 +142,13 @@ class Replay:
         self.coming = chosen_BSK
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, logits_BSE: Tensor) -> Tensor:
+    def __call__(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
         """A ranking ``(B, S held here, E)`` in which the choices come first, in their order."""
         for logits, ranking in self.seen:
             if torch.equal(logits, logits_BSE):
-                return ranking
+                return ranking, 0.0
         chosen = self.own_positions(self.coming.pop(0))
         places = torch.arange(chosen.shape[-1], 0, -1, device=chosen.device, dtype=logits_BSE.dtype)
         ranking = torch.zeros_like(logits_BSE).scatter(-1, chosen, places.expand_as(chosen))
         self.seen.append((logits_BSE.clone(), ranking))
-        return ranking
+        return ranking, 0.0
