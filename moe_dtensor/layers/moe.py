@@ -27,23 +27,28 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(moe.num_experts, dim, moe.hidden_dim))
         self.activation = config.model.activation
         self.backend = moe.backend
+        self.rows = moe.rows
         self.first_expert = 0
         self.num_experts = moe.num_experts
 
-    def forward(self, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
-        """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; an id of -1 is no copy."""
-        y_TD = expert_mlp(
-            x_BSD.flatten(0, 1),
+    def forward(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, rows: int | None = None) -> Tensor:
+        """The gate-weighted sum of the held experts' outputs, ``(T, D)``; an id of -1 is no copy.
+
+        Args:
+            rows: copies for the held experts, where the caller knows. None: ``moe.rows`` says how to tell.
+        """
+        return expert_mlp(
+            x_TD,
             self.w_up,
             self.w_down,
-            gate_BSK.flatten(0, 1),
-            expert_BSK.flatten(0, 1),
+            gate_TK,
+            expert_TK,
             activation=self.activation,
             backend=self.backend,
             first_expert=self.first_expert,
+            rows=self.rows if rows is None else rows,
             num_experts=self.num_experts,
         )
-        return y_TD.view(x_BSD.shape)
 
 
 Dispatch = Callable[[Experts, FeedForward | None, Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +58,8 @@ def run_experts(
     experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
 ) -> Tensor:
     """Experts and shared expert on the tokens at hand: all there is to dispatch on one device."""
-    y_BSD = experts(x_BSD, gate_BSK, expert_BSK)
+    y_TD = experts(x_BSD.flatten(0, 1), gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1))
+    y_BSD = y_TD.view(x_BSD.shape)
     return y_BSD if shared is None else y_BSD + shared(x_BSD)
 
 

@@ -64,3 +64,40 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, op: str = "sum") -> Tensor:
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=mesh.get_group())
     return x
+
+
+def share(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's slice of what every rank holds alike, for work that no other rank does. Backward: all-gather."""
+    return _move(x, mesh, Replicate(), Shard(dim), Shard(dim))
+
+
+def exchange(x: Tensor, mesh: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    """All-to-all of rows, sorted by receiver in and by sender out. Backward: the way back.
+
+    Args:
+        sent: rows for each rank of the axis.
+        received: rows from each.
+    """
+    return _Exchange.apply(x, mesh, sent, received)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mesh, sent, received):
+        ctx.mesh, ctx.sent, ctx.received = mesh, sent, received
+        return _all_to_all(x, mesh, sent, received)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_to_all(grad, ctx.mesh, ctx.received, ctx.sent), None, None, None
+
+
+def _all_to_all(x: Tensor, mesh: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=mesh.get_group())
+    return out
+
+
+def exchange_counts(received: Tensor, sent: Tensor, mesh: DeviceMesh) -> None:
+    """Row r of ``sent`` to rank r; from each rank a row into ``received``."""
+    dist.all_to_all_single(received, sent.contiguous(), group=mesh.get_group())

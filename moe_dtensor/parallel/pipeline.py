@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +16,24 @@ from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages,
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.fsdp import sync_gradients
+from moe_dtensor.parallel.runner import Runner
 
 FIRST_TORCH_TO_SPLIT = (2, 13)
 """torch 2.11 loses autograd nodes of the experts between the two halves of a backward pass, and its V schedules hang on
 gloo; 2.12 was not tried."""
 
 
-class Runner(Protocol):
-    """What runs a step's microbatches on one rank."""
-
-    def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward over this rank's sequences; its summed loss times ``scale``, a scalar."""
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only; the summed loss, a scalar."""
-
-
 def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> Runner:
     """Accumulation for pp = 1, else the pipeline schedule."""
+    runner: Runner
     if config.mesh.pp == 1:
-        return Accumulation(parts[0], config.training.microbatch_size)
-    check_torch(config, torch.__version__)
-    return Pipeline(parts, config, mesh, device)
+        runner = Accumulation(parts[0], config.training.microbatch_size)
+    else:
+        check_torch(config, torch.__version__)
+        runner = Pipeline(parts, config, mesh, device)
+    return WithOwnExperts(parts, runner) if config.mesh.experts in ("dp", "dp_tp") else runner
 
 
 def check_torch(config: Config, version: str) -> None:
