@@ -39,7 +39,9 @@ def expert_mlp(
         w_up_EGFD: up-projections ``(E, G, F, D)`` of the experts ``first_expert .. first_expert + E - 1``.
         w_down_EDF: down-projections ``(E, D, F)`` of the same experts.
         gate_TK: weight of each choice ``(T, K)``, any floating dtype.
-        expert_TK: global expert ids ``(T, K)``, int64. Copies for experts outside the held range contribute nothing.
+        expert_TK: global expert ids ``(T, K)``, int64. An id of -1 stands for no copy: a choice that was dropped, or
+            that a token does not have. Such choices, and those for experts outside the held range, take up no row,
+            contribute nothing and give their gate a gradient of 0, whatever the gate is (NaN too).
         activation: swiglu, geglu, gelu, silu or relu2.
         backend: ``auto`` or one of :data:`BACKENDS`.
         first_expert: global id of the first expert held here.
