@@ -17,7 +17,7 @@ def expert_mlp(
     *,
     activation: str,
     first_expert: int = 0,
-    rows: str = "exact",
+    rows: str | int = "exact",
     num_experts: int | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device and dtype; rows and num_experts change nothing."""

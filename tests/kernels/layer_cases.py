@@ -21,7 +21,7 @@ class Case:
     activation: str
     first_expert: int = 0
     held: int | None = None
-    rows: str = "exact"
+    rows: str | int = "exact"
     absent: int = 0
     """Every so many-th choice has the id -1, and NaN for a gate."""
 
@@ -44,6 +44,9 @@ ODD_CASES = [
     Case(37, 16, 24, 5, 5, "geglu", absent=2, first_expert=1, held=3),
     Case(37, 24, 8, 5, 1, "gelu", absent=2, first_expert=1, held=3, rows="worst"),
     Case(9, 8, 8, 4, 2, "silu", absent=1),  # no choice at all
+    Case(37, 16, 24, 5, 3, "swiglu", absent=2, rows=60),  # fewer rows than T * K, more than copies
+    Case(37, 16, 24, 5, 1, "swiglu", first_expert=1, held=2, rows=37),
+    Case(37, 16, 24, 5, 3, "gelu", absent=1, rows=0),
 ]
 
 

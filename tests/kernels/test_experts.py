@@ -152,3 +152,18 @@ def test_auto_is_the_reference_on_cpu():
     wrong = expert_TK.int()
     with pytest.raises(ValueError, match="int64"):
         expert_mlp(*leaves, wrong, activation="swiglu", backend="auto")
+
+
+def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkeypatch):
+    case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
+    leaves, expert_TK, _ = make_inputs(case, torch.float32)
+    made = []
+    gather_rows = mlp.gather_rows
+    monkeypatch.setattr(
+        mlp, "gather_rows", lambda x, position, rows, phase: made.append(rows) or gather_rows(x, position, rows, phase)
+    )
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
+    run(case, "torch", leaves, expert_TK)
+    assert made == [70]
+    with pytest.raises(ValueError, match="a number of rows"):
+        expert_mlp(*leaves, expert_TK, activation="swiglu", rows="few")
