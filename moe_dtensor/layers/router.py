@@ -130,7 +130,7 @@ class Router(nn.Module):
             logits_TE.shape[1] if variable else self.moe.top_k,
             score=self.moe.score,
             ranking_TE=ranking_TE,
-            **({"normalize": True} if self.normalizes else {}),
+            normalize=self.normalizes,
         )
         if variable:
             taken_TK = ranking_TE.gather(1, expert_TK) > -torch.inf
