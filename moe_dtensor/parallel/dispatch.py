@@ -14,6 +14,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.exchange import spread_rows, sum_rows
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import Dispatch, Experts, run_experts
+from moe_dtensor.mesh import flat_dp_tp
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.borders import Borders, dp_borders, tp_borders
 from moe_dtensor.parallel.dispatch_cost import choose_dispatch
@@ -129,6 +130,11 @@ class Shares:
         return collectives.gather_alike(y_1UD[0], self.axis, 0)[:tokens].view(x_BSD.shape)
 
 
+def expert_axis(config: Config, mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that share whole experts, as one axis."""
+    return flat_dp_tp(mesh) if config.mesh.experts == "dp_tp" else mesh[config.mesh.experts]
+
+
 def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
     """The dispatch for ``mesh.experts`` and ``mesh.dispatch``, and whether the shared expert works inside it on tokens
     that tp has brought together (else it has borders of its own)."""
@@ -136,7 +142,7 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
     if tp.size() == 1 and place in ("tp", "tp_hidden"):
         return run_experts, True
     if choose_dispatch(config) == "all_to_all" and expert_ranks(config) > 1:
-        inner: Dispatch = AllToAll({"tp": tp, "dp": dp, "dp_tp": mesh["dp_tp"]}[place])
+        inner: Dispatch = AllToAll(expert_axis(config, mesh))
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
         return SharedApart(Shares(tp, inner) if repeated else inner), False

@@ -23,7 +23,7 @@ from moe_dtensor.layers.norm import HeadsNorm
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.borders import tp_borders
-from moe_dtensor.parallel.dispatch import build_dispatch
+from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.parallel.loss import build_token_loss
 from moe_dtensor.parallel.plan import Row, build_plan, find_row
@@ -116,13 +116,12 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
 def _install_dispatch(part: Transformer, config: Config, mesh: DeviceMesh) -> bool:
     """Give each MoE block its dispatch and its first expert; whether shared experts work inside the dispatch."""
     dispatch, shared_inside = build_dispatch(config, mesh)
-    axis = {"tp": "tp", "dp": "dp", "dp_tp": "dp_tp"}.get(config.mesh.experts)
+    each = config.moe.num_experts // expert_ranks(config)
+    rank = 0 if config.mesh.experts == "tp_hidden" else expert_axis(config, mesh).get_local_rank()
     for module in part.modules():
         if isinstance(module, MoE):
             module.dispatch = dispatch
-            if axis:
-                each = config.moe.num_experts // expert_ranks(config)
-                module.experts.first_expert = mesh[axis].get_local_rank() * each
+            module.experts.first_expert = rank * each
     return shared_inside
 
 
