@@ -34,13 +34,12 @@ def load_variants(path: str | Path, config: Config) -> dict[str, Config]:
         ConfigError: as :func:`load`, or the file names none.
     """
     content = _read(Path(path))
+    remedy = "Write [name of a variant], then table.key = value lines."
     for name, changes in content.items():
         if not isinstance(changes, dict):
-            raise ConfigError(
-                f"{path}: {name} is no table.", "Write [name of a variant], then table.key = value lines."
-            )
+            raise ConfigError(f"{path}: {name} is no table.", remedy)
     if not content:
-        raise ConfigError(f"{path} has no variants.", "Write [name of a variant], then table.key = value lines.")
+        raise ConfigError(f"{path} has no variants.", remedy)
     return {name: build(changes, config) for name, changes in content.items()}
 
 

@@ -27,8 +27,7 @@ NCCL = {
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One rank's step, milliseconds. What overlaps is counted where it stands, so that only ``computing``, ``exposed`` and
-    ``idle`` add up to ``step``."""
+    """One rank's step, milliseconds: ``computing``, ``exposed`` and ``idle`` add up to ``step``."""
 
     step: float
     computing: float

@@ -77,6 +77,7 @@ def bench_train(variants: dict[str, Config], options: Options) -> int:
             record |= {"breakdown": [asdict(rank) for rank in ranks]} if ranks else {}
             records.append({"name": name} | record | {"config": asdict(config)})
             _write(records, options.json)
+        _forget(device)
     end_ranks()
     return 0
 
@@ -105,14 +106,15 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     times, last = _time(step, options.steps, device)
     result = _result(config, times, first, last, device)
-    ranks = measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
-    del trainer, loader, step
-    # The next variant's blocks are other ones, and so is the memory that they need.
+    return result, measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+
+
+def _forget(device: torch.device) -> None:
+    """Give back a variant's compiled blocks and memory: the next one's are others."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return result, ranks
 
 
 def _line(config: Config, result: TrainResult, options: Options, ranks: list[Breakdown]) -> str:

@@ -53,11 +53,8 @@ def test_variants_are_measured_in_turn(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_wrong_variants_file(tmp_path: Path) -> None:
     config = load("tests/config/plain.toml")
     wrong = tmp_path / "wrong.toml"
-    for text, problem in (
-        ("", "has no variants"),
-        ("mesh = 2", "mesh is no table"),
-        ("[a]\nmesh.tq = 1", "no such key"),
-    ):
+    cases = {"": "has no variants", "mesh = 2": "mesh is no table", "[a]\nmesh.tq = 1": "no such key"}
+    for text, problem in cases.items():
         wrong.write_text(text)
         with pytest.raises(ConfigError, match=problem):
             load_variants(wrong, config)
