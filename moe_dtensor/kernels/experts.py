@@ -27,7 +27,7 @@ def expert_mlp(
     activation: str,
     backend: str = "auto",
     first_expert: int = 0,
-    rows: str = "exact",
+    rows: str | int = "exact",
     num_experts: int | None = None,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
@@ -39,13 +39,16 @@ def expert_mlp(
         w_up_EGFD: up-projections ``(E, G, F, D)`` of the experts ``first_expert .. first_expert + E - 1``.
         w_down_EDF: down-projections ``(E, D, F)`` of the same experts.
         gate_TK: weight of each choice ``(T, K)``, any floating dtype.
-        expert_TK: global expert ids ``(T, K)``, int64. Copies for experts outside the held range contribute nothing.
+        expert_TK: global expert ids ``(T, K)``, int64. An id of -1 stands for no copy: a choice that was dropped, or
+            that a token does not have. Such choices, and those for experts outside the held range, take up no row,
+            contribute nothing and give their gate a gradient of 0, whatever the gate is (NaN too).
         activation: swiglu, geglu, gelu, silu or relu2.
         backend: ``auto`` or one of :data:`BACKENDS`.
         first_expert: global id of the first expert held here.
-        rows: how many rows of copies a rank allocates when it holds only a part of the experts: ``exact`` reads the
-            count from the device once, ``worst`` takes the static bound ``T * min(K, E)``. A rank that holds them all
-            always takes T * K rows, without reading anything.
+        rows: how many rows of copies to allocate. A number is taken as it is: the caller knows that the copies held
+            here are no more (nothing checks it on a GPU). Else, for a rank that holds only a part of the experts,
+            ``exact`` reads the count from the device once, and ``worst`` takes the static bound ``T * min(K, E)``; a
+            rank that holds them all takes T * K rows, without reading anything.
         num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
 
     Returns:
@@ -55,8 +58,8 @@ def expert_mlp(
         ValueError: shapes that do not fit, an unknown backend, or sizes that the backend cannot take.
     """
     check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation)
-    if rows not in ("exact", "worst"):
-        raise ValueError(f"rows = {rows!r} is not known. Use exact or worst.")
+    if isinstance(rows, str) and rows not in ("exact", "worst"):
+        raise ValueError(f"rows = {rows!r} is not known. Use exact, worst or a number of rows.")
     chosen = choose_backend(backend, x_TD, w_up_EGFD)
     _log_once(backend, chosen, x_TD)
     run = reference.expert_mlp if chosen == "reference" else partial(mlp.expert_mlp, backend=chosen)

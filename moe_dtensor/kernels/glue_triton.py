@@ -129,7 +129,7 @@ def _combine_rows(
         row = tl.load(position_ptr + token * K + k).to(tl.int64)
         y = tl.load(y_ptr + row * width + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
         if HAS_GATE:
-            y *= tl.load(gate_ptr + token * K + k).to(tl.float32)
+            y *= tl.load(gate_ptr + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
         total += y
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 

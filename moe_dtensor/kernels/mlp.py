@@ -33,7 +33,7 @@ def expert_mlp(
     activation: str,
     backend: str,
     first_expert: int = 0,
-    rows: str = "exact",
+    rows: str | int = "exact",
     num_experts: int | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""

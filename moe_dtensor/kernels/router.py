@@ -8,6 +8,7 @@ another.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -25,15 +26,22 @@ def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
 
 
 def top_k_gates(
-    logits_TE: Tensor, top_k: int, *, score: str = "softmax", ranking_TE: Tensor | None = None
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    ranking_TE: Tensor | None = None,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose K experts per token, and weight each by its score.
 
     Args:
         logits_TE: ``(T, E)``, the router's output.
         top_k: K, at most E. Ties go to the lower id; a NaN ranks last.
-        score: ``softmax`` over all E experts (not renormalised over the K), or ``sigmoid`` of each logit.
+        score: ``softmax`` over all E experts, or ``sigmoid`` of each logit.
         ranking_TE: what the choice goes by, for example Sinkhorn's matrix. None: the logits.
+        normalize: divide a token's gates by their sum over the K chosen. This is the softmax over the K of the scores'
+            logarithms (for ``softmax``, of the logits), and computed as such, so that no sum of tiny scores underflows.
 
     Returns:
         ``(gate_TK, expert_TK)``: gates in the logits' dtype, differentiable in the logits, and int64 ids. The choice
@@ -48,7 +56,7 @@ def top_k_gates(
         raise ValueError(f"score = {score!r} is not known. Use one of {', '.join(SCORES)}.")
     if ranking_TE is not None:
         ranking_TE = ranking_TE.detach()
-    return _Gates.apply(logits_TE, ranking_TE, top_k, score)
+    return _Gates.apply(logits_TE, ranking_TE, top_k, score, normalize)
 
 
 def _logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
@@ -92,13 +100,21 @@ class _Logits(Function):
         return _logits_backward_op(dlogits_TE, *ctx.saved_tensors)
 
 
-def _top_k(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str) -> tuple[Tensor, Tensor]:
-    if launches_triton(logits_TE) and logits_TE.dtype == torch.float32 and logits_TE.numel() > 0:
+def _by_triton(logits_TE: Tensor) -> bool:
+    return launches_triton(logits_TE) and logits_TE.dtype == torch.float32 and logits_TE.numel() > 0
+
+
+def _top_k(
+    logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    if _by_triton(logits_TE):
         from . import router_triton
 
-        return router_triton.top_k_gates(logits_TE, ranking_TE, top_k, score)
+        return router_triton.top_k_gates(logits_TE, ranking_TE, top_k, score, normalize)
     ranking_TE = (logits_TE if ranking_TE is None else ranking_TE).nan_to_num(nan=-torch.inf)
     expert_TK = ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    if normalize:
+        return _normalized(logits_TE.gather(1, expert_TK), score), expert_TK
     return _score(logits_TE, score).gather(1, expert_TK), expert_TK
 
 
@@ -106,46 +122,58 @@ def _score(logits_TE: Tensor, score: str) -> Tensor:
     return logits_TE.softmax(1) if score == "softmax" else logits_TE.sigmoid()
 
 
+def _normalized(chosen_TK: Tensor, score: str) -> Tensor:
+    """Gates of the chosen logits that sum to 1."""
+    return (chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK)).softmax(1)
+
+
 _top_k_op = define(
-    "top_k_gates(Tensor logits, Tensor? ranking, int top_k, str score) -> (Tensor, Tensor)",
+    "top_k_gates(Tensor logits, Tensor? ranking, int top_k, str score, bool normalize) -> (Tensor, Tensor)",
     _top_k,
-    lambda logits_TE, ranking_TE, top_k, score: (
+    lambda logits_TE, ranking_TE, top_k, score, normalize: (
         logits_TE.new_empty(logits_TE.shape[0], top_k),
         logits_TE.new_empty(logits_TE.shape[0], top_k, dtype=torch.int64),
     ),
 )
 
 
-def _gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str) -> Tensor:
-    if launches_triton(logits_TE) and logits_TE.dtype == torch.float32 and logits_TE.numel() > 0:
+def _gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
+    if _by_triton(logits_TE):
         from . import router_triton
 
-        return router_triton.gates_backward(dgate_TK.contiguous(), logits_TE, expert_TK, score)
+        return router_triton.gates_backward(dgate_TK.contiguous(), logits_TE, expert_TK, score, normalize)
+    if normalize:
+        chosen_TK = logits_TE.gather(1, expert_TK)
+        gate_TK = _normalized(chosen_TK, score)
+        dchosen_TK = gate_TK * (dgate_TK - (dgate_TK * gate_TK).sum(1, keepdim=True))
+        if score == "sigmoid":
+            dchosen_TK = dchosen_TK * (-chosen_TK).sigmoid()
+        return torch.zeros_like(logits_TE).scatter_(1, expert_TK, dchosen_TK)
     score_TE = _score(logits_TE, score)
-    dscore_TE = torch.zeros_like(logits_TE).scatter_add_(1, expert_TK, dgate_TK)
+    dscore_TE = torch.zeros_like(logits_TE).scatter_(1, expert_TK, dgate_TK)
     if score == "sigmoid":
         return dscore_TE * score_TE * (1 - score_TE)
     return score_TE * (dscore_TE - (dscore_TE * score_TE).sum(1, keepdim=True))
 
 
 _gates_backward_op = define(
-    "gates_backward(Tensor dgate, Tensor logits, Tensor expert, str score) -> Tensor",
+    "gates_backward(Tensor dgate, Tensor logits, Tensor expert, str score, bool normalize) -> Tensor",
     _gates_backward,
-    lambda dgate_TK, logits_TE, expert_TK, score: torch.empty_like(logits_TE),
+    lambda dgate_TK, logits_TE, expert_TK, score, normalize: torch.empty_like(logits_TE),
 )
 
 
 class _Gates(Function):
     @staticmethod
-    def forward(ctx, logits_TE, ranking_TE, top_k, score):
+    def forward(ctx, logits_TE, ranking_TE, top_k, score, normalize):
         logits_TE = logits_TE.contiguous()
-        gate_TK, expert_TK = _top_k_op(logits_TE, ranking_TE, top_k, score)
+        gate_TK, expert_TK = _top_k_op(logits_TE, ranking_TE, top_k, score, normalize)
         ctx.save_for_backward(logits_TE, expert_TK)
-        ctx.score = score
+        ctx.score, ctx.normalize = score, normalize
         ctx.mark_non_differentiable(expert_TK)
         return gate_TK, expert_TK
 
     @staticmethod
     def backward(ctx, dgate_TK, _):
         logits_TE, expert_TK = ctx.saved_tensors
-        return _gates_backward_op(dgate_TK, logits_TE, expert_TK, ctx.score), None, None, None
+        return _gates_backward_op(dgate_TK, logits_TE, expert_TK, ctx.score, ctx.normalize), None, None, None, None

@@ -18,7 +18,9 @@ def _blocks(logits_TE: Tensor) -> tuple[int, int, int]:
     return max(1, min(64, _ELEMENTS // columns)), columns, tokens
 
 
-def top_k_gates(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str) -> tuple[Tensor, Tensor]:
+def top_k_gates(
+    logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
+) -> tuple[Tensor, Tensor]:
     """See :func:`moe_dtensor.kernels.router.top_k_gates`."""
     rows, columns, tokens = _blocks(logits_TE)
     gate_TK = logits_TE.new_empty(tokens, top_k)
@@ -36,12 +38,13 @@ def top_k_gates(logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score:
         ROWS=rows,
         COLUMNS=columns,
         SOFTMAX=score == "softmax",
+        NORMALIZE=normalize,
         OWN_RANKING=ranking_TE is not None,
     )
     return gate_TK, expert_TK
 
 
-def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str) -> Tensor:
+def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
     """The gradient of the logits from the gates'."""
     rows, columns, tokens = _blocks(logits_TE)
     dlogits_TE = torch.empty_like(logits_TE)
@@ -58,6 +61,7 @@ def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score
         ROWS=rows,
         COLUMNS=columns,
         SOFTMAX=score == "softmax",
+        NORMALIZE=normalize,
     )
     return dlogits_TE
 
@@ -81,16 +85,30 @@ def _split_halves(x_ptr, out_ptr, elements, experts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX: tl.constexpr):
+def _load_logits(logits_ptr, row, column, inside, experts):
     # Columns past E weigh nothing; rows past T are never stored, and 0 keeps them free of NaN.
     outside = tl.where(column < experts, 0.0, float("-inf"))
-    logits = tl.load(logits_ptr + row * experts + column, mask=inside, other=outside)
-    if SOFTMAX:
-        powers = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
-        scores = powers / tl.sum(powers, axis=1, keep_dims=True)
+    return tl.load(logits_ptr + row * experts + column, mask=inside, other=outside)
+
+
+@triton.jit
+def _softmax(logits):
+    powers = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
+    return powers / tl.sum(powers, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _gates(logits, chosen, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The score of every expert; with NORMALIZE that of the chosen ones over their sum, and 0 elsewhere."""
+    if NORMALIZE:
+        if not SOFTMAX:  # log sigmoid
+            logits = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
+        gates = _softmax(tl.where(chosen, logits, float("-inf")))
+    elif SOFTMAX:
+        gates = _softmax(logits)
     else:
-        scores = tl.sigmoid(logits)
-    return logits, scores
+        gates = tl.sigmoid(logits)
+    return gates
 
 
 @triton.jit
@@ -105,13 +123,15 @@ def _top_k_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     OWN_RANKING: tl.constexpr,
 ):
     row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row = row_R[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < tokens) & (column < experts)
-    ranking, scores = _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX)
+    logits = _load_logits(logits_ptr, row, column, inside, experts)
+    ranking = logits
     if OWN_RANKING:
         ranking = tl.load(ranking_ptr + row * experts + column, mask=inside, other=float("-inf"))
     ranking = ranking.to(tl.float32)
@@ -119,13 +139,17 @@ def _top_k_kernel(
     floor = -3.0e38
     ranking = tl.where(ranking > floor, ranking, floor)
     ranking = tl.where(column < experts, ranking, float("-inf"))
+    choice = tl.full((ROWS, COLUMNS), K, tl.int32)
     for k in range(K):
         best = tl.argmax(ranking, axis=1, tie_break_left=True)
-        here = column == best[:, None]
-        gate = tl.sum(tl.where(here, scores, 0.0), axis=1)
-        tl.store(gate_ptr + row_R * K + k, gate, mask=row_R < tokens)
         tl.store(expert_ptr + row_R * K + k, best.to(tl.int64), mask=row_R < tokens)
+        here = column == best[:, None]
+        choice = tl.where(here, k, choice)
         ranking = tl.where(here, float("-inf"), ranking)
+    gates = _gates(logits, choice < K, SOFTMAX, NORMALIZE)
+    for k in range(K):
+        gate = tl.sum(tl.where(choice == k, gates, 0.0), axis=1)
+        tl.store(gate_ptr + row_R * K + k, gate, mask=row_R < tokens)
 
 
 @triton.jit
@@ -140,19 +164,27 @@ def _gates_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
     row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row = row_R[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < tokens) & (column < experts)
-    _, scores = _load_scores(logits_ptr, row, column, inside, experts, SOFTMAX)
-    dscores = tl.zeros((ROWS, COLUMNS), tl.float32)
+    logits = _load_logits(logits_ptr, row, column, inside, experts)
+    dgates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Rows past T have chosen column 0, which keeps them free of NaN.
+    chosen = (column == 0) & (row >= tokens)
     for k in range(K):
         expert = tl.load(expert_ptr + row_R * K + k, mask=row_R < tokens, other=-1)
         dgate = tl.load(dgate_ptr + row_R * K + k, mask=row_R < tokens, other=0.0)
-        dscores += tl.where(column == expert[:, None], dgate[:, None], 0.0)
-    if SOFTMAX:
-        dlogits = scores * (dscores - tl.sum(scores * dscores, axis=1, keep_dims=True))
+        here = column == expert[:, None]
+        dgates += tl.where(here, dgate[:, None], 0.0)
+        chosen = chosen | here
+    gates = _gates(logits, chosen, SOFTMAX, NORMALIZE)
+    if SOFTMAX or NORMALIZE:
+        dlogits = gates * (dgates - tl.sum(gates * dgates, axis=1, keep_dims=True))
+        if not SOFTMAX:
+            dlogits *= tl.sigmoid(-logits)
     else:
-        dlogits = dscores * scores * (1.0 - scores)
+        dlogits = dgates * gates * (1.0 - gates)
     tl.store(dlogits_ptr + row * experts + column, dlogits, mask=inside)

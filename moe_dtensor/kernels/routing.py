@@ -32,8 +32,13 @@ def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> Ro
     return Route(*_sort_by_expert(expert_TK, first_expert, num_experts))
 
 
-def count_rows(route: Route, rows: str, num_experts: int, all_held: bool) -> int:
-    """How many rows to allocate: T * K if every expert is held, else by ``rows`` (exact: one host sync; worst)."""
+def count_rows(route: Route, rows: str | int, num_experts: int, all_held: bool) -> int:
+    """How many rows to allocate: a number of ``rows`` as it is, else T * K if every expert is held, else by ``rows``.
+
+    ``exact`` is one host sync; ``worst`` is T * min(K, E).
+    """
+    if not isinstance(rows, str):
+        return rows
     tokens, choices = route.position.shape
     if all_held:
         return tokens * choices

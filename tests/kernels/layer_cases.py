@@ -21,7 +21,9 @@ class Case:
     activation: str
     first_expert: int = 0
     held: int | None = None
-    rows: str = "exact"
+    rows: str | int = "exact"
+    absent: int = 0
+    """Every so many-th choice has the id -1, and NaN for a gate."""
 
     @property
     def num_held(self) -> int:
@@ -38,6 +40,13 @@ ODD_CASES = [
     Case(9, 8, 8, 4, 4, "swiglu", held=1),
     Case(1, 8, 8, 64, 32, "swiglu"),
     Case(140, 8, 8, 1, 1, "gelu"),  # one expert, more rows than a tile
+    Case(37, 16, 24, 5, 2, "swiglu", absent=3),
+    Case(37, 16, 24, 5, 5, "geglu", absent=2, first_expert=1, held=3),
+    Case(37, 24, 8, 5, 1, "gelu", absent=2, first_expert=1, held=3, rows="worst"),
+    Case(9, 8, 8, 4, 2, "silu", absent=1),  # no choice at all
+    Case(37, 16, 24, 5, 3, "swiglu", absent=2, rows=60),  # fewer rows than T * K, more than copies
+    Case(37, 16, 24, 5, 1, "swiglu", first_expert=1, held=2, rows=37),
+    Case(37, 16, 24, 5, 3, "gelu", absent=1, rows=0),
 ]
 
 
@@ -58,6 +67,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[li
     leaves.append(normal(case.T, case.K).abs().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
     order = torch.rand(case.T, case.E, generator=generator).argsort(1)
     expert_TK = order[:, : case.K].contiguous()
+    if case.absent:
+        expert_TK.view(-1)[:: case.absent] = -1
+        leaves[3].data.view(-1)[:: case.absent] = torch.nan
     return leaves, expert_TK.to(device), normal(case.T, case.D).to(device, dtype)
 
 

@@ -17,6 +17,25 @@ def test_reference_gradients_are_those_of_finite_differences():
     assert gradcheck(lambda *tensors: run(case, "reference", list(tensors), expert_TK), leaves)
 
 
+@pytest.mark.parametrize("first_expert", [0, 1])
+def test_an_id_of_minus_one_is_a_choice_with_a_gate_of_zero(first_expert):
+    case = Case(9, 8, 8, 4, 3, "swiglu", first_expert=first_expert, held=3, absent=4)
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.float64)
+    absent_TK = expert_TK == -1
+    others = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    others[3].data[absent_TK] = 0
+    y_TD, expected_TD = (
+        run(case, "reference", leaves, expert_TK),
+        run(case, "reference", others, expert_TK.clamp(min=0)),
+    )
+    torch.testing.assert_close(y_TD, expected_TD)
+    got = torch.autograd.grad(y_TD, leaves, dy_TD)
+    expected = torch.autograd.grad(expected_TD, others, dy_TD)
+    assert (got[3][absent_TK] == 0).all()
+    expected[3][absent_TK] = 0
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_torch_backend_equals_reference(case, poisoned_memory):
     errors = relative_errors(case, "torch", torch.float32)
@@ -133,3 +152,18 @@ def test_auto_is_the_reference_on_cpu():
     wrong = expert_TK.int()
     with pytest.raises(ValueError, match="int64"):
         expert_mlp(*leaves, wrong, activation="swiglu", backend="auto")
+
+
+def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkeypatch):
+    case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
+    leaves, expert_TK, _ = make_inputs(case, torch.float32)
+    made = []
+    gather_rows = mlp.gather_rows
+    monkeypatch.setattr(
+        mlp, "gather_rows", lambda x, position, rows, phase: made.append(rows) or gather_rows(x, position, rows, phase)
+    )
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
+    run(case, "torch", leaves, expert_TK)
+    assert made == [70]
+    with pytest.raises(ValueError, match="a number of rows"):
+        expert_mlp(*leaves, expert_TK, activation="swiglu", rows="few")

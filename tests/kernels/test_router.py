@@ -6,13 +6,18 @@ import torch
 from moe_dtensor.kernels.router import router_logits, top_k_gates
 from moe_dtensor.kernels.sinkhorn import sinkhorn
 
-from .router_cases import CASES, check_gates
+from .router_cases import CASES, check_gates, check_tiny_scores
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-@pytest.mark.parametrize(("T", "E", "K", "score"), [*CASES, (0, 4, 2, "softmax")])
-def test_gates_and_choice(T, E, K, score, ranked):
-    check_gates(T, E, K, score, ranked, "cpu")
+@pytest.mark.parametrize(("T", "E", "K", "score", "normalize"), [*CASES, (0, 4, 2, "softmax", True)])
+def test_gates_and_choice(T, E, K, score, normalize, ranked):
+    check_gates(T, E, K, score, normalize, ranked, "cpu")
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_normalised_gates_of_tiny_scores(score):
+    check_tiny_scores(score, "cpu")
 
 
 def test_choices_are_distinct_ids_whatever_the_logits():

@@ -8,13 +8,18 @@ import torch
 from moe_dtensor.kernels.router import top_k_gates
 from moe_dtensor.kernels.router_triton import split_halves
 from moe_dtensor.kernels.routing import sort_by_expert
-from tests.kernels.router_cases import CASES, check_gates
+from tests.kernels.router_cases import CASES, check_gates, check_tiny_scores
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-@pytest.mark.parametrize(("T", "E", "K", "score"), CASES)
-def test_gates_and_choice(T, E, K, score, ranked, device, poisoned_memory):
-    check_gates(T, E, K, score, ranked, device)
+@pytest.mark.parametrize(("T", "E", "K", "score", "normalize"), CASES)
+def test_gates_and_choice(T, E, K, score, normalize, ranked, device, poisoned_memory):
+    check_gates(T, E, K, score, normalize, ranked, device)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_normalised_gates_of_tiny_scores(score, device):
+    check_tiny_scores(score, device)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
