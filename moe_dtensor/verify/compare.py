@@ -12,8 +12,9 @@ from torch import Tensor
 FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share."""
 
-KINDS = ("gradient", "loss", "grad_norm", "parameter", "routing")
-"""What is compared. When several are wrong the first is named: a wrong gradient explains the others."""
+KINDS = ("routing", "statistic", "gradient", "loss", "grad_norm", "parameter", "state")
+"""What is compared. When several are wrong in the first step in which anything is, the first of these is named: what is
+routed differently is another computation, and a wrong gradient explains norm, parameters and the steps that follow."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Deviation:
     error: float
     ratio: float
     limit: float
+    step: int = 1
 
     @property
     def ok(self) -> bool:
@@ -32,11 +34,11 @@ class Deviation:
         return self.error <= self.limit
 
     @property
-    def severity(self) -> tuple[bool, int, float]:
-        """Larger is worse: failures first, then by kind, then by how far beyond the limit."""
+    def severity(self) -> tuple[bool, int, int, float]:
+        """Larger is worse: failures first, then by step, by kind, and by how far beyond the limit."""
         excess = self.error / self.limit if self.limit else self.error
-        rank = -KINDS.index(self.kind) if not self.ok else 0
-        return not self.ok, rank, math.inf if math.isnan(excess) else excess
+        step, rank = (0, 0) if self.ok else (-self.step, -KINDS.index(self.kind))
+        return not self.ok, step, rank, math.inf if math.isnan(excess) else excess
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ def deviate(name: str, kind: str, found: Tensor, expected: Tensor, limit: float,
     return Deviation(name, kind, error, norm / size if size else (1.0 if norm == 0 else math.inf), limit)
 
 
-def deviate_scalar(name: str, kind: str, found: float, expected: float, limit: float) -> Deviation:
-    """Relative difference; two equal infinities agree."""
+def deviate_scalar(
+    name: str, kind: str, found: float, expected: float, limit: float, floor: float = 1e-300
+) -> Deviation:
+    """Relative difference; two equal infinities agree. What is smaller than ``floor`` is measured against that."""
     ratio = found / expected if expected else (1.0 if found == expected else math.inf)
-    error = 0.0 if found == expected else abs(found - expected) / max(abs(expected), 1e-300)
+    error = 0.0 if found == expected else abs(found - expected) / max(abs(expected), floor)
     return Deviation(name, kind, error, ratio, limit)
 
 
@@ -136,9 +140,9 @@ def relative_to(
         factor: how many times its error is allowed.
         least: an error of the reference below this counts as this.
     """
-    errors = {d.name: d.error for d in reference if d.kind == "gradient"}
+    errors = {(d.name, d.step): d.error for d in reference if d.kind == "gradient"}
     for d in found:
-        limit = min(d.limit, factor * max(errors[d.name], least)) if d.kind == "gradient" else d.limit
+        limit = min(d.limit, factor * max(errors[d.name, d.step], least)) if d.kind == "gradient" else d.limit
         yield replace(d, limit=limit)
 
 
