@@ -82,7 +82,7 @@ def place(config: Config, layer: int, tokens_BS: Tensor, sequence_numbers: Seque
         tokens_BS.flatten().tolist(),
         [number * S + s for number in sequence_numbers for s in range(S)],
         [range(b * S, (b + 1) * S) for b in range(B)],
-        [range(b * S, (b + size) * S) for b in range(0, B, size)],
+        [range(b * S, min(b + size, B) * S) for b in range(0, B, size)],
     )
 
 
@@ -125,12 +125,14 @@ def route(config: Config, logits_TE: Tensor, at: Place, balance: Balance) -> Rou
     chosen_TK = torch.tensor([row + [-1] * (max(map(len, chosen)) - len(row)) for row in chosen])
     gate_TK = _gates(config, logits_TE, chosen_TK)
     kept_TK = _within_capacity(config, gate_TK.tolist(), chosen, at) if moe.capacity_factor else chosen_TK >= 0
-    even_loss = _balance_loss(config, logits_TE, chosen, at, balance)
+    even_loss = torch.zeros((), dtype=torch.float64)
+    if moe.balance_loss:
+        even_loss = _balance_loss(config, logits_TE, chosen, at, balance)
     z_T = logits_TE.exp().sum(1).log() ** 2
     sums = _shape_of_scores(fixed_TE) | {
         "router_gate_norm": float((gate_TK.detach() ** 2).sum(1).sqrt().sum()),
         "router_z": float(z_T.detach().sum()),
-        "balance_loss": float(even_loss.detach()) if moe.balance_loss else 0.0,
+        "balance_loss": float(even_loss.detach()),
         "dropped": float((chosen_TK >= 0).sum() - kept_TK.sum()),
         "differs_from_top_k": float(
             sum(set(a) != set(b) for a, b in zip(chosen, plain, strict=True)) if moe.router not in FORCED else 0

@@ -124,6 +124,7 @@ def settings(meshes: dict[str, tuple[int, int, int]]) -> list[dict[str, Any]]:
     return all_pairs(dimensions(meshes), functools.partial(possible, meshes))
 
 
+@functools.cache
 def routing_cases() -> list[Case]:
     """The whole list, ordered by mesh."""
     cases = [build_case(meshes, setting) for meshes in MESH_SETS for setting in settings(meshes)]
