@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,8 +14,9 @@ FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share."""
 
 KINDS = ("routing", "statistic", "gradient", "loss", "grad_norm", "parameter", "state")
-"""What is compared. When several are wrong in the first step in which anything is, the first of these is named: what is
-routed differently is another computation, and a wrong gradient explains norm, parameters and the steps that follow."""
+"""What is compared, in the order in which one thing explains another."""
+FORWARD = ("routing", "statistic")
+"""Of MoE blocks: what is routed otherwise is another computation from that block on."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class Deviation:
         return self.error <= self.limit
 
     @property
-    def severity(self) -> tuple[bool, int, int, float]:
-        """Larger is worse: failures first, then by step, by kind, and by how far beyond the limit."""
+    def severity(self) -> tuple[bool, tuple[int, ...], float]:
+        """Larger is worse: failures first, of them what comes first in a run, then by how far beyond the limit."""
         excess = self.error / self.limit if self.limit else self.error
-        step, rank = (0, 0) if self.ok else (-self.step, -KINDS.index(self.kind))
-        return not self.ok, step, rank, math.inf if math.isnan(excess) else excess
+        first = () if self.ok else (-self.step, -self._layer, -KINDS.index(self.kind))
+        return not self.ok, first, math.inf if math.isnan(excess) else excess
+
+    @property
+    def _layer(self) -> int:
+        """Block of what a forward pass shows; whatever else there is comes after all blocks."""
+        return int(self.name.split(".")[1]) if self.kind in FORWARD else sys.maxsize
 
 
 @dataclass(frozen=True)
