@@ -105,10 +105,11 @@ def _reason(config: Config, layout: Layout) -> str:
 
 def _judge(miniature: Config, layouts: Sequence[Layout], options: argparse.Namespace) -> list[Verdict]:
     from moe_dtensor.verify.cases import Case
+    from moe_dtensor.verify.miniature import steps_to_show
     from moe_dtensor.verify.report import Report
     from moe_dtensor.verify.run import prove
 
-    cases = [Case(layout, miniature) for layout in layouts]
+    cases = [Case(layout, miniature, steps=steps_to_show(miniature)) for layout in layouts]
     verdicts = []
     with Report(miniature, options.dtype) as report:
         for verdict in prove(cases):
