@@ -37,9 +37,12 @@ class Deviation:
 
     @property
     def severity(self) -> tuple[bool, tuple[int, ...], float]:
-        """Larger is worse: failures first, of them what comes first in a run, then by how far beyond the limit."""
+        """Larger is worse: failures first, of them what comes first in a run, then by how far beyond the limit.
+
+        Of what passes a gradient is told: it says most.
+        """
         excess = self.error / self.limit if self.limit else self.error
-        first = () if self.ok else (-self.step, -self._layer, -KINDS.index(self.kind))
+        first = (self.kind == "gradient",) if self.ok else (-self.step, -self._layer, -KINDS.index(self.kind))
         return not self.ok, first, math.inf if math.isnan(excess) else excess
 
     @property
