@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +153,19 @@ def test_a_router_of_ones_own() -> None:
     assert record.mean_L["differs_from_top_k"].item() > 0.2
     plain = route(build_router(router="topk").eval()).expert_BSK
     assert torch.equal(route(router.eval()).expert_BSK, plain)
+
+
+def test_the_router_of_the_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block of docs/own_parts.md, as it stands."""
+    text = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text()
+    block = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_noisy_parts.py").write_text(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    router = build_router(router="my_noisy_parts:Noisy")
+    first, again = (route(router).expert_BSK for _ in range(2))
+    assert torch.equal(first, again)
+    plain = route(router.eval()).expert_BSK
+    assert 0 < (first != plain).any(-1).double().mean() < 0.5
 
 
 class Lazy(Assignment):
