@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,36 @@ class Position:
         self.state = state_dict
 
 
+class Balance:
+    """What routers carry from step to step, alike on every rank."""
+
+    def __init__(self) -> None:
+        self.bias = torch.zeros(2, 3)
+        self.load = torch.zeros(2, 3, dtype=torch.float64)
+
+    def step(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.bias += torch.rand(2, 3, generator=generator)
+        self.load.copy_(torch.randint(0, 2**40, (2, 3), generator=generator))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bias": self.bias, "previous_load": self.load}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.bias.copy_(state_dict["bias"])
+        self.load.copy_(state_dict["previous_load"])
+
+
+@dataclass
+class Rest:
+    """Of a run, what is not its model."""
+
+    optimizers: Any
+    schedule: Any
+    position: Position
+    balance: Balance
+
+
 def config_of(**checkpoint: Any) -> Config:
     return Config(training=Training(steps=100), checkpoint=Checkpoint(**checkpoint))
 
@@ -87,13 +117,14 @@ def shard(stage: nn.Module, dp: int, pp: int, tp: int) -> None:
     fully_shard(stage, mesh=mesh["dp"])
 
 
-def run_of(folder: Path, parts: list[nn.Module], config: Config) -> tuple[CheckpointManager, Any, Any, Position]:
+def run_of(folder: Path, parts: list[nn.Module], config: Config) -> tuple[CheckpointManager, Rest]:
     optimizers = build_optimizers(parts, config)
-    schedule, position = build_schedulers(optimizers, config), Position()
-    return CheckpointManager(folder, config, parts, optimizers, schedule, position), optimizers, schedule, position
+    rest = Rest(optimizers, build_schedulers(optimizers, config), Position(), Balance())
+    manager = CheckpointManager(folder, config, parts, rest.optimizers, rest.schedule, rest.position, rest.balance)
+    return manager, rest
 
 
-def train_step(parts: list[nn.Module], optimizers: Any, schedule: Any, position: Position, seed: int) -> None:
+def train_step(parts: list[nn.Module], rest: Rest, seed: int) -> None:
     """A step on gradients that depend on the parameter's name only, not on the mesh."""
     for part in parts:
         for name, parameter in part.named_parameters():
@@ -102,15 +133,16 @@ def train_step(parts: list[nn.Module], optimizers: Any, schedule: Any, position:
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(full, parameter.device_mesh, parameter.placements)
             parameter.grad = full
-    optimizers.step()
-    optimizers.zero_grad()
-    schedule.step()
-    position.state["batch"] += 1
+    rest.optimizers.step()
+    rest.optimizers.zero_grad()
+    rest.schedule.step()
+    rest.position.state["batch"] += 1
+    rest.balance.step(seed)
 
 
 def full_state(manager: CheckpointManager) -> dict[str, torch.Tensor]:
     state = manager._tensors()
-    flat = {**state["model"], **state["optimizer"]}
+    flat = {**state["model"], **state["optimizer"], **state["balance"]}
     return {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in flat.items()}
 
 
@@ -120,26 +152,26 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
         assert torch.equal(got[key], value), key
 
 
-def trained(folder: Path, steps: int, **checkpoint: Any) -> tuple[CheckpointManager, Any]:
+def trained(folder: Path, steps: int, **checkpoint: Any) -> tuple[CheckpointManager, tuple[list[nn.Module], Rest]]:
     """A plain run of one process that saved after each step."""
     parts: list[nn.Module] = [Stage()]
-    manager, optimizers, schedule, position = run_of(folder, parts, config_of(**checkpoint))
+    manager, rest = run_of(folder, parts, config_of(**checkpoint))
     for step in range(1, steps + 1):
-        train_step(parts, optimizers, schedule, position, step)
+        train_step(parts, rest, step)
         manager.save(step)
-    return manager, (parts, optimizers, schedule, position)
+    return manager, (parts, rest)
 
 
 def test_resume_restores_everything(tmp_path: Path) -> None:
-    manager, (_, _, schedule, _) = trained(tmp_path, 3)
+    manager, (_, rest) = trained(tmp_path, 3)
     want, noise = full_state(manager), torch.rand(3)
     torch.manual_seed(99)
     parts: list[nn.Module] = [Stage()]
-    again, _, schedule_again, position = run_of(tmp_path, parts, config_of())
+    again, rest_again = run_of(tmp_path, parts, config_of())
     assert again.load_latest() == 3
     assert_same(full_state(again), want)
-    assert schedule_again.lr == schedule.lr
-    assert position.state == {"batch": 3, "order": [3, 1, 2]}
+    assert rest_again.schedule.lr == rest.schedule.lr
+    assert rest_again.position.state == {"batch": 3, "order": [3, 1, 2]}
     assert torch.equal(torch.rand(3), noise)
 
 
@@ -171,9 +203,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["while writing", "before the rename", "while deleting"])
 def test_killed_save_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    manager, rest = trained(tmp_path, 2)
+    manager, run = trained(tmp_path, 2)
     want = full_state(manager)
-    train_step(*rest, seed=3)
+    train_step(*run, seed=3)
 
     def kill(*args: Any, **kwargs: Any) -> None:
         raise Killed
@@ -203,8 +235,8 @@ def test_killed_save_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_same_step_again(tmp_path: Path) -> None:
-    manager, rest = trained(tmp_path, 1)
-    train_step(*rest, seed=7)
+    manager, run = trained(tmp_path, 1)
+    train_step(*run, seed=7)
     want = full_state(manager)
     manager.save(1)
     again, *_ = run_of(tmp_path, [Stage()], config_of())
@@ -214,9 +246,9 @@ def test_same_step_again(tmp_path: Path) -> None:
 
 def test_async_equals_sync(tmp_path: Path) -> None:
     """The state written is that of the call, although training goes on at once."""
-    manager, rest = trained(tmp_path, 2, async_save=True)
+    manager, run = trained(tmp_path, 2, async_save=True)
     want = full_state(manager)
-    train_step(*rest, seed=3)
+    train_step(*run, seed=3)
     manager.wait()
     again, *_ = run_of(tmp_path, [Stage()], config_of())
     assert again.load_latest() == 2
@@ -251,11 +283,11 @@ def test_lr_follows_the_config(tmp_path: Path) -> None:
     trained(tmp_path, 2)
     config = config_of()
     config = replace(config, optimizer=replace(config.optimizer, lr=0.5, weight_decay=0.3, beta2=0.9))
-    manager, optimizers, schedule, _ = run_of(tmp_path, [Stage()], config)
+    manager, rest = run_of(tmp_path, [Stage()], config)
     manager.load_latest()
-    groups = next(iter(optimizers)).param_groups
-    assert schedule.lr == 0.5 * 3 / 20
-    assert [group["lr"] for group in groups] == [schedule.lr] * 2
+    groups = next(iter(rest.optimizers)).param_groups
+    assert rest.schedule.lr == 0.5 * 3 / 20
+    assert [group["lr"] for group in groups] == [rest.schedule.lr] * 2
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert groups[0]["betas"] == (0.9, 0.9)
 
@@ -272,15 +304,15 @@ def on_mesh(folder: Path, shape: tuple[int, int, int], save: bool, async_save: b
     for part in parts:
         shard(part, *shape)
     config = config_of(async_save=async_save)
-    manager, optimizers, schedule, position = run_of(folder, parts, config)
+    manager, rest = run_of(folder, parts, config)
     if save:
         for step in range(1, 4):
-            train_step(parts, optimizers, schedule, position, step)
+            train_step(parts, rest, step)
         manager.save(3)
         manager.wait()
     else:
         assert manager.load_latest() == 3
-        assert position.state["batch"] == 3
+        assert rest.position.state["batch"] == 3
     return {key: value.numpy() for key, value in full_state(manager).items()}
 
 
