@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Launcher, ceil_div, next_power_of_2
 
 _BLOCK = 128
 
@@ -16,28 +18,24 @@ def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tu
     """Two launches and one prefix sum; see :func:`moe_dtensor.kernels.routing.sort_by_expert`."""
     copies = expert_TK.numel()
     blocks = ceil_div(copies, _BLOCK)
-    bins = max(16, next_power_of_2(num_experts + 1))
+    count, place = _launchers(expert_TK.get_device(), copies, first_expert, num_experts)
     position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
     copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
     # Expert-major, so that one inclusive prefix sum over all of it ends at each (expert, block)'s last row.
     counts_EB = position_TK.new_empty(num_experts, blocks)
-    launch(_count, (blocks,), expert_TK, counts_EB, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK, BINS=bins)
+    count(expert_TK, counts_EB)
     last_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
-    launch(
-        _place,
-        (blocks,),
-        expert_TK,
-        last_EB,
-        position_TK,
-        copy_N,
-        ends_E,
-        copies,
-        first_expert,
-        num_experts,
-        blocks,
-        BLOCK=_BLOCK,
-    )
+    place(expert_TK, last_EB, position_TK, copy_N, ends_E)
     return position_TK, copy_N, ends_E
+
+
+@lru_cache
+def _launchers(device: int, copies: int, first_expert: int, num_experts: int) -> tuple[Launcher, Launcher]:
+    blocks = ceil_div(copies, _BLOCK)
+    numbers = (copies, first_expert, num_experts, blocks)
+    bins = max(16, next_power_of_2(num_experts + 1))
+    count = Launcher(_count, (blocks,), numbers, BLOCK=_BLOCK, BINS=bins)
+    return count, Launcher(_place, (blocks,), numbers, BLOCK=_BLOCK)
 
 
 @triton.jit

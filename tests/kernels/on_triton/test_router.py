@@ -43,9 +43,11 @@ def test_counting_sort_is_the_stable_sort(T, first, held, device, monkeypatch):
     assert torch.equal(by_triton[2], ends)
 
 
-def test_two_halves_add_up(device):
+@pytest.mark.parametrize("D", [3, 500])
+def test_two_halves_add_up(D, device, poisoned_memory):
     x_TE = torch.randn(37, 5, device=device)
-    out_TC = torch.empty(37, 10, dtype=torch.bfloat16, device=device)
-    split_halves(x_TE, out_TC)
+    w_ED = torch.randn(5, D, device=device, dtype=torch.bfloat16)
+    out_TC, twice_CD = split_halves(x_TE, w_ED)
+    assert torch.equal(twice_CD, torch.cat([w_ED, w_ED]))
     torch.testing.assert_close(out_TC[:, :5].float(), x_TE, atol=0, rtol=2**-7)
     torch.testing.assert_close(out_TC.float().view(37, 2, 5).sum(1), x_TE, atol=0, rtol=2**-14)
