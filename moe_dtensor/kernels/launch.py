@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _COMPILED: dict[tuple, Any] = {}
+_MAX_ENCODED = 512
 
 
 class Launcher:
@@ -57,7 +62,7 @@ class Launcher:
             return
         args: list[Any] = addresses
         if self.descriptors:
-            args = self._describe(tensors) + addresses[len(self.descriptors) :]
+            args = self._encode(tensors, addresses) + addresses[len(self.descriptors) :]
         self.run(*self.head, torch._C._cuda_getCurrentRawStream(self.device), *self.handles, *args, *self.tail)
 
     def _by_triton_or_bind(self, tensors: tuple[Tensor | None, ...], bits: int) -> None:
@@ -91,7 +96,23 @@ class Launcher:
         # None: neither metadata for, nor hooks of, Triton's own profiler.
         self.handles = (compiled.function, compiled.packed_metadata, None, None, None)
         self.tail = (*self.numbers, *self.constants.values())
-        self.run = compiled.run
+        run, self.encoders = _without_encoding(compiled.run) if self.descriptors else (compiled.run, ())
+        self.encoded: list[dict[int, list[Any]]] = [{} for _ in self.encoders]
+        self.run = run
+
+    def _encode(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> list[Any]:
+        """What the launcher takes for the first tensors: a descriptor depends on nothing but the tensor's address."""
+        if not self.encoders:
+            return self._describe(tensors)
+        args: list[Any] = []
+        for slot, encoded in enumerate(self.encoded):
+            known = encoded.get(addresses[slot])
+            if known is None:
+                if len(encoded) >= _MAX_ENCODED:
+                    encoded.clear()
+                known = encoded[addresses[slot]] = self.encoders[slot](self._describe(tensors)[slot])
+            args += known
+        return args
 
     def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
         args = [*self._describe(tensors), *tensors[len(self.descriptors) :]]
@@ -105,6 +126,22 @@ class Launcher:
             descriptor.__dict__.update(fields, base=tensor)
             made.append(descriptor)
         return made
+
+
+def _without_encoding(run: Any) -> tuple[Any, tuple[Callable[[TensorDescriptor], list[Any]], ...]]:
+    """Triton's launcher less the part that encodes every descriptor anew, and an encoder for each descriptor.
+
+    That part is a closure, in all of Triton 3.6 and 3.7. Where it looks otherwise: the launcher as it is, no encoder.
+    """
+    try:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        cells = inspect.getclosurevars(run.launch).nonlocals
+        bare, metadata = copy.copy(run), cells["tensordesc_meta"]
+        bare.launch = cells["launcher"]
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return run, ()
+    return bare, tuple(partial(make_tensordesc_arg, metadata=each) for each in metadata)
 
 
 def describe(shape: list[int], block_shape: list[int], strides: list[int] | None = None) -> dict[str, Any]:
