@@ -90,16 +90,26 @@ activate_rows = define(
 
 
 def _activation_backward(
-    h_NP: Tensor, da_NF: Tensor, gate_TK: Tensor, copy_N: Tensor, ends_E: Tensor, activation: str
+    h_NP: Tensor, da_NF: Tensor, gate_TK: Tensor, position_TK: Tensor, copy_N: Tensor, ends_E: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh_NP, weighted_NF = torch.empty_like(h_NP), torch.empty_like(da_NF)
-    dgate_TK = torch.zeros(gate_TK.shape, dtype=torch.float32, device=gate_TK.device)
-    if da_NF.numel() == 0:
-        return dh_NP, weighted_NF, dgate_TK
-    if launches_triton(h_NP):
+    if launches_triton(h_NP) and da_NF.numel() > 0:
+        dgate_TK = position_TK.new_empty(position_TK.shape, dtype=torch.float32)
         triton_kernels("glue").activation_backward(
-            h_NP, da_NF.contiguous(), gate_TK.contiguous(), copy_N, ends_E, dh_NP, weighted_NF, dgate_TK, activation
+            h_NP,
+            da_NF.contiguous(),
+            gate_TK.contiguous(),
+            position_TK,
+            copy_N,
+            ends_E,
+            dh_NP,
+            weighted_NF,
+            dgate_TK,
+            activation,
         )
+        return dh_NP, weighted_NF, dgate_TK
+    dgate_TK = position_TK.new_zeros(position_TK.shape, dtype=torch.float32)
+    if da_NF.numel() == 0:
         return dh_NP, weighted_NF, dgate_TK
     held = int(ends_E[-1])
     copy_n = copy_N[:held].long()
@@ -113,10 +123,10 @@ def _activation_backward(
 
 
 activation_backward = define(
-    "activation_backward(Tensor h, Tensor da, Tensor gate, Tensor copy, Tensor ends, str activation)"
+    "activation_backward(Tensor h, Tensor da, Tensor gate, Tensor position, Tensor copy, Tensor ends, str activation)"
     " -> (Tensor, Tensor, Tensor)",
     _activation_backward,
-    lambda h_NP, da_NF, gate_TK, copy_N, ends_E, activation: (
+    lambda h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, activation: (
         torch.empty_like(h_NP),
         torch.empty_like(da_NF),
         gate_TK.new_empty(gate_TK.shape, dtype=torch.float32),
@@ -124,7 +134,7 @@ activation_backward = define(
 )
 """One pass over H and dA' = dO W2^T: ``dH = act'(H) * gate * dA'``, ``A' = gate * act(H)``, ``dgate = <dA', act(H)>``.
 
-Returns ``(dh_NP, weighted_NF, dgate_TK)``; dgate is fp32 and 0 for copies held elsewhere.
+Returns ``(dh_NP, weighted_NF, dgate_TK)``; dgate is fp32 and 0 for choices without a row.
 """
 
 # ---- weighted_activation --------------------------------------------------------------------------------------------

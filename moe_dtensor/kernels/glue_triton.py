@@ -81,6 +81,7 @@ def activation_backward(
     h_NP: Tensor,
     da_NF: Tensor,
     gate_TK: Tensor,
+    position_TK: Tensor,
     copy_N: Tensor,
     ends_E: Tensor,
     dh_NP: Tensor,
@@ -90,18 +91,25 @@ def activation_backward(
 ) -> None:
     """Write dH, A' and dgate in one pass."""
     launcher = _activation_backward_launcher(
-        h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], activation
+        h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], position_TK.numel(), activation
     )
-    launcher(h_NP, da_NF, gate_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
+    launcher(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
 
 
 @lru_cache
 def _activation_backward_launcher(
-    device: int, dtype: torch.dtype, gate_dtype: torch.dtype, rows: int, hidden: int, experts: int, activation: str
+    device: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    rows: int,
+    hidden: int,
+    experts: int,
+    copies: int,
+    activation: str,
 ) -> Launcher:
     constants = _activation_constants(hidden, activation)
-    grid = (ceil_div(rows, constants["ROWS"]),)
-    return Launcher(_activation_backward, grid, (rows, hidden, experts), **constants)
+    grid = (ceil_div(max(rows, copies), constants["ROWS"]),)
+    return Launcher(_activation_backward, grid, (rows, hidden, experts, copies), **constants)
 
 
 @triton.jit
@@ -198,6 +206,7 @@ def _activation_backward(
     h_ptr,
     da_ptr,
     gate_ptr,
+    position_ptr,
     copy_ptr,
     ends_ptr,
     dh_ptr,
@@ -206,6 +215,7 @@ def _activation_backward(
     rows,
     hidden,
     experts,
+    copies,
     ACTIVATION: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -218,7 +228,7 @@ def _activation_backward(
     gate = tl.load(gate_ptr + copy, mask=held, other=0.0).to(tl.float32)[:, None]
     row = row_R[:, None]
     dgate = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, hidden, BLOCK):
+    for start in range(0, tl.where(tl.program_id(0) * ROWS < end, hidden, 0), BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = (row < end) & (column < hidden)
         offset, value, slope, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
@@ -231,3 +241,6 @@ def _activation_backward(
         if GROUPS == 2:
             tl.store(dh_ptr + offset + hidden, (da * value).to(dh_ptr.dtype.element_ty), mask=inside)
     tl.store(dgate_ptr + copy, dgate, mask=held)
+    # The same numbers once more, as copies: those without a row.
+    position = tl.load(position_ptr + row_R, mask=row_R < copies, other=0)
+    tl.store(dgate_ptr + row_R, 0.0, mask=position < 0)

@@ -74,7 +74,9 @@ class _ExpertMLP(Function):
 
         do_ND = gather_rows(dy_TD, position_TK, num_rows, 1)
         da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, backend)
-        dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, copy_N, ends_E, ctx.activation)
+        dh_NP, weighted_NF, dgate_TK = activation_backward(
+            h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, ctx.activation
+        )
         del da_NF, h_NP
         if down_wanted:
             dw_down_EDF = weight_gradient(do_ND, weighted_NF, ends_E, plan, backend)

@@ -152,5 +152,7 @@ class _Down(Function):
             weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
             return None, None, do_ND, weighted_NF, None, None, None, None, None
         da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, ctx.backend)
-        dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, copy_N, ends_E, ctx.activation)
+        dh_NP, weighted_NF, dgate_TK = activation_backward(
+            h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, ctx.activation
+        )
         return dh_NP, dgate_TK.to(gate_TK.dtype), do_ND, weighted_NF, None, None, None, None, None
