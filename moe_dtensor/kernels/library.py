@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,6 +36,12 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
         return run(*args)
 
     return call
+
+
+@cache
+def triton_kernels(module: str) -> ModuleType:
+    """The Triton side of a module of this room, ``<module>_triton``: loaded when first needed, as Triton is."""
+    return import_module(f"{__package__}.{module}_triton")
 
 
 def launches_triton(x: Tensor) -> bool:
