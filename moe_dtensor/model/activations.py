@@ -23,7 +23,7 @@ from moe_dtensor.model.rows import (
     Tokens,
     allocated_rows,
     columns,
-    reads_device,
+    compiled_whole,
     sent_tokens,
     tokens,
     tokens_at_experts,
@@ -64,7 +64,7 @@ def block_bytes(config: Config, is_moe: bool, skewed: bool = False) -> BlockByte
     at = tokens(config)
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
-    ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else _experts(config, at, met)
+    ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
     everything = 2 * stream + _attention(config, at) + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
@@ -112,8 +112,11 @@ def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> 
     return count * (width + copies * hidden // config.mesh.tp) * tokens(config).compute
 
 
-def _experts(config: Config, at: Tokens, met: AtExperts) -> int:
-    """Router, dispatch and experts: x, H, gates and route (``kernels/mlp.py``); X, A and Y are not kept."""
+def moe_bytes(config: Config, at: Tokens, met: AtExperts) -> int:
+    """What an MoE block's second half keeps without recomputation: router, dispatch, experts and shared expert.
+
+    Of the experts x, H, gates and route (``kernels/mlp.py``); X, A and Y are not kept.
+    """
     model, moe = config.model, config.moe
     vector = model.dim * at.compute
     kept = at.own * vector + _router(config, at) + _route(config, at, met)
@@ -173,7 +176,7 @@ def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
     Eager, every result of a named operator is stored; compiled, only those that the backward pass reads.
     """
     model, moe, tp = config.model, config.moe, config.mesh.tp
-    eager = not config.compile.enable or (met is not None and reads_device(config))
+    eager = not (config.compile.enable if met is None else compiled_whole(config))
     kept = at.whole * model.num_heads // tp * (model.head_dim * at.compute + 4)
     if tp > 1:
         kept += at.own * model.dim * at.compute

@@ -105,11 +105,15 @@ def allocated_rows(config: Config, skewed: bool, rows: str | None = None) -> int
 
 
 def reads_device(config: Config) -> bool:
-    """Whether the host reads from the device in a block's forward pass how many copies come. A compiled block is then
-    cut in two, and where recomputation is selective it is not compiled at all."""
+    """Whether the host reads from the device, in a block's forward pass, how many copies come."""
     if config.moe.num_experts == 0 or expert_ranks(config) == 1:
         return False
     return config.mesh.dispatch == "all_to_all" or config.moe.rows == "exact"
+
+
+def compiled_whole(config: Config) -> bool:
+    """Whether an MoE block is one compiled graph. A read cuts it; what is recomputed selectively then runs eagerly."""
+    return config.compile.enable and not reads_device(config)
 
 
 def expert_takes(config: Config) -> int | None:

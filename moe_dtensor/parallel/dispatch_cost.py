@@ -1,19 +1,28 @@
 """What a dispatch sends and what that costs, by arithmetic. Loads no torch.
 
-Each collective of :mod:`moe_dtensor.parallel.dispatch`, forward and backward, with the bytes that one rank sends in it;
-``tests/parallel/test_traffic.py`` counts the same in real steps. Seconds are those bytes over ``mesh.link_bandwidth``,
-plus what each collective and each read of the device takes however little it moves. Nothing is taken to overlap.
+Each collective of :mod:`moe_dtensor.parallel.dispatch`, forward and backward, with the bytes that one rank sends in it
+(``tests/parallel/test_plan_measured.py`` counts the same in real steps). Seconds are those bytes over
+``mesh.link_bandwidth``, plus what each collective and each read of the device takes however little it moves; nothing is
+taken to overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.rows import columns, distinct_ranks, reads_device, repeats_tokens, sent_tokens, tokens
+from moe_dtensor.model.rows import (
+    columns,
+    compiled_whole,
+    distinct_ranks,
+    reads_device,
+    repeats_tokens,
+    sent_tokens,
+    tokens,
+)
 
 LATENCY = 20e-6
 """Seconds of a collective that moves next to nothing, over NVLink with NCCL."""
@@ -30,8 +39,8 @@ class Move(NamedTuple):
     axis: Axis
     forward: float
     backward: float
-    sums: bool = False
-    """Whether the forward adds up the ranks' shares: selective recomputation keeps such results."""
+    kept: bool = False
+    """Whether selective recomputation keeps what the forward brings: sums, and what only a kept result needs."""
 
 
 class Saved(NamedTuple):
@@ -49,13 +58,21 @@ class DispatchCost:
     """Bytes from one rank by axis, copies balanced over the experts."""
     collectives: int
     reads: int
-    """Numbers that the host reads from the device."""
-    seconds: float
+    """Times that the host waits for a number from the device."""
+    moving: float
+    """Seconds for the bytes."""
+    waiting: float
+    """Seconds for collectives and reads, however little they move."""
 
     @property
     def total(self) -> int:
         """Bytes over all axes."""
         return sum(self.sent.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of both."""
+        return self.moving + self.waiting
 
 
 def settle(config: Config) -> Config:
@@ -69,7 +86,11 @@ def choose_dispatch(config: Config) -> Name:
         return "all_gather"
     if config.mesh.dispatch != "auto":
         return config.mesh.dispatch
-    costs = dispatch_costs(config)
+    return cheaper(dispatch_costs(config))
+
+
+def cheaper(costs: Mapping[Name, DispatchCost]) -> Name:
+    """The one that takes fewer seconds; all-gather if they are alike."""
     return min(costs, key=lambda name: costs[name].seconds)
 
 
@@ -86,8 +107,9 @@ def _cost(config: Config) -> DispatchCost:
     for axis, size in moves:
         sent[axis] = sent.get(axis, 0) + size
     reads = reads_device(config) * (1 if config.activation_checkpoint.mode == "none" else 2)
-    seconds = sum(sent.values()) / (config.mesh.link_bandwidth * 1e9) + len(moves) * LATENCY + reads * READ
-    return DispatchCost({axis: round(size) for axis, size in sent.items()}, len(moves), reads, seconds)
+    moving = sum(sent.values()) / (config.mesh.link_bandwidth * 1e9)
+    waiting = len(moves) * LATENCY + reads * READ
+    return DispatchCost({axis: round(size) for axis, size in sent.items()}, len(moves), reads, moving, waiting)
 
 
 def passes(config: Config, steps: Sequence[Move | Saved]) -> list[tuple[Axis, float]]:
@@ -99,7 +121,7 @@ def passes(config: Config, steps: Sequence[Move | Saved]) -> list[tuple[Axis, fl
     if mode != "none":
         last = max((i for i, step in enumerate(steps) if isinstance(step, Saved)), default=0)
         again = [step for step in steps[:last] if isinstance(step, Move)]
-        runs += [(move.axis, move.forward) for move in again if not (move.sums and mode == "selective")]
+        runs += [(move.axis, move.forward) for move in again if not (move.kept and mode == "selective")]
     return [(axis, sent) for axis, sent in runs if sent > 0]
 
 
@@ -126,8 +148,8 @@ def border_steps(config: Config, inner: Steps) -> Steps:
     whole = tokens(config).whole * _bytes_of_token(config)[0]
     once = whole * (config.mesh.tp - 1) / config.mesh.tp
     if config.mesh.sequence_parallel:
-        return [Move("tp", once, once), *inner, Move("tp", once, once, sums=True)]
-    return [Move("tp", 0, 2 * once), *inner, Move("tp", 2 * once, 0, sums=True)]
+        return [Move("tp", once, once), *inner, Move("tp", once, once, kept=True)]
+    return [Move("tp", 0, 2 * once), *inner, Move("tp", 2 * once, 0, kept=True)]
 
 
 def _bytes_of_token(config: Config) -> tuple[int, int, int]:
@@ -140,15 +162,15 @@ def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Ste
     """Vectors, gates and ids of ``held`` tokens to each other rank of the axis, and sums back."""
     others = (config.mesh.dp if axis == "dp" else config.mesh.tp) - 1
     vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
-    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0)]
-    return [*enter, *inner, Move(axis, vector, vector, sums=True)]
+    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, compiled_whole(config))]
+    return [*enter, *inner, Move(axis, vector, vector, kept=True)]
 
 
 def _reduce(config: Config, inner: Steps) -> Steps:
     """Every tp rank holds all tokens: nothing in, sums out; gradients of vectors and gates are all-reduced."""
     whole, tp = tokens(config).whole, config.mesh.tp
     vector, gates, _ = (2 * whole * (tp - 1) / tp * size for size in _bytes_of_token(config))
-    return [Move("tp", 0, vector), Move("tp", 0, gates), *inner, Move("tp", vector, 0, sums=True)]
+    return [Move("tp", 0, vector), Move("tp", 0, gates), *inner, Move("tp", vector, 0, kept=True)]
 
 
 def _all_to_all(config: Config) -> Steps:

@@ -16,7 +16,7 @@ from moe_dtensor.model.activations import block_bytes, head_bytes
 from moe_dtensor.model.rows import BYTES, tokens
 from moe_dtensor.parallel.dispatch_cost import settle
 from moe_dtensor.parallel.schedule_costs import in_flight
-from moe_dtensor.parallel.shares import Share, stage_shares
+from moe_dtensor.parallel.shares import Share, accumulates, stage_shares
 
 CUBLAS_WORKSPACE = 32 * 2**20
 """Bytes that torch gives cuBLAS on Hopper, for each thread that calls it: forward, and autograd's backward (torch's
@@ -85,11 +85,10 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     own = sum(share.local_size for share in shares if not share.row.fsdp)
     own_stored = own * BYTES[training.dtype]
     whole = sum(share.used_size for share in shares if share.row.fsdp)
-    gathered = microbatches(config) > 1
     at_loss, at_block, at_reduce = _moments(config, shares, alive, skewed)
     return Memory(
         weights=stored,
-        gradients=whole * BYTES[training.reduce_dtype] + own_stored if gathered else stored,
+        gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
         moments=2 * stored,
         compute_copy=_gathered(config, shares) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,

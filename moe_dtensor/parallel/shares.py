@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import GATED, moe_layers, num_stages, padded_vocab, stage_layers
+from moe_dtensor.config.resolve import GATED, microbatches, moe_layers, num_stages, padded_vocab, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.plan import Row, build_plan, find_row
 
@@ -75,6 +75,12 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
             shapes["output.weight"] = (rows, dim)
     plan = build_plan(config)
     return [_share(config, plan, name, shape) for name, shape in shapes.items()]
+
+
+def accumulates(config: Config) -> bool:
+    """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
+    which it reduces as the backward pass goes."""
+    return microbatches(config) > 1 or config.mesh.pp > 1
 
 
 def fold(shares: Iterable[Share]) -> list[Folded]:

@@ -3,7 +3,7 @@
 An all-gather or reduce-scatter of n bytes over p ranks sends ``n (p-1)/p`` from each, an all-reduce twice that (ring
 algorithms; the least that any needs), an all-to-all the rows for other ranks, as many as are expected where all experts
 are alike likely. Validation, checkpoints and single numbers (loss, norm) are left out.
-``tests/parallel/test_traffic.py`` counts the same in real steps (:mod:`moe_dtensor.parallel.bytes_sent`).
+``tests/parallel/test_plan_measured.py`` counts the same in real steps (:mod:`moe_dtensor.parallel.bytes_sent`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.rows import BYTES, columns, reads_device, tokens
+from moe_dtensor.model.rows import BYTES, columns, compiled_whole, tokens
 from moe_dtensor.parallel.dispatch_cost import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
-from moe_dtensor.parallel.shares import stage_shares
+from moe_dtensor.parallel.shares import accumulates, stage_shares
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _qk_norm(config: Config) -> Steps:
     """Over the whole width: mean squares of q and k, an all-reduce each way."""
     at, tp = tokens(config), config.mesh.tp
     each = 2 * at.whole * at.wide * (tp - 1) / tp
-    return [Move("tp", each, each, sums=True)] * 2 if config.model.qk_norm == "full" else []
+    return [Move("tp", each, each, kept=True)] * 2 if config.model.qk_norm == "full" else []
 
 
 def _router(config: Config) -> Steps:
@@ -136,17 +136,20 @@ def _router(config: Config) -> Steps:
     if moe.capacity_factor > 0:
         each += columns(config) * (at.wide + 8)
     # Compiled as a whole, selective recomputation keeps the choice and need not gather what it went by.
-    kept = config.compile.enable and not reads_device(config)
-    return [Move("tp", at.own * (mesh.tp - 1) * each, 0, sums=kept), Saved()]
+    return [Move("tp", at.own * (mesh.tp - 1) * each, 0, compiled_whole(config)), Saved()]
 
 
 def replicated_gradient_bytes(config: Config, stages: tuple[int, ...]) -> int:
-    """Once a step, over tp: all-reduce of the gradients of weights that tp holds whole and sees a share of."""
+    """Once a step, over tp: all-reduce of the gradients of weights that tp holds whole and sees a share of.
+
+    A single microbatch's are in ``param_dtype`` still when FSDP sums them over tp.
+    """
     training, tp, sent = config.training, config.mesh.tp, 0
+    dtype = training.reduce_dtype if accumulates(config) else training.param_dtype
     for stage in stages:
         for share in stage_shares(config, stage):
             row = share.row
             partial = row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel)
             if row.tp is None and partial:
-                sent += share.used_size * BYTES[training.reduce_dtype if row.fsdp else training.dtype]
+                sent += share.used_size * BYTES[dtype if row.fsdp else training.dtype]
     return 2 * sent * (tp - 1) // tp
