@@ -45,10 +45,8 @@ class TopK(Assignment):
     """Each token's K highest (Shazeer et al., arXiv:1701.06538), without balancing."""
 
     def __init__(self, config: Config, layer: int) -> None:
-        moe = config.moe
-        # Biases and sums over groups of experts are of scores; else logits give the same order.
-        self.by_score = moe.score_before_top_k and (moe.bias_rate > 0 or moe.expert_groups > 0)
-        self.score = moe.score
+        self.by_score = goes_by_score(config)
+        self.score = config.moe.score
 
     def __call__(self, logits_GTE: Tensor, tokens_GT: Tokens) -> Tensor:
         """Each token by itself."""
@@ -60,7 +58,7 @@ class TopK(Assignment):
 
 
 class Sinkhorn(Assignment):
-    """Balanced assignment: top-k of the Sinkhorn-normalised scores of a routing group, as logarithms.
+    """Balanced assignment: top-k of the Sinkhorn-normalised scores of a routing group.
 
     After S-BASE (arXiv:2202.01169): assignment without gradient, gate from the raw scores.
     """
@@ -69,10 +67,16 @@ class Sinkhorn(Assignment):
 
     def __init__(self, config: Config, layer: int) -> None:
         self.iterations = config.moe.sinkhorn_iterations
+        self.by_score = goes_by_score(config)
 
     def __call__(self, logits_GTE: Tensor, tokens_GT: Tokens) -> Tensor:
-        """Balance over the T tokens of each group."""
-        return round_to_ties(sinkhorn(logits_GTE, self.iterations))
+        """Balance over the T tokens of each group: Sinkhorn's matrix, or its logarithm where only the order counts."""
+        log_GTE = round_to_ties(sinkhorn(logits_GTE, self.iterations))
+        return log_GTE.exp() if self.by_score else log_GTE
+
+    def row_error(self, ranking: Tensor) -> Tensor:
+        """How far the rows of the matrix are from their sum of 1, summed; its columns are exact."""
+        return ((ranking if self.by_score else ranking.exp()).sum(-1) - 1).abs().sum()
 
 
 class ExpertChoice(Assignment):
@@ -124,6 +128,13 @@ class Forced(Assignment):
         key_GT = tokens_GT.id_BS if self.by_id else tokens_GT.number_BS
         gumbel_GTE = -(-uniform_noise(key_GT[..., None] * experts + id_E, self.stream).log()).log()
         return gumbel_GTE - (id_E + 1).double().log() if self.skewed else gumbel_GTE
+
+
+def goes_by_score(config: Config) -> bool:
+    """Whether something is added to the ranking (a bias, or in sums over groups of experts), so that it must be scores;
+    else logarithms give the same order."""
+    moe = config.moe
+    return moe.score_before_top_k and (moe.bias_rate > 0 or moe.expert_groups > 0)
 
 
 def score(logits: Tensor, name: str) -> Tensor:

@@ -5,6 +5,9 @@ B sequences, S positions, E experts, K choices, G routing groups, T tokens of a 
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -12,10 +15,10 @@ from torch.autograd import Function
 from moe_dtensor.layers.assignment import round_to_ties, score
 
 
-def count_choices(expert_BSK: Tensor, experts: int) -> Tensor:
-    """Copies for each expert by sequence, ``(B, E)`` int64; ids of -1 are none."""
-    ids_E = torch.arange(experts, device=expert_BSK.device)
-    return (expert_BSK[..., None] == ids_E).sum((1, 2))
+def chosen_mask(expert: Tensor, experts: int) -> Tensor:
+    """Ids ``(..., K)``, different ones, as a mask ``(..., E)``; ids of -1 are none."""
+    mask = torch.zeros(*expert.shape[:-1], experts + 1, dtype=torch.bool, device=expert.device)
+    return mask.scatter_(-1, expert.where(expert >= 0, experts), True)[..., :experts]
 
 
 def balance_loss(logits_BSE: Tensor, load_BE: Tensor, score_name: str) -> Tensor:
@@ -72,13 +75,19 @@ def keep_groups(ranking: Tensor, groups: int, kept: int) -> Tensor:
     """
     by_group = ranking.unflatten(-1, (groups, -1))
     best = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
-    chosen = best.sort(-1, descending=True, stable=True).indices[..., :kept]
+    chosen = best.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     stays = torch.zeros_like(best, dtype=torch.bool).scatter(-1, chosen, True)
     return by_group.where(stays[..., None], -torch.inf).flatten(-2)
 
 
-def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, capacity: int, by: str) -> Tensor:
-    """Which copies an expert takes when it takes at most ``capacity`` of each group, ``(G, T, K)`` bool.
+def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+    """Copies that an expert takes of a group: ``factor`` times the average, rounded up."""
+    # As a decimal, since in binary 1.1 times 10 is above 11.
+    return math.ceil(Fraction(str(factor)) * tokens * choices / experts)
+
+
+def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, most: int, by: str) -> Tensor:
+    """Which copies an expert takes when it takes at most ``most`` of each group, ``(G, T, K)`` bool.
 
     Args:
         by: ``score``: those with the highest gates, of equal ones the earlier token's; ``position``: first choices
@@ -87,16 +96,17 @@ def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, capacity
     groups, tokens, choices = expert_GTK.shape
     if by == "position":
         expert_GN = expert_GTK.transpose(1, 2).flatten(1)
-        return _first(expert_GN, experts, capacity).view(groups, choices, tokens).transpose(1, 2)
+        return _first(expert_GN, experts, most).view(groups, choices, tokens).transpose(1, 2)
     order_GN = round_to_ties(gate_GTK.flatten(1)).sort(dim=1, descending=True, stable=True).indices
-    first_GN = _first(expert_GTK.flatten(1).gather(1, order_GN), experts, capacity)
+    first_GN = _first(expert_GTK.flatten(1).gather(1, order_GN), experts, most)
     return torch.empty_like(first_GN).scatter_(1, order_GN, first_GN).view_as(expert_GTK)
 
 
-def _first(expert_GN: Tensor, experts: int, capacity: int) -> Tensor:
-    """Whether a copy is among its expert's first ``capacity``, in the order given."""
+def _first(expert_GN: Tensor, experts: int, most: int) -> Tensor:
+    """Whether a copy is among its expert's first ``most``, in the order given."""
     sorted_GN, copy_GN = expert_GN.sort(dim=1, stable=True)
     ids_GE = torch.arange(experts, device=expert_GN.device).expand(len(expert_GN), experts).contiguous()
     start_GE = torch.searchsorted(sorted_GN, ids_GE)
-    place_GN = torch.arange(expert_GN.shape[1], device=expert_GN.device) - start_GE.gather(1, sorted_GN)
-    return torch.empty_like(place_GN, dtype=torch.bool).scatter_(1, copy_GN, place_GN < capacity)
+    # Ids of -1 come first; where they count from does not matter.
+    place_GN = torch.arange(expert_GN.shape[1], device=expert_GN.device) - start_GE.gather(1, sorted_GN.clamp(min=0))
+    return torch.empty_like(place_GN, dtype=torch.bool).scatter_(1, copy_GN, place_GN < most)

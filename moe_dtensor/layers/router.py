@@ -3,7 +3,6 @@ G routing groups, T tokens of a group."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,
     balance_loss,
-    count_choices,
+    capacity,
+    chosen_mask,
     keep_groups,
     within_capacity,
     z_loss,
@@ -80,16 +80,16 @@ class Router(nn.Module):
         ranking_BSE, error = self.rank(logits_TE.detach().unflatten(0, lead), tokens)
         gate_TK, expert_TK = self._choose(logits_TE, ranking_BSE.flatten(0, 1))
         gate_BSK, expert_BSK = gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
-        load_BE = count_choices(expert_BSK, moe.num_experts)
+        chosen_BSE = chosen_mask(expert_BSK, moe.num_experts)
         sums: list[Tensor | float] = [router_statistics(logits_TE.detach(), gate_TK.detach()), 0.0, 0.0, 0.0, error]
         if self.training:
-            sums[3] = self._differing(logits_TE.detach(), expert_TK)
+            sums[3] = self._differing(logits_TE.detach(), chosen_BSE.flatten(0, 1))
             gate_BSK, sums[1] = self._with_losses(gate_BSK, expert_BSK, logits_TE.unflatten(0, lead))
             if moe.capacity_factor > 0:
                 kept_BSK = self.keep(gate_BSK.detach(), expert_BSK)
                 sums[2] = (~kept_BSK).sum()
                 expert_BSK = expert_BSK.where(kept_BSK, -1)
-        return Routing(gate_BSK, expert_BSK, pack(load_BE.sum(0), sums))
+        return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), sums))
 
     def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | float]:
         """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error."""
@@ -102,7 +102,7 @@ class Router(nn.Module):
             whole_BSE = self.assignment(groups_GTE, of_groups).view(len(logits_BSE), -1, logits_BSE.shape[2])
             ranking_BSE = self.own_positions(whole_BSE)
             if isinstance(self.assignment, Sinkhorn):
-                error = (ranking_BSE.exp().sum(-1) - 1).abs().sum()
+                error = self.assignment.row_error(ranking_BSE)
         else:
             ranking_BSE = self.assignment(logits_BSE, Tokens(*map(self.own_positions, tokens)))
         return self._limited(ranking_BSE), error
@@ -111,9 +111,9 @@ class Router(nn.Module):
         """Which copies are within the capacity of their expert in their routing group, ``(B, S, K)`` bool."""
         gate_GTK = self._in_groups(self.gather_positions(gate_BSK))
         expert_GTK = self._in_groups(self.gather_positions(expert_BSK))
-        moe, copies = self.moe, expert_GTK.shape[1] * expert_GTK.shape[2]
-        capacity = math.ceil(moe.capacity_factor * copies / moe.num_experts)
-        kept_GTK = within_capacity(gate_GTK, expert_GTK, moe.num_experts, capacity, moe.drop_by)
+        moe = self.moe
+        most = capacity(moe.capacity_factor, expert_GTK.shape[1], moe.top_k, moe.num_experts)
+        kept_GTK = within_capacity(gate_GTK, expert_GTK, moe.num_experts, most, moe.drop_by)
         return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
 
     def _noise(self, tokens: Tokens, width: int) -> Tensor:
@@ -144,15 +144,13 @@ class Router(nn.Module):
             ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
         return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept) if moe.expert_groups else ranking_BSE
 
-    def _differing(self, logits_TE: Tensor, expert_TK: Tensor) -> Tensor | float:
-        """Tokens whose experts are not those of plain top-k; 0 where training itself is that."""
-        if not self.assignment.over_groups:
+    def _differing(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor | float:
+        """Tokens whose experts are not those of evaluation; 0 where that chooses in the same way."""
+        if self.assignment.forced or isinstance(self.assignment, TopK):
             return 0.0
         ranking_TE = self._limited(self.plain.by_logits(logits_TE))
         _, plain_TK = top_k_gates(logits_TE, self.moe.top_k, ranking_TE=ranking_TE)
-        ids_E = torch.arange(self.moe.num_experts, device=expert_TK.device)
-        chosen_TE, plain_TE = ((ids_TK[..., None] == ids_E).any(1) for ids_TK in (expert_TK, plain_TK))
-        return (chosen_TE != plain_TE).any(1).sum()
+        return (chosen_TE != chosen_mask(plain_TK, self.moe.num_experts)).any(1).sum()
 
     def _with_losses(self, gate_BSK: Tensor, expert_BSK: Tensor, logits_BSE: Tensor) -> tuple[Tensor, Tensor | float]:
         """The gates, which from here on carry the auxiliary losses too, and the sum of the balancing one."""
@@ -172,7 +170,7 @@ class Router(nn.Module):
         """Copies by expert in the set that each sequence belongs to, ``(B, E)``."""
         if self.moe.balance_over == "batch":
             return self.previous_load.expand(len(expert_BSK), -1)
-        load_BE = count_choices(self.gather_positions(expert_BSK), self.moe.num_experts)
+        load_BE = chosen_mask(self.gather_positions(expert_BSK), self.moe.num_experts).sum(1)
         if self.moe.balance_over == "group":
             size = self.moe.group_sequences
             load_BE = load_BE.unflatten(0, (-1, size)).sum(1).repeat_interleave(size, dim=0)

@@ -38,7 +38,8 @@ def uniform_noise(key: Tensor, stream: int) -> Tensor:
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift_right(z, 31)
-    return (_shift_right(z, 11).double() + 0.5) * 2.0**-53
+    # 52 bits: with 53 the half would be rounded, now and then up to 1.
+    return (_shift_right(z, 12).double() + 0.5) * 2.0**-52
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:

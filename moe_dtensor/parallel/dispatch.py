@@ -59,7 +59,8 @@ class SharedApart:
 class AllToAll:
     """Send each token once to every rank that holds one of its experts, and each rank's sum for it back.
 
-    One read of the device a layer: how many tokens, and copies, come from whom.
+    One read of the device a layer: how many tokens, and copies, come from whom. The shared expert works while tokens
+    travel.
 
     Args:
         axis: the ranks that share the experts, as one mesh axis.
@@ -72,7 +73,6 @@ class AllToAll:
         self, experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
     ) -> Tensor:
         """``(B, S, D)`` of a rank's own tokens in and out."""
-        assert shared is None
         expert_TK = expert_BSK.flatten(0, 1)
         position_TR, sent_R2 = self._plan(experts, expert_TK)
         received_R2 = torch.empty_like(sent_R2)
@@ -81,15 +81,18 @@ class AllToAll:
         sent, received = ([tokens for tokens, _ in counts_R2] for counts_R2 in counts_2R2)
         copies = sum(copies for _, copies in counts_2R2[1])
 
-        def send(x_TC: Tensor) -> Tensor:
-            return collectives.exchange(spread_rows(x_TC, position_TR, sum(sent)), self.axis, sent, received)
+        def start(x_TC: Tensor) -> collectives.Travelling:
+            return collectives.start_exchange(spread_rows(x_TC, position_TR, sum(sent)), self.axis, sent, received)
 
         # Ids travel beside the gates, in their dtype: whole numbers far below its precision.
-        choices_N2K = send(torch.cat([gate_BSK.flatten(0, 1), expert_TK.to(gate_BSK.dtype)], 1))
-        gate_NK, expert_NK = choices_N2K.chunk(2, 1)
-        x_ND = send(x_BSD.flatten(0, 1))
-        y_ND = experts(x_ND, gate_NK, expert_NK.detach().long(), rows=copies)
-        return sum_rows(collectives.exchange(y_ND, self.axis, received, sent), position_TR).view(x_BSD.shape)
+        choices_N2K = start(torch.cat([gate_BSK.flatten(0, 1), expert_TK.to(gate_BSK.dtype)], 1))
+        x_ND = start(x_BSD.flatten(0, 1))
+        shared_BSD = None if shared is None else shared(x_BSD)
+        gate_NK, expert_NK = collectives.finish_exchange(choices_N2K).chunk(2, 1)
+        y_ND = experts(collectives.finish_exchange(x_ND), gate_NK, expert_NK.detach().long(), rows=copies)
+        y_TD = sum_rows(collectives.exchange(y_ND, self.axis, received, sent), position_TR)
+        y_BSD = y_TD.view(x_BSD.shape)
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD
 
     def _plan(self, experts: Experts, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Where each token's row for each rank lies, ``(T, R)`` int32, -1 for none; and how many tokens and copies
@@ -145,7 +148,7 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         inner: Dispatch = AllToAll(expert_axis(config, mesh))
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
-        return SharedApart(Shares(tp, inner) if repeated else inner), False
+        return SharedApart(Shares(tp, inner)) if repeated else inner, False
     if place == "dp":
         return SharedApart(AllGather(dp_borders(dp))), False
     if place == "dp_tp":
