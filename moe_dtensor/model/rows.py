@@ -7,6 +7,7 @@ T tokens, E experts, K choices, R ranks that share whole experts. ``mesh.dispatc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, comb
 
 from moe_dtensor.config.resolve import expert_ranks
@@ -122,7 +123,10 @@ def expert_takes(config: Config) -> int | None:
     size = moe.group_sequences * config.training.seq_len
     if moe.router == "expert_choice":
         return min(size, -(-size * moe.top_k // moe.num_experts))
-    return ceil(moe.capacity_factor * size * moe.top_k / moe.num_experts) if moe.capacity_factor > 0 else None
+    if moe.capacity_factor == 0:
+        return None
+    # As a decimal, like the router: see layers.balance.capacity.
+    return ceil(Fraction(str(moe.capacity_factor)) * size * moe.top_k / moe.num_experts)
 
 
 def distinct_ranks(config: Config) -> float:

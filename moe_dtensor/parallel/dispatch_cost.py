@@ -133,9 +133,9 @@ def dispatch_steps(config: Config) -> Steps:
     """
     mesh, whole = config.mesh, tokens(config).whole
     if mesh.dispatch == "all_to_all":
-        return _apart(config, _shares(config) if repeats_tokens(config) else _all_to_all(config))
+        return [*_shares(config), *_shared(config)] if repeats_tokens(config) else _all_to_all(config, _shared(config))
     if mesh.experts == "dp":
-        return _apart(config, _all_gather(config, "dp", tokens(config).own, [Saved()]))
+        return [*_all_gather(config, "dp", tokens(config).own, [Saved()]), *_shared(config)]
     inner: Steps = [Saved()]
     if mesh.experts == "dp_tp":
         inner = _all_gather(config, "dp", whole, inner)
@@ -173,16 +173,16 @@ def _reduce(config: Config, inner: Steps) -> Steps:
     return [Move("tp", 0, vector), Move("tp", 0, gates), *inner, Move("tp", vector, 0, kept=True)]
 
 
-def _all_to_all(config: Config) -> Steps:
+def _all_to_all(config: Config, meanwhile: Steps) -> Steps:
     """Counts, then gates with ids in their dtype, then vectors to each rank that holds one of a token's experts; sums
-    come back. Of the rows, the share for a rank itself stays."""
+    come back. Of the rows, the share for a rank itself stays. ``meanwhile``: while they travel there."""
     ranks = expert_ranks(config)
     rows = sent_tokens(config) * distinct_ranks(config) * (ranks - 1) / ranks
     vector, gates, _ = (rows * size for size in _bytes_of_token(config))
     axis = _shared_axis(config)
     there: Steps = [Move(axis, 16 * (ranks - 1), 0), Move(axis, 2 * gates, 2 * gates), Move(axis, vector, vector)]
     # Where the rows of a token lie is saved again for their sum, after they are back.
-    return [*there, Saved(), Move(axis, vector, vector), Saved()]
+    return [*there, *meanwhile, Saved(), Move(axis, vector, vector), Saved()]
 
 
 def _shared_axis(config: Config) -> Axis:
@@ -197,9 +197,9 @@ def _shares(config: Config) -> Steps:
     """tp ranks hold the same tokens: each sends its share of them, and the results are gathered."""
     others = sent_tokens(config) * (config.mesh.tp - 1)
     vector, gates, _ = (others * size for size in _bytes_of_token(config))
-    return [Move("tp", 0, vector), Move("tp", 0, gates), *_all_to_all(config), Move("tp", vector, 0)]
+    return [Move("tp", 0, vector), Move("tp", 0, gates), *_all_to_all(config, []), Move("tp", vector, 0)]
 
 
-def _apart(config: Config, inner: Steps) -> Steps:
-    """A shared expert beside the dispatch, with borders over tp of its own."""
-    return [*inner, *border_steps(config, [Saved()])] if config.moe.num_shared_experts else inner
+def _shared(config: Config) -> Steps:
+    """A shared expert that works apart from the dispatch, with borders over tp of its own."""
+    return border_steps(config, [Saved()]) if config.moe.num_shared_experts else []

@@ -55,7 +55,7 @@ WAYS: list[Keys] = [
     {**ALL_TO_ALL},
     {**ALL_TO_ALL, **WHOLE, **SHARED, **FULL},
     {**ALL_TO_ALL, **SHARED, **SELECTIVE},
-    {**ALL_TO_ALL, **WHOLE, **FULL},
+    {**ALL_TO_ALL, **SHARED, **FULL},
 ]
 MORE: list[Keys] = [
     {"moe.router": "sinkhorn", "training.param_dtype": "float32", "moe.rows": "worst"},
