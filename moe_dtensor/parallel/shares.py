@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import GATED, moe_layers, num_stages, padded_vocab, stage_layers
+from moe_dtensor.config.resolve import GATED, microbatches, moe_layers, num_stages, padded_vocab, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.plan import Row, build_plan, find_row
 
@@ -24,8 +24,8 @@ class Share:
     """Of the whole parameter."""
     row: Row
     """Its line of the placement table."""
-    tp_shape: Shape
-    """After tp: what FSDP gathers for use."""
+    used: Shape
+    """What a rank computes with: after tp, as FSDP gathers it; of what FSDP leaves alone the local part."""
     local: Shape
     """After tp and dp: what the first rank stores. Where dp does not divide the dimension, later ranks hold less."""
 
@@ -35,9 +35,9 @@ class Share:
         return math.prod(self.shape)
 
     @property
-    def tp_size(self) -> int:
-        """Elements after tp."""
-        return math.prod(self.tp_shape)
+    def used_size(self) -> int:
+        """Elements that a rank computes with."""
+        return math.prod(self.used)
 
     @property
     def local_size(self) -> int:
@@ -77,6 +77,12 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
     return [_share(config, plan, name, shape) for name, shape in shapes.items()]
 
 
+def accumulates(config: Config) -> bool:
+    """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
+    which it reduces as the backward pass goes."""
+    return microbatches(config) > 1 or config.mesh.pp > 1
+
+
 def fold(shares: Iterable[Share]) -> list[Folded]:
     """One entry for all blocks alike, in the order of their first."""
     groups: dict[tuple[str, Shape], list[Share]] = {}
@@ -88,8 +94,9 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
 
 def _share(config: Config, plan: tuple[Row, ...], name: str, shape: Shape) -> Share:
     row = find_row(plan, name)
-    tp_shape = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
-    return Share(name, shape, row, tp_shape, _cut(tp_shape, row.dp, config.mesh.dp))
+    after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
+    local = _cut(after_tp, row.dp, config.mesh.dp)
+    return Share(name, shape, row, after_tp if row.fsdp else local, local)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,34 @@ from rich.table import Table
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import microbatches, resolve
+from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.activations import expert_rows
 from moe_dtensor.model.counts import flops_per_token, parameters
+from moe_dtensor.model.rows import allocated_rows, expert_rows, tokens_at_experts
+from moe_dtensor.parallel.dispatch_cost import DispatchCost, Name, cheaper, dispatch_costs, settle
 from moe_dtensor.parallel.memory import Memory, fullest_rank
 from moe_dtensor.parallel.schedule_costs import SOURCES, bubble
 from moe_dtensor.parallel.shares import Folded, all_shares, fold
 from moe_dtensor.parallel.traffic import Traffic, traffic
 
 HELP = "placement, memory, FLOPs and bytes moved on any mesh (no torch, no GPU)"
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 BYTE_TOKENS = 257
 """Vocabulary of the byte tokenizer: 256 values and an end token."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What comes to a rank's experts under the dispatch that runs: (balanced, skewed)."""
+
+    tokens: tuple[int, int]
+    """Vectors at hand."""
+    copies: tuple[int, int]
+    """Copies for the rank's experts."""
+    exact: tuple[int, int]
+    """Rows made room for under ``moe.rows = exact``."""
+    worst: tuple[int, int]
+    """The same under ``worst``."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +52,17 @@ class Plan:
 
     mesh: str
     config: Config
-    """Resolved."""
+    """Resolved, ``mesh.dispatch`` too."""
     parameters: list[Folded]
     balanced: tuple[int, Memory]
     """The fullest pipeline rank and its memory in bytes, each expert getting as many copies."""
     skewed: tuple[int, Memory]
     """The same where all tokens prefer one rank's experts, on that rank."""
-    rows: tuple[int, int]
-    """Rows of expert copies of one MoE block and microbatch on a rank: balanced and at most."""
+    rows: Rows | None
+    """Of one MoE block and microbatch on a rank; None for a dense model."""
+    dispatch: dict[Name, DispatchCost]
+    """The cost of each dispatch that ``mesh.experts`` allows, of one MoE block and microbatch; empty where tokens and
+    their experts are together anyway."""
     flops: float
     """Of a step, on all ranks."""
     traffic: Traffic
@@ -67,12 +86,29 @@ class Plan:
             "total_parameters": parameters(self.config)[0],
             "active_parameters": parameters(self.config)[1],
             "memory_bytes": memory,
-            "expert_rows": {"balanced": self.rows[0], "skewed": self.rows[1]},
+            "expert_rows": None if self.rows is None else _by_routing(self.rows),
+            "dispatch": {name: _cost_to_json(cost) for name, cost in self.dispatch.items()},
+            "dispatch_in_use": self.config.mesh.dispatch if self.dispatch else None,
+            "dispatch_of_auto": cheaper(self.dispatch) if self.dispatch else None,
             "flops_per_step": self.flops,
             "bytes_sent_per_step": asdict(self.traffic),
             "bubble": self.bubble,
             "config": asdict(self.config),
         }
+
+
+def _by_routing(rows: Rows) -> dict[str, dict[str, int]]:
+    return {name: {"balanced": pair[0], "skewed": pair[1]} for name, pair in vars(rows).items()}
+
+
+def _cost_to_json(cost: DispatchCost) -> dict[str, Any]:
+    return {
+        "bytes_sent": cost.sent,
+        "collectives": cost.collectives,
+        "reads": cost.reads,
+        "microseconds": round(cost.seconds * 1e6, 3),
+        "microseconds_moving": round(cost.moving * 1e6, 3),
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -127,6 +163,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     """
     check(config, world_size)
     config = resolve(config, world_size)
+    costs = dispatch_costs(config) if _sends_tokens(config) else {}
+    config = settle(config)
     training, mesh = config.training, config.mesh
     return Plan(
         mesh=f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
@@ -134,12 +172,29 @@ def make_plan(config: Config, world_size: int) -> Plan:
         parameters=fold(all_shares(config)),
         balanced=fullest_rank(config),
         skewed=fullest_rank(config, skewed=True),
-        rows=(expert_rows(config, skewed=False), expert_rows(config, skewed=True))
-        if config.moe.num_experts
-        else (0, 0),
+        rows=_rows(config) if moe_layers(config) else None,
+        dispatch=costs,
         flops=flops_per_token(config) * training.global_batch_size * training.seq_len,
         traffic=traffic(config),
         bubble=bubble(config),
+    )
+
+
+def _sends_tokens(config: Config) -> bool:
+    """Whether some token's experts, or slices of them, are on another rank than the token."""
+    over_tp = config.mesh.experts in ("tp", "tp_hidden", "dp_tp") and config.mesh.tp > 1
+    return bool(moe_layers(config)) and (over_tp or expert_ranks(config) > 1)
+
+
+def _rows(config: Config) -> Rows:
+    def both(count: Callable[..., int], *more: str) -> tuple[int, int]:
+        return count(config, False, *more), count(config, True, *more)
+
+    return Rows(
+        tokens=both(tokens_at_experts),
+        copies=both(expert_rows),
+        exact=both(allocated_rows, "exact"),
+        worst=both(allocated_rows, "worst"),
     )
 
 
@@ -163,9 +218,10 @@ def show(plan: Plan, console: Console) -> None:
         table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
     for folded in plan.parameters:
         row = folded.share.row
-        whole = "-" if row.tp is None else f"dim {row.tp}"
+        on_tp = "-" if row.tp is None else f"dim {row.tp}"
+        on_dp = f"dim {row.dp}" if row.fsdp else f"dim {row.dp}, not FSDP"
         shape, local = _shape(folded.share.shape), _shape(folded.share.local)
-        table.add_row(folded.pattern, str(folded.count), shape, f"dim {row.dp}", whole, local)
+        table.add_row(folded.pattern, str(folded.count), shape, on_dp, on_tp, local)
     console.print(table)
     console.print(_memory_table(plan))
     for line in _lines(plan):
@@ -188,6 +244,7 @@ def _memory_table(plan: Plan) -> Table:
         "gradients": "gradients",
         "moments": "AdamW moments",
         "compute_copy": f"compute copy (reshard_after_forward = {plan.config.fsdp.reshard_after_forward})",
+        "expert_copy": "compute copy of experts outside of FSDP",
         "activations": "activations kept",
         "buffers": "pipeline receive buffers",
         "workspaces": "cuBLAS workspaces",
@@ -196,6 +253,8 @@ def _memory_table(plan: Plan) -> Table:
         "at_reduce": "in a block's reduce-scatter *",
         "peak": "peak (of * the largest)",
     }
+    if not plan.balanced[1].expert_copy:
+        del names["expert_copy"]
     for field, text in names.items():
         balanced, skewed = (getattr(memory, field) / GIB for _, memory in (plan.balanced, plan.skewed))
         table.add_row(text, f"{balanced:.2f}", f"{skewed:.2f}", end_section=field in ("workspaces", "at_reduce"))
@@ -213,11 +272,52 @@ def _lines(plan: Plan) -> list[str]:
         f"{count} microbatches of {config.training.microbatch_size} on each dp rank",
         f"FLOPs a step   {plan.flops / 1e12:,.1f} T, {plan.flops / ranks / 1e12:,.1f} T a rank; "
         "recomputation not counted",
-        f"sent a step    by a rank, GiB: dp {sent.dp / GIB:.2f}, pp {sent.pp / GIB:.2f}, tp {sent.tp / GIB:.2f}",
+        f"sent a step    by a rank, GiB: dp {sent.dp / GIB:.2f}, pp {sent.pp / GIB:.2f}, tp {sent.tp / GIB:.2f}"
+        + (f", dp_tp {sent.dp_tp / GIB:.2f}" if sent.dp_tp else ""),
+        *(_rows_lines(plan.rows, config) if plan.rows else []),
+        *_dispatch_lines(plan),
     ]
-    if config.moe.num_experts:
-        lines.append(f"expert rows    {plan.rows[0]:,} a block and microbatch if balanced, at most {plan.rows[1]:,}")
     if mesh.pp > 1:
         schedule = config.pipeline.schedule
         lines.append(f"bubble         {plan.bubble:.1%} under {schedule}: {SOURCES[schedule]}")
     return lines
+
+
+def _rows_lines(rows: Rows, config: Config) -> list[str]:
+    line = f"expert rows    {rows.copies[0]:,} a block and microbatch if balanced, at most {rows.copies[1]:,}"
+    if rows.exact == rows.worst:
+        return [f"{line}; room for {_one_or_two(rows.exact)}, whatever moe.rows"]
+    return [
+        line,
+        f"  room for     {_one_or_two(rows.exact)} under moe.rows = exact, {_one_or_two(rows.worst)} under worst "
+        f"(moe.rows = {config.moe.rows})",
+    ]
+
+
+def _one_or_two(rows: tuple[int, int]) -> str:
+    """Balanced, and skewed where that differs."""
+    return f"{rows[0]:,}" if rows[0] == rows[1] else f"{rows[0]:,} to {rows[1]:,}"
+
+
+def _dispatch_lines(plan: Plan) -> list[str]:
+    """Each dispatch's cost, a star at the one that runs, and which one ``auto`` takes and why."""
+    lines = []
+    for name, cost in plan.dispatch.items():
+        star = " *" if name == plan.config.mesh.dispatch else ""
+        lines.append(
+            f"{name + star:<14} {cost.seconds * 1e6:,.0f} us a block and microbatch: {cost.moving * 1e6:,.0f} for "
+            f"{cost.total / MIB:,.1f} MiB sent, the rest for {cost.collectives} collectives and {cost.reads} reads"
+        )
+    return [*lines, f"auto takes     {_why(plan.dispatch)}"] if lines else []
+
+
+def _why(costs: dict[Name, DispatchCost]) -> str:
+    best = cheaper(costs)
+    if len(costs) == 1:
+        return f"{best}: each tp rank has a slice of every expert"
+    taken, other = costs[best], next(cost for name, cost in costs.items() if name != best)
+    saved = (other.seconds - taken.seconds) * 1e6
+    bytes_saved, waits_saved = (other.moving - taken.moving) * 1e6, (other.waiting - taken.waiting) * 1e6
+    terms = ((bytes_saved, "the bytes"), (waits_saved, "collectives and reads"))
+    parts = [f"{abs(us):,.0f} us {'less' if us > 0 else 'more'} for {what}" for us, what in terms if round(us)]
+    return f"{best}: {' and '.join(parts)}" if round(saved) else f"{best}: both take as long"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -16,8 +17,10 @@ from moe_dtensor.config.build import build, override
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.activations import block_bytes, expert_rows
+from moe_dtensor.model.activations import block_bytes
 from moe_dtensor.model.counts import flops_per_token, parameters
+from moe_dtensor.model.rows import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
+from moe_dtensor.parallel.dispatch_cost import LATENCY, READ, choose_dispatch, dispatch_costs
 from moe_dtensor.parallel.memory import fullest_rank, rank_memory
 from moe_dtensor.parallel.schedule_costs import SOURCES, bubble, in_flight
 from moe_dtensor.parallel.shares import all_shares, fold
@@ -70,12 +73,14 @@ def test_parameters_add_up_to_the_count(name: str, keys: dict[str, Any]) -> None
     assert all(share.local == share.shape for share in all_shares(config))
 
 
+@pytest.mark.parametrize("place", ["tp", "dp", "tp_hidden", "dp_tp"])
 @pytest.mark.parametrize("mesh", ["8x2x8", "4x2x4", "2x1x2"])
-def test_local_shapes_times_ranks_are_the_whole(mesh: str) -> None:
-    config = preset("qwen3_30b_a3b", mesh)
+def test_local_shapes_times_ranks_are_the_whole(mesh: str, place: str) -> None:
+    config = preset("qwen3_30b_a3b", mesh, mesh__experts=place)
     for share in all_shares(config):
         ranks = config.mesh.dp * (1 if share.row.tp is None else config.mesh.tp)
         assert math.prod(share.local) * ranks == share.size, share.name
+        assert share.used_size == share.local_size * (config.mesh.dp if share.row.fsdp else 1), share.name
 
 
 def test_stages_have_each_parameter_once() -> None:
@@ -91,6 +96,126 @@ def test_skew_takes_more_rows_only_where_experts_are_split() -> None:
     assert expert_rows(whole, skewed=False) == expert_rows(whole, skewed=True) == 16 * 2048 * 8
     assert fullest_rank(split, skewed=True)[1].peak > fullest_rank(split)[1].peak
     assert fullest_rank(whole, skewed=True) == fullest_rank(whole)
+
+
+# Qwen3 30B on 8x2x8: T = 4096 tokens, K = 8 of E = 128 experts; a tp rank's slice has 512.
+TOGETHER = [
+    ("tp", "all_gather", 4096, 4096, 32768, 32768),
+    ("tp_hidden", "all_gather", 4096, 32768, 32768, 32768),
+    ("dp", "all_gather", 512 * 8, 4096, 4096 * 8, 4096 * 8),
+    ("dp_tp", "all_gather", 4096 * 8, 4096, 32768 * 2, 32768 * 2),
+    ("tp", "all_to_all", 512 * 5.3394, 4096, 32768, None),
+    ("dp", "all_to_all", 512 * 5.3394, 4096, 32768, None),
+    ("dp_tp", "all_to_all", 512 * 7.7795, 4096, 65536, None),
+]
+"""(placement, dispatch, vectors at a rank's experts, copies if balanced, at most, room under moe.rows = worst)."""
+
+
+@pytest.mark.parametrize(("place", "dispatch", "vectors", "balanced", "skewed", "worst"), TOGETHER)
+def test_what_comes_together(
+    place: str, dispatch: str, vectors: float, balanced: int, skewed: int, worst: int | None
+) -> None:
+    config = preset("qwen3_30b_a3b", "8x2x8", mesh__experts=place, mesh__dispatch=dispatch)
+    assert tokens_at_experts(config, skewed=False) == pytest.approx(vectors, abs=0.5)
+    assert (expert_rows(config, skewed=False), expert_rows(config, skewed=True)) == (balanced, skewed)
+    assert allocated_rows(config, False, "worst") == (balanced if worst is None else worst)
+    assert allocated_rows(config, False, "exact") == balanced
+    assert rank_memory(config, 0, skewed=True).peak >= rank_memory(config, 0).peak
+    worse = preset("qwen3_30b_a3b", "8x2x8", mesh__experts=place, mesh__dispatch=dispatch, moe__rows="worst")
+    alike = rank_memory(worse, 0, skewed=True) == rank_memory(worse, 0)
+    assert alike == (dispatch == "all_gather"), "room for the worst case is there whatever the routing"
+
+
+def test_without_sequence_parallelism_tp_ranks_send_shares() -> None:
+    """Of 7 tokens that both tp ranks hold each sends 4, one of them padding; over dp each rank has all of them."""
+    for place, vectors in (("dp_tp", 4 * 4), ("dp", 7 * 2), ("tp", 4 * 2)):
+        keys = {"training__seq_len": 7, "training__microbatch_size": 1, "mesh__sequence_parallel": False}
+        config = preset("debug", "2x1x2", mesh__experts=place, mesh__dispatch="all_to_all", **keys)
+        assert tokens_at_experts(config, skewed=True) == vectors
+
+
+def test_who_chooses_and_who_is_full_limits_the_rows() -> None:
+    """debug.toml on 1x1x2: 3 x 128 tokens in one routing group, 2 of 8 experts."""
+    tokens = 3 * 128
+    chosen = preset("debug", "1x1x2", moe__router="expert_choice")
+    assert expert_rows(chosen, skewed=True) == expert_rows(chosen, skewed=False) == 4 * (tokens * 2 // 8)
+    assert allocated_rows(chosen, False, "worst") == tokens * 4
+    assert allocated_rows(preset("debug", "1x1x1", moe__router="expert_choice"), False) == tokens * 8
+    full = preset("debug", "1x1x2", moe__capacity_factor=1.25)
+    assert expert_rows(full, skewed=False) == tokens * 2 // 2
+    assert expert_rows(full, skewed=True) == 4 * (tokens * 2 // 8) * 1.25
+    assert allocated_rows(full, True, "worst") == tokens * 2, "a capacity makes no less room"
+    half = preset("debug", "1x1x2", moe__capacity_factor=0.5)
+    assert expert_rows(half, skewed=False) == expert_rows(half, skewed=True) == tokens // 2
+
+
+def _reached(ranks: int, experts: int, choices: list[tuple[int, ...]]) -> float:
+    return sum(len({expert * ranks // experts for expert in chosen}) for chosen in choices) / len(choices)
+
+
+def test_ranks_that_a_token_reaches() -> None:
+    """Against all choices written out."""
+    config = preset("debug", "1x1x4", moe__top_k=3)
+    assert distinct_ranks(config) == pytest.approx(_reached(4, 8, list(itertools.combinations(range(8), 3))))
+    for groups, kept, top_k, tp in ((4, 2, 3, 4), (2, 1, 2, 8), (8, 5, 3, 2), (4, 3, 4, 2)):
+        keys = {"moe__expert_groups": groups, "moe__expert_groups_kept": kept, "moe__top_k": top_k}
+        config = preset("debug", f"1x1x{tp}", **keys)
+        choices = []
+        for some in itertools.combinations(range(groups), kept):
+            allowed = [expert for expert in range(8) if expert * groups // 8 in some]
+            choices += itertools.combinations(allowed, top_k)
+        assert distinct_ranks(config) == pytest.approx(_reached(tp, 8, choices)), keys
+
+
+def test_experts_outside_of_fsdp_are_a_share_of_all() -> None:
+    """Their copy stays, their gradients are in the dtype of the weights and never whole over dp."""
+    config = preset("olmoe_small", "8x1x1", mesh__experts="dp", training__global_batch_size=256)
+    experts = sum(share.size for share in all_shares(config) if ".experts." in share.name)
+    rest = parameters(config)[0] - experts
+    in_fsdp = preset("olmoe_small", "8x1x1", training__global_batch_size=256)
+    memory, before = rank_memory(config, 0), rank_memory(in_fsdp, 0)
+    assert memory.weights == before.weights
+    assert memory.gradients == 4 * (rest + experts // 8) < before.gradients
+    assert memory.expert_copy == 2 * experts // 8
+    assert memory.compute_copy < before.compute_copy
+    float32 = preset("olmoe_small", "8x1x1", mesh__experts="dp", training__param_dtype="float32")
+    assert rank_memory(float32, 0).expert_copy == 0
+
+
+def test_auto_takes_the_cheaper_dispatch() -> None:
+    """Few bytes over a slow link against few reads over a fast one."""
+    slow, fast = (
+        preset("qwen3_30b_a3b", "8x2x8", mesh__dispatch="auto", mesh__link_bandwidth=bandwidth)
+        for bandwidth in (25.0, 9000.0)
+    )
+    assert (choose_dispatch(slow), choose_dispatch(fast)) == ("all_to_all", "all_gather")
+    gather, exchange = dispatch_costs(slow).values()
+    assert exchange.total < gather.total
+    assert gather.seconds == pytest.approx(gather.total / 25e9 + 10 * LATENCY + 2 * READ)
+    assert choose_dispatch(preset("qwen3_30b_a3b", "8x2x8", mesh__dispatch="auto", mesh__experts="tp_hidden")) == (
+        "all_gather"
+    )
+    assert choose_dispatch(preset("olmoe_small", "4x1x1", mesh__dispatch="all_to_all")) == "all_gather"
+
+
+def test_the_dispatch_is_told_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    words = ["--config", "train_configs/qwen3_30b_a3b.toml", "--meshes", "8x2x8", "--mesh.experts", "dp_tp"]
+    assert plan.main([*words, "--mesh.dispatch", "auto", "--json", str(out)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "auto takes all_to_all: 1,268 us less for the bytes and 180 us less for collectives and reads" in text
+    assert "all_to_all * 536 us a block and microbatch: 216 for 92.6 MiB sent" in text
+    assert "room for 4,096 to 65,536" in text
+    assert "dim 0, not FSDP" in text
+    (record,) = json.loads(out.read_text())
+    costs = record["dispatch"]
+    assert set(costs["all_to_all"]["bytes_sent"]) == {"dp_tp"}
+    assert costs["all_gather"]["microseconds"] > costs["all_to_all"]["microseconds"]
+    assert record["dispatch_in_use"] == record["dispatch_of_auto"] == "all_to_all"
+    assert record["expert_rows"]["worst"] == record["expert_rows"]["exact"] == {"balanced": 4096, "skewed": 65536}
+    assert record["bytes_sent_per_step"]["dp_tp"] > 0
+    assert plan.main(["--config", "train_configs/olmoe_small.toml", "--meshes", "4x1x1"]) == 0
+    assert "auto takes" not in capsys.readouterr().out, "nothing is dispatched"
 
 
 def test_recomputation_keeps_less_and_needs_more_in_the_backward() -> None:
@@ -142,7 +267,7 @@ def test_1f1b_keeps_one_microbatch_for_each_stage_ahead() -> None:
 
 
 def test_bytes_sent() -> None:
-    assert vars(traffic(preset("olmoe_small", "1x1x1"))) == {"dp": 0, "pp": 0, "tp": 0}
+    assert vars(traffic(preset("olmoe_small", "1x1x1"))) == {"dp": 0, "pp": 0, "tp": 0, "dp_tp": 0}
     config = preset("olmoe_small", "4x1x1")  # one microbatch: two gathers in bf16, one reduction in float32
     assert traffic(config).dp == parameters(config)[0] * (2 * 2 + 4) * 3 // 4
     config = preset("debug", "1x2x1", pipeline__schedule="1F1B")  # 8 microbatches of 3 x 128 tokens in float32
