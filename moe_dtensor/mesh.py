@@ -13,7 +13,9 @@ AXES = ("dp", "pp", "tp")
 def build_mesh(config: Config, device: torch.device) -> DeviceMesh:
     """The (dp, pp, tp) mesh over all ranks of the default process group."""
     shape = (config.mesh.dp, config.mesh.pp, config.mesh.tp)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    # Known as one axis too, so that DTensor sums a gradient norm over both with one collective.
-    mesh["dp", "tp"]._flatten("dp_tp")
-    return mesh
+    return init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+
+
+def flat_dp_tp(mesh: DeviceMesh) -> DeviceMesh:
+    """dp and tp as one axis, dp outermost: the ranks of a pipeline stage."""
+    return mesh["dp", "tp"]._flatten("dp_tp")

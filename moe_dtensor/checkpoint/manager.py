@@ -1,6 +1,6 @@
 """Save and load the whole state of a run with torch's distributed checkpoint (DCP).
 
-One checkpoint is ``{"model", "optimizer", "schedule", "loader", "rng", "step"}``. Model and optimizer are
+One checkpoint is ``{"model", "optimizer", "balance", "schedule", "loader", "rng", "step"}``. Model and optimizer are
 keyed by parameter name and hold full tensors, in pieces, so a run on any other mesh can load them.
 """
 
@@ -42,6 +42,7 @@ class CheckpointManager:
         optimizers: their optimizers; flat state by parameter name.
         schedule: learning-rate schedule, the same on every rank.
         loader: its state is the same on every rank and fits JSON.
+        balance: of the routers; its state is the same on every rank.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CheckpointManager:
         optimizers: HasState,
         schedule: HasState,
         loader: HasState,
+        balance: HasState,
     ) -> None:
         self.folder = Path(folder)
         self._options = config.checkpoint
@@ -59,6 +61,7 @@ class CheckpointManager:
         self._optimizers = optimizers
         self._schedule = schedule
         self._loader = loader
+        self._balance = balance
         self._writing: Any = None
         # A group of its own: a write in the background must not mix with the step's collectives.
         self._group = None
@@ -117,13 +120,14 @@ class CheckpointManager:
         self._optimizers.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._loader.load_state_dict(json.loads(state["loader"]))
+        self._balance.load_state_dict(state["balance"])
         if "rng" in state:
             _set_rng(state["rng"][_rng_key()])
 
     def _tensors(self) -> dict[str, Any]:
         """Model and optimizer state; the tensors are the live ones."""
         model = {name: value for part in self._parts for name, value in get_model_state_dict(part).items()}
-        return {"model": model, "optimizer": self._optimizers.state_dict()}
+        return {"model": model, "optimizer": self._optimizers.state_dict(), "balance": self._balance.state_dict()}
 
     def _values(self, step: int) -> dict[str, Any]:
         return {

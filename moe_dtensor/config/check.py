@@ -6,9 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator
 
+from moe_dtensor.config import check_experts
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
+    FORCED,
     INTERLEAVED,
     SPLIT_BACKWARD,
     V_SCHEDULES,
@@ -23,7 +25,7 @@ from moe_dtensor.config.schema import Config
 Broken = Iterator[tuple[str, str]]
 """(rule with its values, remedy), for each broken rule."""
 
-ROUTERS = ("sinkhorn", "topk")
+ROUTERS = ("sinkhorn", "topk", "expert_choice", *FORCED)
 CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
 LOSSES = ("cross_entropy",)
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
@@ -46,9 +48,11 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _names(config)
     yield from _model(config_as_given)
     yield from _heads(config)
-    yield from _moe(config)
+    yield from check_experts.experts(config)
+    yield from check_experts.routing(config)
     yield from _mesh(config_as_given, world_size)
     yield from _tensor_parallel(config)
+    yield from check_experts.placement(config)
     yield from _data_parallel(config)
     yield from _batches(config)
     yield from _pipeline(config)
@@ -92,41 +96,6 @@ def _heads(config: Config) -> Broken:
         )
 
 
-def _moe(config: Config) -> Broken:
-    moe, layers = config.moe, config.model.num_layers
-    if moe.num_experts == 0:
-        if moe.layers:
-            yield (
-                f"moe.layers = {list(moe.layers)} with moe.num_experts = 0.",
-                "Set moe.num_experts, or clear moe.layers.",
-            )
-        return
-    if moe.top_k > moe.num_experts:
-        yield (
-            f"moe.top_k = {moe.top_k} is above moe.num_experts = {moe.num_experts}.",
-            f"Set moe.top_k to at most {moe.num_experts}.",
-        )
-    wrong = [i for i in moe.layers if not 0 <= i < layers]
-    if wrong:
-        yield (
-            f"moe.layers names block {wrong[0]}, but model.num_layers = {layers} has blocks 0 to {layers - 1}.",
-            "Take it out of moe.layers, or raise model.num_layers.",
-        )
-    if len(set(moe.layers)) < len(moe.layers):
-        yield f"moe.layers = {list(moe.layers)} names a block twice.", "Name each block once."
-    if not moe_layers(config):
-        yield (
-            f"moe.every = {moe.every} makes no MoE block of model.num_layers = {layers}.",
-            f"Set moe.every to at most {layers}, or moe.num_experts = 0 for a dense model.",
-        )
-    if config.training.microbatch_size % moe.group_sequences:
-        yield (
-            f"moe.group_sequences = {moe.group_sequences} does not divide "
-            f"training.microbatch_size = {config.training.microbatch_size}.",
-            "Set moe.group_sequences to a divisor, or to 0 for the whole microbatch.",
-        )
-
-
 def _mesh(config: Config, world_size: int) -> Broken:
     mesh = config.mesh
     if mesh.dp == -1:
@@ -151,7 +120,6 @@ def _tensor_parallel(config: Config) -> Broken:
     has_dense = len(moe_layers(config)) < model.num_layers
     for key, value, matters in (
         ("model.num_heads", model.num_heads, True),
-        ("moe.num_experts", moe.num_experts, True),
         ("training.seq_len", config.training.seq_len, config.mesh.sequence_parallel),
         ("model.hidden_dim", model.hidden_dim, has_dense),
         ("moe.num_shared_experts * moe.hidden_dim", moe.num_shared_experts * moe.hidden_dim, True),
@@ -172,7 +140,7 @@ def _tensor_parallel(config: Config) -> Broken:
 
 def _data_parallel(config: Config) -> Broken:
     model, dp = config.model, config.mesh.dp
-    if model.dim % dp and moe_layers(config):
+    if model.dim % dp and moe_layers(config) and config.mesh.experts in ("tp", "tp_hidden"):
         yield (
             f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the experts' width.",
             f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",

@@ -27,6 +27,22 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     return config
 
 
+def load_variants(path: str | Path, config: Config) -> dict[str, Config]:
+    """Named variants of a config: a TOML with a table for each, such as ``[tp2]`` and in it ``mesh.tp = 2``.
+
+    Raises:
+        ConfigError: as :func:`load`, or the file names none.
+    """
+    content = _read(Path(path))
+    remedy = "Write [name of a variant], then table.key = value lines."
+    for name, changes in content.items():
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{path}: {name} is no table.", remedy)
+    if not content:
+        raise ConfigError(f"{path} has no variants.", remedy)
+    return {name: build(changes, config) for name, changes in content.items()}
+
+
 def dump(config: Config) -> str:
     """TOML text that names every field of ``config``; :func:`load` reads it back equal."""
     blocks = []

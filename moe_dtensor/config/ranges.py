@@ -23,6 +23,12 @@ MINIMUM: dict[str, float] = {
     "moe.num_shared_experts": 0,
     "moe.group_sequences": 0,
     "moe.sinkhorn_iterations": 1,
+    "moe.expert_groups": 0,
+    "moe.expert_groups_kept": 0,
+    "moe.capacity_factor": 0,
+    "moe.balance_loss": 0,
+    "moe.z_loss": 0,
+    "moe.bias_rate": 0,
     "mesh.pp": 1,
     "mesh.tp": 1,
     "pipeline.stages_per_rank": 0,
@@ -44,8 +50,21 @@ MINIMUM: dict[str, float] = {
     "profiling.steps": 1,
     "comm.timeout_seconds": 1,
 }
-ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "model.init_std", "optimizer.eps")
-SHARES = ("optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_fraction", "lr_scheduler.min_lr_ratio")
+ABOVE_ZERO = (
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.init_std",
+    "moe.gate_scale",
+    "mesh.link_bandwidth",
+    "optimizer.eps",
+)
+SHARES = (
+    "moe.jitter",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "lr_scheduler.decay_fraction",
+    "lr_scheduler.min_lr_ratio",
+)
 
 
 def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
@@ -60,9 +79,13 @@ def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     for key in SHARES:
         if not 0 <= values[key] <= 1:
             yield f"{key} = {show(values[key])} lies outside 0 to 1.", f"Give {key} a share from 0 to 1."
-    for key in ("optimizer.beta1", "optimizer.beta2"):
+    for key, what in (
+        ("optimizer.beta1", "would never forget"),
+        ("optimizer.beta2", "would never forget"),
+        ("moe.jitter", "could hide the router's input altogether"),
+    ):
         if values[key] == 1:
-            yield f"{key} = 1.0 would never forget.", f"Set {key} below 1."
+            yield f"{key} = 1.0 {what}.", f"Set {key} below 1."
     for key in all_fields():
         if values[key] == math.inf and key != "training.norm_type":
             yield f"{key} = inf is not finite.", f"Set {key} to a finite number."

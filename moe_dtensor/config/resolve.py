@@ -6,12 +6,15 @@ After :func:`resolve` no field means "derive me": every later room reads plain v
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from moe_dtensor.config.schema import Config
 
 GATED = ("swiglu", "geglu")
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
+FORCED = ("hash", "uniform", "zipf")
+"""Routers that look at no logits."""
 INTERLEAVED = ("Interleaved1F1B", "InterleavedZeroBubble")
 
 
@@ -36,12 +39,20 @@ def resolve(config: Config, world_size: int) -> Config:
             head_dim=model.head_dim or model.dim // max(1, model.num_heads),
             hidden_dim=hidden,
         ),
-        moe=replace(moe, group_sequences=moe.group_sequences or training.microbatch_size),
+        moe=replace(
+            moe,
+            group_sequences=moe.group_sequences or training.microbatch_size,
+            score=moe.score if moe.score != "auto" else _score(config),
+        ),
         mesh=replace(mesh, dp=dp),
         pipeline=replace(config.pipeline, stages_per_rank=stages_per_rank(config)),
         fsdp=replace(config.fsdp, reshard_after_forward=reshard),
         training=replace(training, validation_sequences=training.validation_sequences or training.global_batch_size),
     )
+
+
+def _score(config: Config) -> Literal["softmax", "sigmoid"]:
+    return "sigmoid" if config.moe.router == "sinkhorn" and config.moe.top_k == 1 else "softmax"
 
 
 def stages_per_rank(config: Config) -> int:
@@ -84,6 +95,12 @@ def moe_layers(config: Config) -> frozenset[int]:
     if moe.layers:
         return frozenset(moe.layers)
     return frozenset(i for i in range(config.model.num_layers) if (i + 1) % moe.every == 0)
+
+
+def expert_ranks(config: Config) -> int:
+    """Over how many ranks whole experts are spread; 1 where each rank has a slice of all."""
+    mesh = config.mesh
+    return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": mesh.dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
 
 
 def padded_vocab(config: Config) -> int:

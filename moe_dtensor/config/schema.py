@@ -64,7 +64,8 @@ class Moe:
     """Experts and routing."""
 
     num_experts: int = 8
-    """Experts E in an MoE block; a multiple of mesh.tp. 0: no MoE block, a dense model."""
+    """Experts E in an MoE block; a multiple of the ranks that mesh.experts spreads them over. 0: no MoE block, a dense
+    model."""
     top_k: int = 2
     """Experts K that each token is sent to."""
     hidden_dim: int = 512
@@ -76,12 +77,50 @@ class Moe:
     num_shared_experts: int = 0
     """Experts of width hidden_dim that every token visits, kept as one feed-forward."""
     router: str = "sinkhorn"
-    """How experts are chosen: sinkhorn, topk, or your own ``package.module:Name``."""
+    """How experts are chosen in training: sinkhorn, topk, expert_choice (each expert takes the tokens that score
+    highest for it), your own ``package.module:Name``, or forced, for benchmarks: hash (by the token's id), uniform,
+    zipf (by chance, skewed by 1/rank)."""
     group_sequences: int = 0
-    """Consecutive sequences that form a routing group (what Sinkhorn balances over); must divide the microbatch.
-    0: the microbatch."""
+    """Consecutive sequences that form a routing group (what Sinkhorn balances over, what experts choose from, what a
+    capacity counts); must divide the microbatch. 0: the microbatch."""
     sinkhorn_iterations: int = 8
     """Sinkhorn iterations, in the log domain."""
+    score: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """What a gate is made of: softmax of the logits, or sigmoid of each. auto: sigmoid for sinkhorn with top_k = 1,
+    else softmax."""
+    score_before_top_k: bool = True
+    """True: scores over all experts, of which the K chosen are the gates. False: the choice goes by logits, and only
+    the K chosen are scored, so that softmax gates sum to 1."""
+    normalize_gates: bool = False
+    """Divide the K gates of a token by their sum. Needs top_k > 1."""
+    gate_scale: float = 1.0
+    """Multiply the gates by this."""
+    expert_groups: int = 0
+    """Choose among experts of a few groups only (DeepSeek-V3): into how many groups of consecutive experts they fall.
+    0: no groups."""
+    expert_groups_kept: int = 0
+    """Groups that a token may choose from: those whose two highest scores sum highest."""
+    jitter: float = 0.0
+    """Multiply what the router sees in training by noise from 1 - jitter to 1 + jitter (Switch Transformer)."""
+    capacity_factor: float = 0.0
+    """In training an expert takes at most this times the average number of copies of a routing group, the rest is
+    dropped. 0: dropless."""
+    drop_by: Literal["score", "position"] = "score"
+    """Which copies stay under a capacity: those with the highest gates, or first choices before second ones and among
+    them the earlier tokens."""
+    balance_loss: float = 0.0
+    """Coefficient of the load-balancing loss, added in each MoE block (Switch Transformer, eq. 4)."""
+    balance_over: Literal["sequence", "group", "batch"] = "group"
+    """Whose load the balancing loss evens out: each sequence's, each routing group's, or the global batch's (with the
+    counts of the step before)."""
+    z_loss: float = 0.0
+    """Coefficient of the router z-loss: the mean square of the logits' logsumexp (ST-MoE, eq. 5)."""
+    bias_rate: float = 0.0
+    """Balance without a loss: after each step an expert's bias, which only the choice sees, moves by this toward the
+    average load (arXiv:2408.15664). 0: no bias."""
+    rows: Literal["exact", "worst"] = "exact"
+    """Rows of copies that a rank makes room for where it cannot know how many will come. exact: reads the number from
+    the device once a layer. worst: as many as could come, without a read."""
     backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm"] = "auto"
     """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""
 
@@ -98,6 +137,15 @@ class Mesh:
     """Tensor-, sequence- and expert-parallel ranks."""
     sequence_parallel: bool = True
     """Split the sequence over tp between attention and feed-forward. Needs seq_len % tp == 0."""
+    experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
+    """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
+    experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""
+    dispatch: Literal["all_gather", "all_to_all", "auto"] = "all_gather"
+    """How tokens reach experts on other ranks. all_gather: all tokens to all. all_to_all: each token once to each rank
+    that holds one of its experts; reads counts from the device once a layer. auto: the cheaper by ``plan``'s cost
+    model."""
+    link_bandwidth: float = 450.0
+    """GB/s that a rank can send to the ranks it shares experts with; dispatch = auto and ``plan`` reckon with it."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Batch:
     """Position of each token in its document, from 0. None without ``data.document_mask``."""
     documents_BS: Tensor | None = None
     """Number of each token's document within the sequence, from 0. None without ``data.document_mask``."""
+    sequence_B: Tensor | None = None
+    """Number of each sequence in the run, from 0. None: those of a first batch."""
 
 
 class Loader:
@@ -57,6 +59,8 @@ class Loader:
         self.tokenizer = corpus.tokenizer
         seed = config.training.seed if split == "train" else VALIDATION_SEED
         self.windows: Windows = open_windows(config, corpus, split, seed)
+        self.sequences = 0
+        """Read so far, by all ranks together."""
 
     def next_batch(self, first: int, last: int) -> Batch:
         """Sequences ``[first, last)`` of the next global batch; the stream moves on by the whole of it."""
@@ -65,15 +69,20 @@ class Loader:
         window_BS1 = self.windows.read(self.batch_size, first, last)
         if window_BS1.size:
             check_ids(window_BS1, self.tokenizer)  # a token file may be another tokenizer's
-        return build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
+        batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
+        numbers_B = torch.arange(self.sequences + first, self.sequences + last)
+        self.sequences += self.batch_size
+        return replace(batch, sequence_B=numbers_B)
 
     def state_dict(self) -> dict[str, str]:
         """The position: one short string, the same on every rank and mesh."""
-        return {"position": json.dumps(self.windows.state())}
+        return {"position": json.dumps({"windows": self.windows.state(), "sequences": self.sequences})}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Continue where :meth:`state_dict` was taken."""
-        self.windows.load_state(json.loads(state["position"]))
+        position = json.loads(state["position"])
+        self.windows.load_state(position["windows"])
+        self.sequences = position["sequences"]
 
 
 def build_batch(window_BS1: np.ndarray, end_id: int | None) -> Batch:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.resolve import GATED
+from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.tokens import Tokens
 
 
 class Experts(nn.Module):
@@ -26,23 +27,30 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(moe.num_experts, dim, moe.hidden_dim))
         self.activation = config.model.activation
         self.backend = moe.backend
+        self.rows = moe.rows
+        self.split_backward = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
         self.first_expert = 0
         self.num_experts = moe.num_experts
 
-    def forward(self, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
-        """The gate-weighted sum of the held experts' outputs, ``(B, S, D)``; no copy is dropped."""
-        y_TD = expert_mlp(
-            x_BSD.flatten(0, 1),
+    def forward(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, rows: int | None = None) -> Tensor:
+        """The gate-weighted sum of the held experts' outputs, ``(T, D)``; an id of -1 is no copy.
+
+        Args:
+            rows: copies for the held experts, where the caller knows. None: ``moe.rows`` says how to tell.
+        """
+        return expert_mlp(
+            x_TD,
             self.w_up,
             self.w_down,
-            gate_BSK.flatten(0, 1),
-            expert_BSK.flatten(0, 1),
+            gate_TK,
+            expert_TK,
             activation=self.activation,
             backend=self.backend,
             first_expert=self.first_expert,
+            rows=self.rows if rows is None else rows,
+            split_backward=self.split_backward,
             num_experts=self.num_experts,
         )
-        return y_TD.view(x_BSD.shape)
 
 
 Dispatch = Callable[[Experts, FeedForward | None, Tensor, Tensor, Tensor], Tensor]
@@ -52,20 +60,21 @@ def run_experts(
     experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
 ) -> Tensor:
     """Experts and shared expert on the tokens at hand: all there is to dispatch on one device."""
-    y_BSD = experts(x_BSD, gate_BSK, expert_BSK)
+    y_TD = experts(x_BSD.flatten(0, 1), gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1))
+    y_BSD = y_TD.view(x_BSD.shape)
     return y_BSD if shared is None else y_BSD + shared(x_BSD)
 
 
 class MoE(nn.Module):
-    """A dropless mixture of experts in place of a feed-forward.
+    """A mixture of experts in place of a feed-forward, dropless unless ``moe.capacity_factor`` says otherwise.
 
     ``dispatch`` brings tokens to experts and sums what comes back; where experts live is its business alone.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         moe = config.moe
-        self.router = Router(config)
+        self.router = Router(config, layer)
         self.experts = Experts(config)
         self.shared = (
             FeedForward(config.model.dim, moe.num_shared_experts * moe.hidden_dim, config.model.activation)
@@ -75,10 +84,7 @@ class MoE(nn.Module):
         self.dispatch: Dispatch = run_experts
         self.num_experts = moe.num_experts
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Output ``(B, S, D)``, and how many copies of these tokens went to each expert, ``(E,)`` int64."""
-        gate_BSK, expert_BSK = self.router(x_BSD)
-        y_BSD = self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK)
-        ids_E = torch.arange(self.num_experts, device=expert_BSK.device)
-        load_E = (expert_BSK[..., None] == ids_E).flatten(0, -2).sum(0)
-        return y_BSD, load_E
+    def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""
+        gate_BSK, expert_BSK, record_R = self.router(x_BSD, tokens)
+        return self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK), record_R

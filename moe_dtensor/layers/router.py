@@ -4,81 +4,40 @@ G routing groups, T tokens of a group."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.router import router_logits, top_k_gates
-from moe_dtensor.kernels.sinkhorn import sinkhorn
+from moe_dtensor.kernels.statistics import router_statistics
+from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
+from moe_dtensor.layers.balance import (
+    AddLoss,
+    balance_loss,
+    capacity,
+    chosen_mask,
+    keep_groups,
+    within_capacity,
+    z_loss,
+)
+from moe_dtensor.layers.record import pack
+from moe_dtensor.layers.tokens import Tokens, uniform_noise
+
+NOISE_STREAM = 1 << 40
+"""Where the streams of the router's noise begin, far from those of forced assignments."""
 
 
-class Assignment(Protocol):
-    """How experts are chosen in training: the part that ``moe.router`` names.
+class Routing(NamedTuple):
+    """What the router decided for a rank's tokens."""
 
-    A class of your own takes the resolved :class:`Config` in its constructor.
-    """
-
-    over_groups: bool
-    """Whether a token's choice depends on its routing group. If so the logits are brought together first."""
-    score: str
-    """What weights an expert's output: ``sigmoid`` of its logit, or ``softmax`` over all E."""
-
-    def __call__(self, logits_GTE: Tensor) -> Tensor:
-        """What the choice goes by, ``(G, T, E)``: each token takes the K highest. No gradient passes through."""
-
-
-class Sinkhorn:
-    """Balanced assignment: top-k of the Sinkhorn-normalised scores of a routing group.
-
-    After S-BASE (arXiv:2202.01169): assignment without gradient, gate from the raw scores. It sees later
-    tokens of the group; evaluation uses plain top-k.
-    """
-
-    over_groups = True
-
-    def __init__(self, config: Config) -> None:
-        self.iterations = config.moe.sinkhorn_iterations
-        self.score = "sigmoid" if config.moe.top_k == 1 else "softmax"
-
-    def __call__(self, logits_GTE: Tensor) -> Tensor:
-        """Balance over the T tokens of each group."""
-        return round_to_ties(sinkhorn(logits_GTE, self.iterations))
-
-
-def round_to_ties(scores: Tensor) -> Tensor:
-    """Make scores that are equal up to rounding errors equal, so that the lowest index wins among them.
-
-    Balancing makes exact ties: in a group whose tokens are all alike (a run of spaces) every expert has the same
-    share. Were the last bit to decide, meshes that sum in another order would route differently.
-    """
-    steps = 2.0**40 if scores.dtype == torch.float64 else 2.0**16
-    return (scores * steps).round() / steps
-
-
-class TopK:
-    """Each token's K highest scores (Shazeer et al., arXiv:1701.06538), without balancing."""
-
-    over_groups = False
-    score = "softmax"
-
-    def __init__(self, config: Config) -> None:
-        pass
-
-    def __call__(self, logits_GTE: Tensor) -> Tensor:
-        """Each token by itself."""
-        return logits_GTE
-
-
-ASSIGNMENTS: dict[str, Callable[[Config], Assignment]] = {"sinkhorn": Sinkhorn, "topk": TopK}
-
-
-def build_assignment(config: Config) -> Assignment:
-    """The assignment that ``moe.router`` names, ours or the user's."""
-    name = config.moe.router
-    return ASSIGNMENTS[name](config) if name in ASSIGNMENTS else load_object("moe.router", name)(config)
+    gate_BSK: Tensor
+    """Weights, in at least float32."""
+    expert_BSK: Tensor
+    """Expert ids, int64; -1 where there is no copy: dropped, or not taken."""
+    record_R: Tensor
+    """See :mod:`moe_dtensor.layers.record`."""
 
 
 class Router(nn.Module):
@@ -87,37 +46,139 @@ class Router(nn.Module):
     Scores are computed in at least float32. ``gather_positions`` brings the positions of a sequence
     together and ``own_positions`` takes this module's part back; both are the identity where whole
     sequences are at hand.
+
+    Args:
+        config: resolved.
+        layer: index of the block.
     """
 
-    def __init__(self, config: Config) -> None:
+    bias: Tensor
+    previous_load: Tensor
+
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.model.dim))
-        self.top_k = config.moe.top_k
-        self.group_sequences = config.moe.group_sequences
-        self.assignment = build_assignment(config)
+        moe, training = config.moe, config.training
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, config.model.dim))
+        # The state of balancing: rows of moe_dtensor.model.balance.BalanceState, which changes and saves them.
+        self.register_buffer("bias", torch.zeros(moe.num_experts), persistent=False)
+        self.register_buffer("previous_load", torch.zeros(moe.num_experts), persistent=False)
+        self.moe = moe
+        self.normalizes = moe.normalize_gates or (moe.score == "softmax" and not moe.score_before_top_k)
+        self.assignment = build_assignment(config, layer)
+        self.plain = TopK(config, layer)
+        self.noise_stream = NOISE_STREAM + 1_000_003 * training.seed + layer
+        self.step_tokens = training.global_batch_size * training.seq_len
         self.gather_positions: Callable[[Tensor], Tensor] = _identity
         self.own_positions: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates ``(B, S, K)`` in at least float32, and expert ids ``(B, S, K)`` int64."""
-        lead = x_BSD.shape[:2]
+    def forward(self, x_BSD: Tensor, tokens: Tokens) -> Routing:
+        """Route ``x_BSD``, the held part of the sequences that ``tokens`` are."""
+        lead, moe = x_BSD.shape[:2], self.moe
+        if self.training and moe.jitter > 0:
+            x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
         logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
-        ranking_BSE = self.rank(logits_TE.detach().unflatten(0, lead))
-        gate_TK, expert_TK = top_k_gates(
-            logits_TE, self.top_k, score=self.assignment.score, ranking_TE=ranking_BSE.flatten(0, 1)
-        )
-        return gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
+        ranking_BSE, error = self.rank(logits_TE.detach().unflatten(0, lead), tokens)
+        gate_TK, expert_TK = self._choose(logits_TE, ranking_BSE.flatten(0, 1))
+        gate_BSK, expert_BSK = gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
+        chosen_BSE = chosen_mask(expert_BSK, moe.num_experts)
+        sums: list[Tensor | float] = [router_statistics(logits_TE.detach(), gate_TK.detach()), 0.0, 0.0, 0.0, error]
+        if self.training:
+            sums[3] = self._differing(logits_TE.detach(), chosen_BSE.flatten(0, 1))
+            gate_BSK, sums[1] = self._with_losses(gate_BSK, expert_BSK, logits_TE.unflatten(0, lead))
+            if moe.capacity_factor > 0:
+                kept_BSK = self.keep(gate_BSK.detach(), expert_BSK)
+                sums[2] = (~kept_BSK).sum()
+                expert_BSK = expert_BSK.where(kept_BSK, -1)
+        return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), sums))
 
-    def rank(self, logits_BSE: Tensor) -> Tensor:
-        """What the choice goes by, ``(B, S, E)``: the assignment's in training, the logits in evaluation."""
-        if not self.training:
-            return logits_BSE
-        if not self.assignment.over_groups:
-            return self.assignment(logits_BSE)
-        whole = self.gather_positions(logits_BSE)
-        sequences, length, experts = whole.shape
-        groups_GTE = whole.reshape(sequences // self.group_sequences, self.group_sequences * length, experts)
-        return self.own_positions(self.assignment(groups_GTE).view(whole.shape))
+    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | float]:
+        """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error."""
+        error: Tensor | float = 0.0
+        if not (self.training or self.assignment.forced):
+            ranking_BSE = self.plain.by_logits(logits_BSE)
+        elif self.assignment.over_groups:
+            groups_GTE = self._in_groups(self.gather_positions(logits_BSE))
+            of_groups = Tokens(*(self._in_groups(x[..., None]).squeeze(-1) for x in tokens))
+            whole_BSE = self.assignment(groups_GTE, of_groups).view(len(logits_BSE), -1, logits_BSE.shape[2])
+            ranking_BSE = self.own_positions(whole_BSE)
+            if isinstance(self.assignment, Sinkhorn):
+                error = self.assignment.row_error(ranking_BSE)
+        else:
+            ranking_BSE = self.assignment(logits_BSE, Tokens(*map(self.own_positions, tokens)))
+        return self._limited(ranking_BSE), error
+
+    def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
+        """Which copies are within the capacity of their expert in their routing group, ``(B, S, K)`` bool."""
+        gate_GTK = self._in_groups(self.gather_positions(gate_BSK))
+        expert_GTK = self._in_groups(self.gather_positions(expert_BSK))
+        moe = self.moe
+        most = capacity(moe.capacity_factor, expert_GTK.shape[1], moe.top_k, moe.num_experts)
+        kept_GTK = within_capacity(gate_GTK, expert_GTK, moe.num_experts, most, moe.drop_by)
+        return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
+
+    def _noise(self, tokens: Tokens, width: int) -> Tensor:
+        """Of each number that the router sees of a token, ``(B, S held, D)``: from 1 - jitter to 1 + jitter."""
+        number_BS = self.own_positions(tokens.number_BS)
+        key_BSD = number_BS[..., None] * width + torch.arange(width, device=number_BS.device)
+        return 1 + self.moe.jitter * (2 * uniform_noise(key_BSD, self.noise_stream) - 1)
+
+    def _choose(self, logits_TE: Tensor, ranking_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and ids of the K highest, or of all that are not -inf where tokens go to any number of experts."""
+        variable = self.training and self.assignment.variable
+        gate_TK, expert_TK = top_k_gates(
+            logits_TE,
+            logits_TE.shape[1] if variable else self.moe.top_k,
+            score=self.moe.score,
+            ranking_TE=ranking_TE,
+            normalize=self.normalizes,
+        )
+        if variable:
+            taken_TK = ranking_TE.gather(1, expert_TK) > -torch.inf
+            gate_TK, expert_TK = gate_TK * taken_TK, expert_TK.where(taken_TK, -1)
+        return gate_TK if self.moe.gate_scale == 1 else gate_TK * self.moe.gate_scale, expert_TK
+
+    def _limited(self, ranking_BSE: Tensor) -> Tensor:
+        """With the experts' bias, and within the groups of experts that a token may choose from."""
+        moe = self.moe
+        if moe.bias_rate > 0:
+            ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
+        return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept) if moe.expert_groups else ranking_BSE
+
+    def _differing(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor | float:
+        """Tokens whose experts are not those of evaluation; 0 where that chooses in the same way."""
+        if self.assignment.forced or isinstance(self.assignment, TopK):
+            return 0.0
+        ranking_TE = self._limited(self.plain.by_logits(logits_TE))
+        _, plain_TK = top_k_gates(logits_TE, self.moe.top_k, ranking_TE=ranking_TE)
+        return (chosen_TE != chosen_mask(plain_TK, self.moe.num_experts)).any(1).sum()
+
+    def _with_losses(self, gate_BSK: Tensor, expert_BSK: Tensor, logits_BSE: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The gates, which from here on carry the auxiliary losses too, and the sum of the balancing one."""
+        moe = self.moe
+        terms: list[Tensor] = []
+        balance: Tensor | float = 0.0
+        if moe.balance_loss > 0:
+            loss = balance_loss(logits_BSE, self._load_of_sets(expert_BSK), moe.score)
+            terms, balance = [loss * moe.balance_loss], loss.detach()
+        if moe.z_loss > 0:
+            terms.append(z_loss(logits_BSE) * moe.z_loss)
+        if terms:
+            gate_BSK = AddLoss.apply(gate_BSK, sum(terms[1:], terms[0]) / self.step_tokens)
+        return gate_BSK, balance
+
+    def _load_of_sets(self, expert_BSK: Tensor) -> Tensor:
+        """Copies by expert in the set that each sequence belongs to, ``(B, E)``."""
+        if self.moe.balance_over == "batch":
+            return self.previous_load.expand(len(expert_BSK), -1)
+        load_BE = chosen_mask(self.gather_positions(expert_BSK), self.moe.num_experts).sum(1)
+        if self.moe.balance_over == "group":
+            size = self.moe.group_sequences
+            load_BE = load_BE.unflatten(0, (-1, size)).sum(1).repeat_interleave(size, dim=0)
+        return load_BE
+
+    def _in_groups(self, x_BSE: Tensor) -> Tensor:
+        """Whole sequences ``(B, S, E)`` as routing groups ``(G, T, E)``."""
+        return x_BSE.reshape(-1, self.moe.group_sequences * x_BSE.shape[1], x_BSE.shape[2])
 
 
 def _identity(x: Tensor) -> Tensor:

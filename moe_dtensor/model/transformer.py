@@ -1,4 +1,5 @@
-"""The transformer, or a run of its blocks. B sequences, S positions, D width, V vocabulary, L MoE blocks, E experts."""
+"""The transformer, or a run of its blocks. B sequences, S positions, D width, V vocabulary, L MoE blocks, E experts,
+R numbers of a routing record."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.norm import build_norm
 from moe_dtensor.layers.rope import build_positions
+from moe_dtensor.layers.tokens import build_tokens
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
@@ -37,7 +39,7 @@ class Transformer(nn.Module):
         if first:
             self.tok_embeddings = Embedding(rows, dim)
         # Keyed by the index in the whole model, so that names do not depend on the split.
-        self.layers = nn.ModuleDict({str(i): Block(config, i in with_experts) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
         if last:
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
@@ -50,8 +52,8 @@ class Transformer(nn.Module):
         self.token_loss: TokenLoss = _cross_entropy
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
-        self.load_LE: Tensor | None = None
-        """Copies sent to each expert of each MoE block since the last :meth:`take_load`, of the tokens seen here."""
+        self.record_LR: Tensor | None = None
+        """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
 
     def forward(
         self,
@@ -59,6 +61,8 @@ class Transformer(nn.Module):
         labels_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        tokens_BS: Tensor | None = None,
+        sequence_B: Tensor | None = None,
     ) -> Tensor:
         """Run the held blocks.
 
@@ -67,13 +71,17 @@ class Transformer(nn.Module):
             labels_BS: next tokens, -100 where there is none; the last part then returns losses.
             positions_BS: position of each token in its document; None: in its sequence.
             documents_BS: document of each token; None: no document mask.
+            tokens_BS: the tokens, for a part that is not the first.
+            sequence_B: number of each sequence in the run; None: from 0.
 
         Returns:
             The stream ``(B, S, D)``; from the last part the summed loss of each sequence ``(B,)``,
             or without labels the logits ``(B, S, V)``.
         """
         if self.is_first:
-            x = self.tok_embeddings(x)
+            tokens_BS, x = x, self.tok_embeddings(x)
+        assert tokens_BS is not None
+        tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
             self.seq_len,
             positions_BS,
@@ -83,14 +91,14 @@ class Transformer(nn.Module):
             dtype=x.dtype,
             device=x.device,
         )
-        loads = []
+        records = []
         for block in self.layers.values():
-            x, load_E = block(x, positions)
-            if load_E is not None:
-                loads.append(load_E)
-        if loads and self.training:
-            load_LE = torch.stack(loads)
-            self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+            x, record_R = block(x, positions, tokens)
+            if record_R is not None:
+                records.append(record_R)
+        if records and self.training:
+            record_LR = torch.stack(records)
+            self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
         if not self.is_last:
             return x
         logits_BSV = self.head(self.before_head(self.norm(x)))
@@ -102,10 +110,10 @@ class Transformer(nn.Module):
             return self.output(x_BSD)
         return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
 
-    def take_load(self) -> Tensor | None:
-        """The load ``(L, E)`` gathered since the last call, and start again; None without MoE blocks."""
-        load_LE, self.load_LE = self.load_LE, None
-        return load_LE
+    def take_record(self) -> Tensor | None:
+        """The routing's record ``(L, R)`` since the last call, and start again; None without MoE blocks."""
+        record_LR, self.record_LR = self.record_LR, None
+        return record_LR
 
 
 def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

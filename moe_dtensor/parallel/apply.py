@@ -10,6 +10,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.compiling import apply_compile
+from moe_dtensor.parallel.expert_copies import make_copies
 from moe_dtensor.parallel.fsdp import apply_fsdp
 from moe_dtensor.parallel.recompute import apply_recompute
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
@@ -30,14 +31,16 @@ def build_parts(config: Config, mesh: DeviceMesh, device: torch.device) -> list[
         parallelize(part, config, mesh)
         part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
         init_weights(part, config)
+        if config.mesh.experts in ("dp", "dp_tp"):
+            make_copies(part, config)
         parts.append(part)
     return parts
 
 
 def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """tp and experts, then recomputation, then compilation, then FSDP around all of it."""
-    shard_parameters(part, config, mesh["tp"])
-    install_collectives(part, config, mesh["tp"])
+    shard_parameters(part, config, mesh)
+    install_collectives(part, config, mesh)
     apply_recompute(part, config)
     apply_compile(part, config)
     apply_fsdp(part, config, mesh["dp"])

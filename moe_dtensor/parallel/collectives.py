@@ -7,6 +7,8 @@ of size 1 each is the identity.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,3 +66,76 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, op: str = "sum") -> Tensor:
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=mesh.get_group())
     return x
+
+
+def share(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's slice of what every rank holds alike, for work that no other rank does. Backward: all-gather."""
+    return _move(x, mesh, Replicate(), Shard(dim), Shard(dim))
+
+
+class Travelling(NamedTuple):
+    """Rows that an all-to-all has not yet brought. Whatever is computed before they are waited for runs beside it."""
+
+    rows: Tensor
+    back: Tensor
+    """Stands, without storage, for what is sent: the way back begins with its gradient."""
+    mesh: DeviceMesh
+    sent: list[int]
+    received: list[int]
+
+
+def start_exchange(x: Tensor, mesh: DeviceMesh, sent: list[int], received: list[int]) -> Travelling:
+    """Begin an all-to-all of rows, sorted by receiver in and by sender out. Backward: end of the way back.
+
+    Args:
+        sent: rows for each rank of the axis.
+        received: rows from each.
+    """
+    rows, back = _StartExchange.apply(x, mesh.get_group().group_name, sent, received)
+    return Travelling(rows, back, mesh, sent, received)
+
+
+def finish_exchange(travelling: Travelling) -> Tensor:
+    """Wait for the rows. Backward: begin of the way back."""
+    rows, back, mesh, sent, received = travelling
+    return _FinishExchange.apply(rows, back, mesh.get_group().group_name, sent, received)
+
+
+def exchange(x: Tensor, mesh: DeviceMesh, sent: list[int], received: list[int]) -> Tensor:
+    """Both at once."""
+    return finish_exchange(start_exchange(x, mesh, sent, received))
+
+
+class _StartExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, sent, received):
+        ctx.set_materialize_grads(False)
+        return _all_to_all(x, received, sent, group), x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, _, grad):
+        return _wait(grad), None, None, None
+
+
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, back, group, sent, received):
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return _wait(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, _all_to_all(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group)
+
+
+def _wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x.view_as(x))
+
+
+def exchange_counts(received: Tensor, sent: Tensor, mesh: DeviceMesh) -> None:
+    """Row r of ``sent`` to rank r; from each rank a row into ``received``."""
+    dist.all_to_all_single(received, sent.contiguous(), group=mesh.get_group())

@@ -19,7 +19,7 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
     Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums gradients over tp.
     """
     plan = build_plan(config)
-    dims = {param: find_row(plan, name).dp for name, param in part.named_parameters()}
+    rows = {param: find_row(plan, name) for name, param in part.named_parameters()}
     training, fsdp = config.training, config.fsdp
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.param_dtype),
@@ -36,7 +36,8 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=fsdp.reshard_after_forward == "always",
-            shard_placement_fn=lambda param: Shard(dims[param]),
+            shard_placement_fn=lambda param: Shard(rows[param].dp),
+            ignored_params={param for param, row in rows.items() if not row.fsdp},
         )
     for module in part.modules():
         if isinstance(module, FSDPModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +16,24 @@ from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages,
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.fsdp import sync_gradients
+from moe_dtensor.parallel.runner import Runner
 
 FIRST_TORCH_TO_SPLIT = (2, 13)
 """torch 2.11 loses autograd nodes of the experts between the two halves of a backward pass, and its V schedules hang on
 gloo; 2.12 was not tried."""
 
 
-class Runner(Protocol):
-    """What runs a step's microbatches on one rank."""
-
-    def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward over this rank's sequences; its summed loss times ``scale``, a scalar."""
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only; the summed loss, a scalar."""
-
-
 def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> Runner:
     """Accumulation for pp = 1, else the pipeline schedule."""
+    runner: Runner
     if config.mesh.pp == 1:
-        return Accumulation(parts[0], config.training.microbatch_size)
-    check_torch(config, torch.__version__)
-    return Pipeline(parts, config, mesh, device)
+        runner = Accumulation(parts[0], config.training.microbatch_size)
+    else:
+        check_torch(config, torch.__version__)
+        runner = Pipeline(parts, config, mesh, device)
+    return WithOwnExperts(parts, runner) if config.mesh.experts in ("dp", "dp_tp") else runner
 
 
 def check_torch(config: Config, version: str) -> None:
@@ -55,7 +50,7 @@ def check_torch(config: Config, version: str) -> None:
 
 def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
     """Cut a batch into microbatches of ``size`` sequences: the arguments of the model for each."""
-    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS)
+    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS, None, batch.sequence_B)
     count = batch.tokens_BS.shape[0] // size
     return list(zip(*([None] * count if x is None else x.split(size) for x in fields), strict=True))
 
@@ -120,7 +115,7 @@ class Pipeline:
         return self._run(batch, self.schedule.eval)
 
     def _run(self, batch: Batch, run: Callable[..., Any]) -> Tensor:
-        names = ("labels_BS", "positions_BS", "documents_BS")
+        names = ("labels_BS", "positions_BS", "documents_BS", "tokens_BS", "sequence_B")
         kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
         losses: list[Tensor] = []
         run(

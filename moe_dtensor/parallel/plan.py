@@ -2,6 +2,7 @@
 
 FSDP splits the model width D of every weight over dp, tensor and expert parallelism split heads, hidden
 units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises.
+Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ class Row:
     pattern: str
     """Regular expression for the whole name."""
     dp: int
-    """Dimension that FSDP splits over dp."""
+    """Dimension split over dp."""
     tp: int | None
     """Dimension split over tp; None: each tp rank holds the whole."""
     gradient: Literal["whole", "tokens", "heads"] = "whole"
     """What one tp rank's gradient covers when tp does not split the weight. tokens: its own tokens under sequence
     parallelism, all of them otherwise; heads: its own heads always. A share is summed over tp."""
+    fsdp: bool = True
+    """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
 
 
 PLAN: tuple[Row, ...] = (
@@ -38,21 +41,31 @@ PLAN: tuple[Row, ...] = (
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
-    Row(r"moe\.experts\.w_up", dp=3, tp=0),
-    Row(r"moe\.experts\.w_down", dp=1, tp=0),
     Row(r"moe\.shared\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"moe\.shared\.down\.weight", dp=0, tp=1),
     Row(r"output\.weight", dp=1, tp=0),
 )
 
+UP, DOWN = r"moe\.experts\.w_up", r"moe\.experts\.w_down"
+EXPERTS: dict[str, tuple[Row, Row]] = {
+    "tp": (Row(UP, dp=3, tp=0), Row(DOWN, dp=1, tp=0)),
+    "tp_hidden": (Row(UP, dp=3, tp=2), Row(DOWN, dp=1, tp=2)),
+    "dp": (
+        Row(UP, dp=0, tp=None, gradient="tokens", fsdp=False),
+        Row(DOWN, dp=0, tp=None, gradient="tokens", fsdp=False),
+    ),
+    "dp_tp": (Row(UP, dp=0, tp=0, fsdp=False), Row(DOWN, dp=0, tp=0, fsdp=False)),
+}
+"""The rows of the experts, ``w_up`` (E, G, F, D) and ``w_down`` (E, D, F), by ``mesh.experts``."""
+
 
 def build_plan(config: Config) -> tuple[Row, ...]:
-    """The table for one config: heads that cannot be split over tp are held whole."""
+    """The table for one config: its experts' rows, and heads that cannot be split over tp held whole."""
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
         whole |= {r"attention\.w[kv]\.weight"}
     rows = []
-    for row in PLAN:
+    for row in (*PLAN, *EXPERTS[config.mesh.experts]):
         if row.pattern in whole:
             row = Row(row.pattern, row.dp, tp=None, gradient="heads")
         rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]

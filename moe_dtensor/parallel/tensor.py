@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.embedding import Embedding
@@ -22,22 +22,28 @@ from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.norm import HeadsNorm
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.dispatch import AllGatherDispatch
+from moe_dtensor.parallel.borders import tp_borders
+from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
+from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.parallel.loss import build_token_loss
 from moe_dtensor.parallel.plan import Row, build_plan, find_row
 
 
-def shard_parameters(part: Transformer, config: Config, tp: DeviceMesh) -> None:
-    """Turn every parameter into a DTensor on tp, by the placement table, and let layers see its local part."""
+def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
+    """Turn every parameter into a DTensor by the placement table, and let layers see its local part.
+
+    On tp, for FSDP to split further over dp; what the table keeps out of FSDP on dp and tp at once.
+    """
     plan = build_plan(config)
     for module_name, module in part.named_modules():
-        gradients: dict[str, Placement] = {}
+        gradients: dict[str, tuple[Placement, ...]] = {}
         for name, param in list(module.named_parameters(recurse=False)):
             row = find_row(plan, f"{module_name}.{name}" if module_name else name)
-            placement: Placement = Replicate() if row.tp is None else Shard(row.tp)
-            sharded = distribute_tensor(param.detach(), tp, [placement], src_data_rank=None)
+            on_tp: Placement = Replicate() if row.tp is None else Shard(row.tp)
+            axes, placements = (mesh["tp"], [on_tp]) if row.fsdp else (mesh["dp", "tp"], [Shard(row.dp), on_tp])
+            sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded))
-            gradients[name] = _gradient_placement(row, config)
+            gradients[name] = (*placements[:-1], _gradient_placement(row, config))
         if gradients:
             _show_local(module, gradients)
 
@@ -51,8 +57,8 @@ def _gradient_placement(row: Row, config: Config) -> Placement:
     return Replicate()
 
 
-def _show_local(module: nn.Module, gradients: dict[str, Placement]) -> None:
-    """Let ``module.<name>`` read as the local tensor, whose gradient flows back with the given placement.
+def _show_local(module: nn.Module, gradients: dict[str, tuple[Placement, ...]]) -> None:
+    """Let ``module.<name>`` read as the local tensor, whose gradient flows back with the given placements.
 
     The parameter itself stays where FSDP, the optimizer and checkpoints look for it: in ``named_parameters()``.
     """
@@ -60,27 +66,34 @@ def _show_local(module: nn.Module, gradients: dict[str, Placement]) -> None:
 
 
 @functools.cache
-def _local_view_class(cls: type[nn.Module], gradients: tuple[tuple[str, Placement], ...]) -> type[nn.Module]:
+def _local_view_class(
+    cls: type[nn.Module], gradients: tuple[tuple[str, tuple[Placement, ...]], ...]
+) -> type[nn.Module]:
     # One class for all layers alike, so that torch.compile compiles them once.
-    return type(cls.__name__, (cls,), {name: _local_view(name, placement) for name, placement in gradients})
+    return type(cls.__name__, (cls,), {name: _local_view(name, placements) for name, placements in gradients})
 
 
-def _local_view(name: str, gradient: Placement) -> property:
+def _local_view(name: str, gradient: tuple[Placement, ...]) -> property:
+    if len(gradient) > 1:
+        return property(lambda module: view_copy(module, name, gradient))
+
     def view(module: nn.Module) -> Tensor:
         param = module._parameters[name]
         assert isinstance(param, DTensor)
         # On (dp, tp) it is sharded by FSDP and not in use: FSDP itself is looking.
-        return param if param.device_mesh.ndim > 1 else param.to_local(grad_placements=[gradient])
+        return param if param.device_mesh.ndim > 1 else param.to_local(grad_placements=gradient)
 
     return property(view)
 
 
-def install_collectives(part: Transformer, config: Config, tp: DeviceMesh) -> None:
-    """Put the tp collectives on the borders of the split layers, and tell each layer which part it holds."""
+def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
+    """Put the collectives on the borders of the split layers, and tell each layer which part it holds."""
+    tp = mesh["tp"]
+    shared_inside = _install_dispatch(part, config, mesh)
     if tp.size() == 1:
         part.token_loss = build_token_loss(config, tp)
         return
-    borders = Borders(tp, config.mesh.sequence_parallel)
+    borders = tp_borders(config, tp)
     rank = tp.get_local_rank()
     for module in part.modules():
         if isinstance(module, Embedding):
@@ -89,49 +102,27 @@ def install_collectives(part: Transformer, config: Config, tp: DeviceMesh) -> No
         elif isinstance(module, Attention):
             borders.wrap(module)
             _split_heads(module, config, tp)
-        elif isinstance(module, MoE):
-            module.experts.first_expert = rank * (module.num_experts // tp.size())
-            module.dispatch = AllGatherDispatch(borders.enter, borders.leave, borders.enter_data)
-            if config.mesh.sequence_parallel:
-                module.router.gather_positions = borders.enter_data
-                module.router.own_positions = functools.partial(collectives.own_slice, mesh=tp, dim=1)
+        elif isinstance(module, MoE) and config.mesh.sequence_parallel:
+            module.router.gather_positions = borders.enter_data
+            module.router.own_positions = functools.partial(collectives.own_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
-        # A shared expert works inside the MoE's dispatch, where the tokens are together already.
-        if isinstance(module, FeedForward) and not name.endswith("moe.shared"):
+        if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             borders.wrap(module)
     if part.is_last:
         part.before_head = borders.enter
         part.token_loss = build_token_loss(config, tp)
 
 
-class Borders:
-    """The two sides of a split layer.
-
-    With sequence parallelism the stream ``(B, S, D)`` is split over S outside of split layers:
-    all-gather in, reduce-scatter out. Without, every rank holds it: nothing in, all-reduce out.
-    """
-
-    def __init__(self, tp: DeviceMesh, sequence_parallel: bool) -> None:
-        self.tp = tp
-        self.sequence_parallel = sequence_parallel
-
-    def enter(self, x: Tensor) -> Tensor:
-        """All tokens, for a share of the work."""
-        return collectives.gather(x, self.tp, 1) if self.sequence_parallel else collectives.copy(x, self.tp)
-
-    def enter_data(self, x: Tensor) -> Tensor:
-        """The same without gradient."""
-        with torch.no_grad():
-            return collectives.gather_alike(x, self.tp, 1) if self.sequence_parallel else x
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Sum the shares, back to how the stream is held."""
-        return collectives.reduce_scatter(y, self.tp, 1) if self.sequence_parallel else collectives.reduce(y, self.tp)
-
-    def wrap(self, module: nn.Module) -> None:
-        """Put both borders around a module whose first argument and output are the stream."""
-        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0]), *args[1:]))
-        module.register_forward_hook(lambda _module, _args, y: self.leave(y))
+def _install_dispatch(part: Transformer, config: Config, mesh: DeviceMesh) -> bool:
+    """Give each MoE block its dispatch and its first expert; whether shared experts work inside the dispatch."""
+    dispatch, shared_inside = build_dispatch(config, mesh)
+    each = config.moe.num_experts // expert_ranks(config)
+    rank = 0 if config.mesh.experts == "tp_hidden" else expert_axis(config, mesh).get_local_rank()
+    for module in part.modules():
+        if isinstance(module, MoE):
+            module.dispatch = dispatch
+            module.experts.first_expert = rank * each
+    return shared_inside
 
 
 def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:

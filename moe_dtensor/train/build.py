@@ -11,6 +11,7 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus
 from moe_dtensor.mesh import build_mesh
+from moe_dtensor.model.balance import BalanceState
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.parallel.pipeline import Runner, build_runner
@@ -33,6 +34,7 @@ class Trainer:
     """Runs forward and backward over a step's microbatches."""
     optimizers: Optimizers
     schedule: Schedule
+    balance: BalanceState
 
 
 def set_vocabulary(config: Config, corpus: Corpus) -> Config:
@@ -64,6 +66,7 @@ def build(config: Config, device: torch.device) -> Trainer:
         runner=build_runner(parts, config, mesh, device),
         optimizers=optimizers,
         schedule=build_schedulers(optimizers, config),
+        balance=BalanceState(config, parts, device),
     )
 
 

@@ -86,4 +86,6 @@ def format_record(record: Record, steps: int) -> str:
     loads = record.get("expert_load_max_over_mean")
     if loads:
         parts.append(f"load {max(loads.values()):.2f}")
+    if "forced_router" in record:
+        parts.append(f"router {record['forced_router']} (forced)")
     return "  ".join(parts)

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.model.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.display import Display
-from moe_dtensor.train.metrics import Meter
+from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.run_folder import RunFolder, open_run_folder
 from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
@@ -100,6 +100,7 @@ class Run:
             self.trainer.optimizers,
             self.trainer.schedule,
             self.loader,
+            self.trainer.balance,
         )
         self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
         self.is_rank_0 = dist.get_rank() == 0
@@ -127,6 +128,8 @@ class Run:
             f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
             f"on {self.device.type}; run folder {self.folder.path}"
         )
+        if notice := routing_notice(self.config):
+            display.say(notice)
         return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
 
     def to_the_end(self) -> int:
@@ -160,10 +163,9 @@ class Run:
         self.meter.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
-        load_LE = result.load_LE
-        values: dict[str, Tensor | float] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
-        if len(load_LE):
-            values["expert_load_max_over_mean"] = load_LE.amax(1) / load_LE.mean(1)
+        values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        if len(result.churn_L):
+            values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         interval = self.config.training.validation_interval
@@ -197,6 +199,39 @@ class Run:
             self.meter.flush()
             with self.meter.paused():
                 self.checkpoints.save(self.step)
+
+
+def routing_notice(config: Config) -> str:
+    """What has to be known of a router before its numbers are believed; empty if nothing."""
+    moe = config.moe
+    if moe.num_experts and moe.router == "expert_choice":
+        return (
+            "moe.router = expert_choice: experts choose among the tokens of a whole routing group, later ones too, so "
+            "the training loss may profit from what a generating model cannot know. Validation takes plain top-k."
+        )
+    if moe.num_experts and moe.router in FORCED:
+        return f"moe.router = {moe.router} is forced: it looks at no token's vector, in validation neither."
+    return ""
+
+
+def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
+    """Diagnostics of the MoE blocks by name, ``(L,)`` each; those of what is switched off are left out. A forced
+    router is named in every record."""
+    load_LE, means = result.routing
+    off = {
+        "balance_loss": config.moe.balance_loss == 0,
+        "dropped": config.moe.capacity_factor == 0,
+        "differs_from_top_k": config.moe.router in ("topk", *FORCED),
+        "sinkhorn_error": config.moe.router != "sinkhorn",
+    }
+    label: dict[str, Value] = {"forced_router": config.moe.router} if config.moe.router in FORCED else {}
+    return label | {
+        "expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
+        "expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
+        "experts_without_tokens": (load_LE == 0).sum(1),
+        "expert_load_churn": result.churn_L,
+        **{name: mean_L for name, mean_L in means.items() if not off.get(name)},
+    }
 
 
 def _say(message: str) -> None:

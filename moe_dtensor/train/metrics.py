@@ -31,6 +31,12 @@ _PEAK_FLOPS = (
 )
 
 
+Value = Tensor | float | str
+"""What a step hands over."""
+Read = float | str | list[float]
+"""The same on the host."""
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by its data sheet; None on CPUs and for cards not in the table."""
     if device.type != "cuda":
@@ -70,15 +76,15 @@ class Meter:
         self._layers = [str(layer) for layer in layers]
         peak = peak_flops(device)
         self._mfu_per_token_rate = flops_per_token / (peak * world_size) if peak else 0.0
-        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._steps: list[tuple[int, dict[str, Value]]] = []
         self._since = time.perf_counter()
 
-    def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+    def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Take the values of a finished step.
 
         Args:
             step: its number, from 1.
-            values: by name; numbers, tensors of one element, or vectors with one entry for each of ``layers``.
+            values: by name; numbers, texts, tensors of one element, or vectors with one entry for each of ``layers``.
                 Tensors must not be written to later.
         """
         if not self._sinks:
@@ -116,7 +122,7 @@ class Meter:
         for sink in self._sinks:
             sink.close()
 
-    def _named(self, values: Mapping[str, float | list[float]]) -> Record:
+    def _named(self, values: Mapping[str, Read]) -> Record:
         """Vectors become dicts by layer."""
         return {
             name: dict(zip(self._layers, value, strict=True)) if isinstance(value, list) else value
@@ -136,8 +142,8 @@ class Meter:
 
 
 def _read(
-    steps: Sequence[tuple[int, Mapping[str, Tensor | float]]], device: torch.device
-) -> Iterator[tuple[int, dict[str, float | list[float]]]]:
+    steps: Sequence[tuple[int, Mapping[str, Value]]], device: torch.device
+) -> Iterator[tuple[int, dict[str, Read]]]:
     """The steps with tensors as numbers, through one copy from the device."""
     tensors = [value for _, values in steps for value in values.values() if isinstance(value, Tensor)]
     # float64 holds every narrower value as it is.
@@ -145,7 +151,7 @@ def _read(
     joined = torch.cat(parts).tolist() if parts else []
     position = 0
     for step, values in steps:
-        numbers: dict[str, float | list[float]] = {}
+        numbers: dict[str, Read] = {}
         for name, value in values.items():
             if not isinstance(value, Tensor):
                 numbers[name] = value

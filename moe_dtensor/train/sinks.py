@@ -1,6 +1,6 @@
 """Where records go besides the terminal: a JSON-lines file, TensorBoard, Weights & Biases.
 
-A record is a dict with ``step``, scalars, and per-layer values as ``{name: {layer: value}}``. One process
+A record is a dict with ``step``, scalars, texts, and per-layer values as ``{name: {layer: value}}``. One process
 (rank 0) owns the sinks.
 """
 
@@ -50,7 +50,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard events; per-layer values are ``<name>/layer_<i>``.
+    """TensorBoard events; per-layer values are ``<name>/layer_<i>``, a text is written when it changes.
 
     Args:
         folder: of the event files.
@@ -61,11 +61,16 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._texts: dict[str, str] = {}
 
     def log(self, record: Record) -> None:
         """Add one point to every curve."""
         for name, value in _flat(record):
-            self._writer.add_scalar(name, value, record["step"])
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, value, record["step"])
+            elif self._texts.get(name) != value:
+                self._texts[name] = value
+                self._writer.add_text(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -117,7 +122,7 @@ def build_sinks(config: Config, folder: Path, run_id: str, start_step: int) -> l
     return sinks
 
 
-def _flat(record: Record) -> Iterator[tuple[str, float]]:
+def _flat(record: Record) -> Iterator[tuple[str, float | str]]:
     for name, value in record.items():
         if isinstance(value, dict):
             for layer, entry in value.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
+from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
 from moe_dtensor.train.build import Trainer
 
@@ -24,8 +25,10 @@ class StepResult:
     """Global gradient norm before clipping."""
     finite: Tensor
     """Whether loss and gradients were finite, so that the update was applied."""
-    load_LE: Tensor
-    """Copies sent to each expert in each MoE block, ``(MoE blocks, E)`` float64."""
+    routing: Record
+    """What the routers of all MoE blocks tell."""
+    churn_L: Tensor
+    """How much the load moved since the step before: see :meth:`BalanceState.step`."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -48,6 +51,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         move(batch.labels_BS),
         None if batch.positions_BS is None else move(batch.positions_BS),
         None if batch.documents_BS is None else move(batch.documents_BS),
+        None if batch.sequence_B is None else move(batch.sequence_B),
     )
 
 
@@ -56,12 +60,14 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
     training = trainer.config.training
     trainer.optimizers.zero_grad()
     loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
-    loss, load_LE = sum_over_ranks(trainer, loss, take_load(trainer))
+    loss, record_LR = sum_over_ranks(trainer, loss, take_record(trainer))
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
-    return StepResult(loss, norm, finite, load_LE)
+    routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
+    churn_L = trainer.balance.step(routing.load_LE, finite)
+    return StepResult(loss, norm, finite, routing, churn_L)
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
     loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
-    return sum_over_ranks(trainer, loss, take_load(trainer))[0]
+    return sum_over_ranks(trainer, loss, take_record(trainer))[0]
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
@@ -82,27 +88,28 @@ def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
     return targets.clamp(min=1).to(torch.promote_types(dtype, torch.float32))
 
 
-def take_load(trainer: Trainer) -> Tensor:
-    """The load of this rank's tokens at their place in the whole model, ``(MoE blocks, E)`` float64."""
+def take_record(trainer: Trainer) -> Tensor:
+    """The routing of this rank's tokens at its place in the whole model, ``(MoE blocks, R)`` float64."""
     layers = sorted(moe_layers(trainer.config))
-    load_LE = torch.zeros(len(layers), trainer.config.moe.num_experts, dtype=torch.float64, device=trainer.device)
+    width = trainer.config.moe.num_experts + len(STATISTICS)
+    record_LR = torch.zeros(len(layers), width, dtype=torch.float64, device=trainer.device)
     for part in trainer.parts:
-        counted = part.take_load()
+        counted = part.take_record()
         if counted is not None:
             first = layers.index(part.moe_layers[0])
-            load_LE[first : first + len(counted)] = counted
-    return load_LE
+            record_LR[first : first + len(counted)] = counted
+    return record_LR
 
 
-def sum_over_ranks(trainer: Trainer, loss: Tensor, load_LE: Tensor) -> tuple[Tensor, Tensor]:
-    """Each rank's share of loss and load to those of the step, in one collective."""
+def sum_over_ranks(trainer: Trainer, loss: Tensor, record_LR: Tensor) -> tuple[Tensor, Tensor]:
+    """Each rank's share of loss and routing record to those of the step, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
         loss = torch.zeros_like(loss)
-        load_LE = load_LE if trainer.config.mesh.sequence_parallel else torch.zeros_like(load_LE)
-    packed = torch.cat([loss.to(torch.float64).reshape(1), load_LE.flatten()])
+        record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
+    packed = torch.cat([loss.to(torch.float64).reshape(1), record_LR.flatten()])
     dist.all_reduce(packed)
-    return packed[0], packed[1:].view_as(load_LE)
+    return packed[0], packed[1:].view_as(record_LR)
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:

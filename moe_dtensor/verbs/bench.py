@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
 
 HELP = "time the expert layer (bench layer) or whole training steps (bench train)"
@@ -50,12 +51,17 @@ def _train(argv: list[str]) -> int:
     parser = Parser("bench train", "time whole training steps of a config (under torchrun for several ranks)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts (default: 5)")
     parser.add_argument("--measure", type=int, default=10, help="steps that are timed (default: 10)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result to a file")
+    parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
+    parser.add_argument("--breakdown", action="store_true", help="also record where the GPUs' time goes")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to a file")
     options, config = parser.load(argv)
     if min(options.warmup, options.measure) < 1:
         raise ConfigError(f"--warmup {options.warmup} and --measure {options.measure} must be at least 1.")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check(config, world_size)
-    from moe_dtensor.verbs.bench_train import bench_train
+    variants = load_variants(options.variants, config) if options.variants else {"": config}
+    for variant in variants.values():
+        check(variant, world_size)
+    from moe_dtensor.verbs.bench_train import Options, bench_train
 
-    return bench_train(resolve(config, world_size), options.warmup, options.measure, options.json)
+    resolved = {name: resolve(variant, world_size) for name, variant in variants.items()}
+    return bench_train(resolved, Options(options.warmup, options.measure, options.breakdown, options.json))

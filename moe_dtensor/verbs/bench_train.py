@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -15,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.model.counts import flops_per_token, parameters
 from moe_dtensor.train.build import build, set_vocabulary
 from moe_dtensor.train.loop import end_ranks, start_ranks
 from moe_dtensor.train.metrics import peak_flops
 from moe_dtensor.train.step import StepResult, read_batch, train_step
+from moe_dtensor.verbs.bench_breakdown import Breakdown, measure_breakdown
 from moe_dtensor.verbs.bench_provenance import provenance
 
 
@@ -41,47 +43,96 @@ class TrainResult:
     """Of the last step: a number that is not finite would make the times worthless."""
 
 
-def bench_train(config: Config, warmup: int, steps: int, json_path: Path | None) -> int:
-    """Take ``warmup`` steps, then time ``steps`` more; rank 0 prints and writes JSON.
+@dataclass(frozen=True)
+class Options:
+    """How ``bench train`` measures."""
+
+    warmup: int
+    """Steps before the clock starts, at least 1."""
+    steps: int
+    """Steps measured."""
+    breakdown: bool
+    """Also record where the time goes, on GPUs."""
+    json: Path | None
+    """File for results, configs and provenance."""
+
+
+def bench_train(variants: dict[str, Config], options: Options) -> int:
+    """Measure each variant in turn on the same ranks; rank 0 prints and writes JSON.
 
     Args:
-        config: resolved.
-        warmup: steps before the clock starts, at least 1.
-        steps: steps measured.
-        json_path: file for result, config and provenance.
+        variants: resolved configs by name; a single one may have the name "".
+        options: how.
     """
-    device = start_ranks(config)
-    corpus = build_corpus(config)
-    config = set_vocabulary(config, corpus)
+    configs = list(variants.values())
+    device = start_ranks(configs[0])
+    corpus = build_corpus(configs[0])
+    records = []
+    for name, config in variants.items():
+        config = set_vocabulary(config, corpus)
+        result, ranks = _measure(config, corpus, device, options)
+        if dist.get_rank() == 0:
+            print(f"{name + ': ' if name else ''}{_line(config, result, options, ranks)}", flush=True)
+            record: dict[str, Any] = {"ranks": dist.get_world_size(), "result": asdict(result)}
+            record |= {"breakdown": [asdict(rank) for rank in ranks]} if ranks else {}
+            records.append({"name": name} | record | {"config": asdict(config)})
+            _write(records, options.json)
+        _forget(device)
+    end_ranks()
+    return 0
+
+
+def _write(records: list[dict[str, Any]], path: Path | None) -> None:
+    """After each variant, so that none is lost with a later one."""
+    if path is None:
+        return
+    content = {"variants": records} if records[0]["name"] else {k: v for k, v in records[0].items() if k != "name"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(provenance() | content, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(
+    config: Config, corpus: Corpus, device: torch.device, options: Options
+) -> tuple[TrainResult, list[Breakdown]]:
     trainer, loader = build(config, device), Loader(config, corpus)
 
     def step() -> StepResult:
         return train_step(trainer, read_batch(trainer, loader))
 
     first = _seconds(step, device)
-    for _ in range(warmup - 1):
+    for _ in range(options.warmup - 1):
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, last = _time(step, steps, device)
+    times, last = _time(step, options.steps, device)
     result = _result(config, times, first, last, device)
-    if dist.get_rank() == 0:
-        total, active = parameters(config)
-        mfu = f", MFU {result.mfu:.1%}" if result.mfu else ""
-        memory = f", {result.peak_memory_gib:.1f} GiB" if result.peak_memory_gib else ""
-        print(
-            f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active: {result.step_seconds:.4f} s a step, "
-            f"{result.tokens_per_second:,.0f} tokens/s{mfu}{memory}; first step {result.first_step_seconds:.1f} s, "
-            f"loss {result.loss:.4f} after {warmup + steps} steps",
-            flush=True,
+    return result, measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+
+
+def _forget(device: torch.device) -> None:
+    """Give back a variant's compiled blocks and memory: the next one's are others."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _line(config: Config, result: TrainResult, options: Options, ranks: list[Breakdown]) -> str:
+    total, active = parameters(config)
+    mfu = f", MFU {result.mfu:.1%}" if result.mfu else ""
+    memory = f", {result.peak_memory_gib:.1f} GiB" if result.peak_memory_gib else ""
+    line = (
+        f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active: {result.step_seconds:.4f} s a step, "
+        f"{result.tokens_per_second:,.0f} tokens/s{mfu}{memory}; first step {result.first_step_seconds:.1f} s, "
+        f"loss {result.loss:.4f} after {options.warmup + options.steps} steps"
+    )
+    for i, rank in enumerate(ranks):
+        parts = [f"{kind} {ms:.0f} ({rank.exposed_collectives[kind]:.0f})" for kind, ms in rank.collectives.items()]
+        line += (
+            f"\n  rank {i}: step {rank.step:.0f} ms, computing {rank.computing:.0f}, idle {rank.idle:.0f}, "
+            f"exposed {rank.exposed:.0f}; collectives (exposed): {', '.join(parts) or 'none'}"
         )
-        if json_path:
-            record: dict[str, Any] = provenance() | {"ranks": dist.get_world_size()}
-            record |= {"result": asdict(result), "config": asdict(config)}
-            json_path.parent.mkdir(parents=True, exist_ok=True)
-            json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    end_ranks()
-    return 0
+    return line
 
 
 def _seconds(step: Callable[[], StepResult], device: torch.device) -> float:

@@ -7,15 +7,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from moe_dtensor.config.build import override
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.schema import Config, Schedule
 
 if TYPE_CHECKING:
+    from moe_dtensor.verify.cases import Case
     from moe_dtensor.verify.compare import Verdict
     from moe_dtensor.verify.miniature import Layout
 
@@ -34,29 +37,43 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="expert kernels; default: the config's in bfloat16, else auto"
     )
+    parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
     options, config = parser.load(argv)
-    config = _with_backend(config, options)
+    variants = load_variants(options.variants, config) if options.variants else {"": config}
 
     # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from moe_dtensor.verify.miniature import shrink
+    from moe_dtensor.verify.cases import Case
+    from moe_dtensor.verify.miniature import shrink, steps_to_show
 
-    layouts, refused = choose_layouts(config, options.meshes, options.schedules)
-    miniature = shrink(config, layouts, options.dtype)
-    verdicts = _judge(miniature, layouts, options)
-    for mesh, reason in refused.items():
-        print(f"{mesh} not run: {reason}")
+    cases: list[tuple[str, Case]] = []
+    for name, variant in variants.items():
+        chosen = _with_backend(variant, options)
+        layouts, refused = choose_layouts(chosen, options.meshes, options.schedules)
+        miniature = shrink(chosen, layouts, options.dtype)
+        cases += [(name, Case(layout, miniature, steps=steps_to_show(miniature))) for layout in layouts]
+        for mesh, reason in refused.items():
+            print(f"{f'{name} ' if name else ''}{mesh} not run: {reason}")
+    # Cases on the same mesh share one start of its ranks.
+    order = list(dict.fromkeys(case.layout.mesh for _, case in cases))
+    cases.sort(key=lambda named: order.index(named[1].layout.mesh))
+    verdicts = _judge(cases, options.dtype)
     if options.json:
-        texts = [v.to_json() | {"dtype": options.dtype, "backend": miniature.moe.backend} for v in verdicts]
+        texts = [
+            v.to_json() | {"dtype": options.dtype, "backend": case.config.moe.backend, "variant": name}
+            for v, (name, case) in zip(verdicts, cases, strict=True)
+        ]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
     return 0 if all(v.ok for v in verdicts) else 1
 
 
 def _with_backend(config: Config, options: argparse.Namespace) -> Config:
-    backend = options.backend or (config.moe.backend if options.dtype == "bfloat16" else "auto")
-    return override(config, {"moe.backend": backend})
+    if options.dtype != "bfloat16":
+        return override(config, {"moe.backend": options.backend or "auto"})
+    # Some backends take nothing else, whatever the config itself computes in.
+    return override(config, {"moe.backend": options.backend or config.moe.backend, "training.param_dtype": "bfloat16"})
 
 
 def choose_layouts(
@@ -103,15 +120,13 @@ def _reason(config: Config, layout: Layout) -> str:
     return ""
 
 
-def _judge(miniature: Config, layouts: Sequence[Layout], options: argparse.Namespace) -> list[Verdict]:
-    from moe_dtensor.verify.cases import Case
+def _judge(cases: Sequence[tuple[str, Case]], dtype: str) -> list[Verdict]:
     from moe_dtensor.verify.report import Report
     from moe_dtensor.verify.run import prove
 
-    cases = [Case(layout, miniature) for layout in layouts]
     verdicts = []
-    with Report(miniature, options.dtype) as report:
-        for verdict in prove(cases):
-            report.add(verdict)
+    with Report(cases[0][1].config, dtype) as report:
+        for (name, _), verdict in zip(cases, prove([case for _, case in cases]), strict=True):
+            report.add(replace(verdict, mesh=f"{verdict.mesh} {name}".strip()))
             verdicts.append(verdict)
     return verdicts

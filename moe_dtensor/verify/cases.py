@@ -60,6 +60,7 @@ class Case:
     layout: Layout
     config: Config
     empty_expert: bool = False
+    steps: int = 1
 
 
 def possible(setting: Setting) -> bool:
@@ -167,11 +168,12 @@ def build_case(setting: Setting) -> Case:
     )
     if setting["dense_first"]:
         config = override(config, {"moe.layers": tuple(range(1, config.model.num_layers))})
-    config = _with_microbatches(config, layout, setting["accumulation"])
+    config = with_microbatches(config, layout, setting["accumulation"])
     return Case(layout, config, setting["empty_expert"])
 
 
-def _with_microbatches(config: Config, layout: Layout, accumulation: int) -> Config:
+def with_microbatches(config: Config, layout: Layout, accumulation: int) -> Config:
+    """With the fewest microbatches that the layout takes, or with ``accumulation - 1`` more at least."""
     each = layout.dp * config.training.microbatch_size
     counts = iter(range(1, 100))
 

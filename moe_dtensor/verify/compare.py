@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share."""
 
-KINDS = ("gradient", "loss", "grad_norm", "parameter", "routing")
-"""What is compared. When several are wrong the first is named: a wrong gradient explains the others."""
+KINDS = ("routing", "statistic", "gradient", "loss", "grad_norm", "parameter", "state")
+"""What is compared, in the order in which one thing explains another."""
+FORWARD = ("routing", "statistic")
+"""Of MoE blocks: what is routed otherwise is another computation from that block on."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Deviation:
     error: float
     ratio: float
     limit: float
+    step: int = 1
 
     @property
     def ok(self) -> bool:
@@ -32,11 +36,19 @@ class Deviation:
         return self.error <= self.limit
 
     @property
-    def severity(self) -> tuple[bool, int, float]:
-        """Larger is worse: failures first, then by kind, then by how far beyond the limit."""
+    def severity(self) -> tuple[bool, tuple[int, ...], float]:
+        """Larger is worse: failures first, of them what comes first in a run, then by how far beyond the limit.
+
+        Of what passes a gradient is told: it says most.
+        """
         excess = self.error / self.limit if self.limit else self.error
-        rank = -KINDS.index(self.kind) if not self.ok else 0
-        return not self.ok, rank, math.inf if math.isnan(excess) else excess
+        first = (self.kind == "gradient",) if self.ok else (-self.step, -self._layer, -KINDS.index(self.kind))
+        return not self.ok, first, math.inf if math.isnan(excess) else excess
+
+    @property
+    def _layer(self) -> int:
+        """Block of what a forward pass shows; whatever else there is comes after all blocks."""
+        return int(self.name.split(".")[1]) if self.kind in FORWARD else sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -101,10 +113,12 @@ def deviate(name: str, kind: str, found: Tensor, expected: Tensor, limit: float,
     return Deviation(name, kind, error, norm / size if size else (1.0 if norm == 0 else math.inf), limit)
 
 
-def deviate_scalar(name: str, kind: str, found: float, expected: float, limit: float) -> Deviation:
-    """Relative difference; two equal infinities agree."""
+def deviate_scalar(
+    name: str, kind: str, found: float, expected: float, limit: float, floor: float = 1e-300
+) -> Deviation:
+    """Relative difference; two equal infinities agree. What is smaller than ``floor`` is measured against that."""
     ratio = found / expected if expected else (1.0 if found == expected else math.inf)
-    error = 0.0 if found == expected else abs(found - expected) / max(abs(expected), 1e-300)
+    error = 0.0 if found == expected else abs(found - expected) / max(abs(expected), floor)
     return Deviation(name, kind, error, ratio, limit)
 
 
@@ -136,9 +150,9 @@ def relative_to(
         factor: how many times its error is allowed.
         least: an error of the reference below this counts as this.
     """
-    errors = {d.name: d.error for d in reference if d.kind == "gradient"}
+    errors = {(d.name, d.step): d.error for d in reference if d.kind == "gradient"}
     for d in found:
-        limit = min(d.limit, factor * max(errors[d.name], least)) if d.kind == "gradient" else d.limit
+        limit = min(d.limit, factor * max(errors[d.name, d.step], least)) if d.kind == "gradient" else d.limit
         yield replace(d, limit=limit)
 
 

@@ -98,10 +98,10 @@ def initial_values(config: Config, *, empty_expert: bool = False) -> dict[str, T
     return values
 
 
-def global_batch(config: Config) -> list[Microbatch]:
-    """The step's microbatches in order; every sequence has its own number of targets, the first of several only one."""
+def global_batch(config: Config, step: int = 1) -> list[Microbatch]:
+    """A step's microbatches in order; every sequence has its own number of targets, the first of several only one."""
     training = config.training
-    generator = torch.Generator().manual_seed(training.seed + 1)
+    generator = torch.Generator().manual_seed(training.seed + step)
     shape = (training.global_batch_size, training.seq_len)
     tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
     ignored = torch.randint(0, training.seq_len // 2 + 1, (shape[0],), generator=generator)
@@ -112,8 +112,13 @@ def global_batch(config: Config) -> list[Microbatch]:
     documents = None
     if config.data.document_mask:
         documents = (torch.rand(shape, generator=generator) < 0.3).long().cumsum(1)
-    size = training.microbatch_size
+    first = (step - 1) * shape[0]
     return [
-        Microbatch(tokens[i : i + size], labels[i : i + size], None if documents is None else documents[i : i + size])
-        for i in range(0, shape[0], size)
+        Microbatch(
+            tokens[held],
+            labels[held],
+            None if documents is None else documents[held],
+            range(first + held.start, first + held.stop),
+        )
+        for held in (slice(i, i + training.microbatch_size) for i in range(0, shape[0], training.microbatch_size))
     ]

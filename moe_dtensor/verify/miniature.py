@@ -1,7 +1,7 @@
 """Shrink a config to a model that a laptop can prove things about, and keep all that decides what is computed.
 
-Kept: activation, norms, qk_norm, router, K, shared experts, which kinds of block there are, tied or not,
-the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
+Kept: activation, norms, qk_norm, all of routing and balancing, K, shared experts, which kinds of block there are,
+tied or not, the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
 recompute, the document mask, clipping, the optimizer. Each size is the smallest that every mesh and
 schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
 """
@@ -85,6 +85,8 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64") ->
             "compile.enable": False,
             "fsdp.cpu_offload": False,
             "checkpoint.enable": False,
+            # Where a second step is taken: the oracle knows no way down.
+            "lr_scheduler.decay": "constant",
             "data.corpus": "random",
             "data.tokenizer": "bytes",
             "model.vocab_size": 301,
@@ -96,9 +98,9 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64") ->
 
 
 def _refuse_unknown_parts(config: Config) -> None:
-    if config.moe.num_experts and config.moe.router not in ("sinkhorn", "topk"):
+    if config.moe.num_experts and ":" in config.moe.router:
         raise ConfigError(
-            f"verify's oracle knows the routers sinkhorn and topk, not moe.router = {config.moe.router!r}.",
+            f"verify's oracle knows the routers that are built in, not moe.router = {config.moe.router!r}.",
             "Verify the rest of the config with --moe.router topk.",
         )
     if config.training.loss != "cross_entropy":
@@ -149,10 +151,22 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
     moe = whole.moe
     if not moe.num_experts:
         return small
-    # Some experts must go unchosen, unless all are chosen at full size.
+    # Some experts must go unchosen, unless all are chosen at full size; the same within the groups that are kept.
     least = min(moe.num_experts, max(2 * moe.top_k, 4))
+    if moe.expert_groups:
+        of_group = moe.num_experts // moe.expert_groups
+        spare = moe.top_k < moe.expert_groups_kept * of_group
+        needed = max(-(-(moe.top_k + spare) // moe.expert_groups_kept), min(2, of_group))
+        least = max(least, moe.expert_groups * needed)
     small = override(small, {"moe.num_shared_experts": min(moe.num_shared_experts, 2)})
     return _first_legal(small, range(least, moe.num_experts + 1), lambda n: {"moe.num_experts": n}, layouts)
+
+
+def steps_to_show(config: Config) -> int:
+    """2 where a step depends on what balancing took over from the one before, else 1."""
+    moe = config.moe
+    carries = moe.bias_rate > 0 or (moe.balance_loss > 0 and moe.balance_over == "batch")
+    return 2 if moe.num_experts and carries else 1
 
 
 def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:

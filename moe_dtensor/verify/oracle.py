@@ -1,8 +1,9 @@
-"""What every mesh must reproduce: one training step, written a second time, as plainly as it can be.
+"""What every mesh must reproduce: training steps, written a second time, as plainly as they can be.
 
 One process, float64, a Python loop over experts and tokens. It shares nothing with what it judges but
 the config: no module, no kernel, no DTensor, no fused call. Where there is a choice it takes another road
-than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn).
+than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn). Routing is in
+:mod:`moe_dtensor.verify.oracle_routing`.
 
 B sequences, S positions, D width, H heads, C head width, V vocabulary, T = B*S tokens, E experts, K choices,
 F hidden width.
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.oracle_routing import Balance, Routed, histogram, jitter, place, route
 
 IGNORED = -100
 
@@ -29,41 +32,98 @@ class Microbatch:
     tokens: Tensor
     labels: Tensor
     documents: Tensor | None = None
+    numbers: Sequence[int] | None = None
+    """Of its sequences in the run. None: from 0."""
+
+
+Batch = Sequence[Microbatch]
+"""A step's global batch in order."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One step. ``counts[i]`` is ``(E,)``; ``routing[i]`` holds a ``(T, K)`` of chosen experts per microbatch."""
+    """One step. Of each MoE block, by index: ``counts`` and ``bias`` ``(E,)``, the diagnostics ``means`` by name, and
+    for every microbatch the experts chosen and whether each was kept, ``(T, K)``."""
 
     loss: float
     gradients: dict[str, Tensor]
     grad_norm: float
     parameters: dict[str, Tensor]
     counts: dict[int, Tensor]
+    bias: dict[int, Tensor]
+    means: dict[int, dict[str, float]]
     routing: dict[int, list[Tensor]]
+    kept: dict[int, list[Tensor]]
 
 
-def one_step(config: Config, initial: Mapping[str, Tensor], microbatches: Sequence[Microbatch]) -> Answer:
-    """Loss, gradients, one clipped AdamW step and the routing of a whole global batch.
+def one_step(config: Config, initial: Mapping[str, Tensor], batch: Batch) -> Answer:
+    """The first of :func:`steps`."""
+    return steps(config, initial, [batch])[0]
+
+
+def steps(config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Answer]:
+    """Loss, gradients, one clipped AdamW step and the routing of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
-        microbatches: the global batch in order.
+        batches: one for each step.
     """
-    weights = {name: value.detach().double().requires_grad_() for name, value in initial.items()}
-    targets = sum(int((m.labels != IGNORED).sum()) for m in microbatches)
-    model = _Transformer(config, weights)
-    loss = torch.zeros((), dtype=torch.float64)
-    for microbatch in microbatches:
+    adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
+    experts = config.moe.num_experts
+    balance = {i: Balance(torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
+    answers = []
+    for batch in batches:
+        weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
+        model = _Transformer(config, weights, balance)
+        loss = _differentiate(model, batch)
+        gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
+        norm = gradient_norm(gradients, config.training.norm_type)
+        adamw.step(gradients, norm)
+        load = {
+            i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
+            for i, routed in model.routed.items()
+        }
+        means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
+        balance = {i: balance[i].after(config.moe.bias_rate, load[i]) for i in balance}
+        answers.append(
+            Answer(
+                loss,
+                gradients,
+                norm,
+                dict(adamw.parameters),
+                {i: torch.tensor(counts) for i, counts in load.items()},
+                {i: state.bias for i, state in balance.items()},
+                means,
+                {i: [r.chosen_TK for r in routed] for i, routed in model.routed.items()},
+                {i: [r.kept_TK for r in routed] for i, routed in model.routed.items()},
+            )
+        )
+    return answers
+
+
+def _differentiate(model: _Transformer, batch: Batch) -> float:
+    """Backward through all microbatches; the cross-entropy, in which no auxiliary loss is counted."""
+    targets = sum(int((m.labels != IGNORED).sum()) for m in batch)
+    tokens = sum(m.tokens.numel() for m in batch)
+    loss = 0.0
+    for microbatch in batch:
         part = _cross_entropy(model.logits(microbatch), microbatch.labels.reshape(-1)) / targets
-        part.backward()
-        loss = loss + part.detach()
-    gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-    norm = gradient_norm(gradients, config.training.norm_type)
-    counts = {i: _histogram(torch.cat(chosen), config.moe.num_experts) for i, chosen in model.routing.items()}
-    parameters = adamw_step(config, {n: w.detach() for n, w in weights.items()}, gradients, norm)
-    return Answer(float(loss), gradients, norm, parameters, counts, model.routing)
+        auxiliary = sum(routed[-1].auxiliary for routed in model.routed.values()) / tokens
+        (part + auxiliary).backward()
+        loss += float(part.detach())
+    return loss
+
+
+def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
+    """The diagnostics over all tokens of a step; dropped copies over all copies."""
+    tokens = sum(len(r.chosen_TK) for r in routed)
+    means = {name: sum(r.sums[name] for r in routed) / tokens for name in routed[0].sums}
+    return means | {"dropped": means["dropped"] / config.moe.top_k}
+
+
+def _lists(chosen_TK: Tensor) -> list[list[int]]:
+    return [[e for e in row if e >= 0] for row in chosen_TK.tolist()]
 
 
 def gradient_norm(gradients: Mapping[str, Tensor], order: float) -> float:
@@ -73,32 +133,46 @@ def gradient_norm(gradients: Mapping[str, Tensor], order: float) -> float:
     return math.sqrt(sum(float((g * g).sum()) for g in gradients.values()))
 
 
-def adamw_step(
-    config: Config, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], norm: float
-) -> dict[str, Tensor]:
-    """The first AdamW update (arXiv:1711.05101) after clipping; bias correction leaves g and g² as the moments."""
-    optimizer, limit = config.optimizer, config.training.max_grad_norm
-    clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-    lr = first_learning_rate(config)
-    after = {}
-    for name, value in parameters.items():
-        gradient = gradients[name] * clip
-        kept = 1.0 if _undecayed(name) else 1.0 - lr * optimizer.weight_decay
-        after[name] = value * kept - lr * gradient / (gradient.abs() + optimizer.eps)
-    return after
+class AdamW:
+    """Clipping and AdamW (arXiv:1711.05101) over parameters by name."""
+
+    def __init__(self, config: Config, parameters: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.parameters = dict(parameters)
+        self.first = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        self.second = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        self.steps = 0
+
+    def step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
+        """New parameters; the old tensors stay as they are."""
+        optimizer, limit = self.config.optimizer, self.config.training.max_grad_norm
+        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+        self.steps += 1
+        lr = learning_rate(self.config, self.steps)
+        for name, value in self.parameters.items():
+            g = gradients[name] * clip
+            self.first[name] = optimizer.beta1 * self.first[name] + (1 - optimizer.beta1) * g
+            self.second[name] = optimizer.beta2 * self.second[name] + (1 - optimizer.beta2) * g * g
+            m = self.first[name] / (1 - optimizer.beta1**self.steps)
+            v = self.second[name] / (1 - optimizer.beta2**self.steps)
+            kept = 1.0 if _undecayed(name) else 1.0 - lr * optimizer.weight_decay
+            self.parameters[name] = value * kept - lr * m / (v.sqrt() + optimizer.eps)
 
 
-def first_learning_rate(config: Config) -> float:
-    """Learning rate of step 1: one warm-up step up from 0, or the peak when there is no warm-up."""
-    return config.optimizer.lr / max(1, config.lr_scheduler.warmup_steps)
+def learning_rate(config: Config, step: int) -> float:
+    """Of a step from 1: up from 0 over the warm-up, then the peak, from which the oracle knows no way down.
+
+    Raises:
+        ValueError: the step is one of the decay's.
+    """
+    schedule, peak = config.lr_scheduler, config.optimizer.lr
+    if step > max(1, schedule.warmup_steps) and schedule.decay != "constant":
+        raise ValueError(f"Step {step} is beyond lr_scheduler.warmup_steps = {schedule.warmup_steps}.")
+    return peak * min(1.0, step / max(1, schedule.warmup_steps))
 
 
 def _undecayed(name: str) -> bool:
     return "norm" in name or "router" in name or name.startswith("tok_embeddings")
-
-
-def _histogram(chosen_TK: Tensor, num_experts: int) -> Tensor:
-    return torch.stack([(chosen_TK == e).sum() for e in range(num_experts)])
 
 
 def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -110,10 +184,11 @@ def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 class _Transformer:
-    def __init__(self, config: Config, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance]) -> None:
         self.config = config
         self.weights = weights
-        self.routing: dict[int, list[Tensor]] = {}
+        self.balance = balance
+        self.routed: dict[int, list[Routed]] = {}
 
     def logits(self, microbatch: Microbatch) -> Tensor:
         """``(T, V)`` of one microbatch."""
@@ -124,7 +199,7 @@ class _Transformer:
             x_BSD = x_BSD + self._attention(block + "attention.", h_BSD, microbatch)
             h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
             if block + "moe.router.weight" in self.weights:
-                y_TD = self._experts(i, h_TD, microbatch.tokens.shape[0])
+                y_TD = self._experts(i, h_TD, microbatch)
             else:
                 y_TD = self._feed_forward(block + "feed_forward.", h_TD)
             x_BSD = x_BSD + y_TD.view_as(x_BSD)
@@ -189,54 +264,24 @@ class _Transformer:
         hidden = x_TD @ self.weights[prefix + "up.weight"].T
         return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T
 
-    def _experts(self, layer: int, x_TD: Tensor, sequences: int) -> Tensor:
+    def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.moe."
-        logits_TE = x_TD @ self.weights[prefix + "router.weight"].T
-        chosen_TK, gate_TK = self._route(logits_TE, sequences)
-        self.routing.setdefault(layer, []).append(chosen_TK)
+        at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
+        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter else x_TD
+        logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
+        routed = route(self.config, logits_TE, at, self.balance[layer])
+        self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
-        parts: list[list[Tensor]] = [[] for _ in x_TD]
+        parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]
         for e in range(self.config.moe.num_experts):
-            for t, k in (chosen_TK == e).nonzero().tolist():
+            for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 *gate, hidden = up_EGFD[e] @ x_TD[t]
-                parts[t].append(gate_TK[t, k] * (down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)))
+                y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
+                parts[t].append(routed.gate_TK[t, k] * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
         if self.config.moe.num_shared_experts:
             y_TD = y_TD + self._feed_forward(prefix + "shared.", x_TD)
         return y_TD
-
-    def _route(self, logits_TE: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-        """Chosen experts and their gates, both ``(T, K)``. No gradient flows through the choice."""
-        moe = self.config.moe
-        scores_TE = logits_TE.detach()
-        if moe.router == "sinkhorn":
-            groups = scores_TE.reshape(sequences // moe.group_sequences, -1, moe.num_experts)
-            scores_TE = torch.cat([_sinkhorn(group, moe.sinkhorn_iterations) for group in groups])
-        elif moe.router != "topk":
-            raise ValueError(f"The oracle knows the routers sinkhorn and topk, not {moe.router!r}.")
-        # A stable sort sends ties to the lower index.
-        chosen_TK = scores_TE.sort(dim=1, descending=True, stable=True).indices[:, : moe.top_k]
-        if moe.router == "sinkhorn" and moe.top_k == 1:
-            gate_TE = 1 / (1 + (-logits_TE).exp())
-        else:
-            exp_TE = (logits_TE - _row_max(logits_TE)).exp()
-            gate_TE = exp_TE / exp_TE.sum(1, keepdim=True)
-        return chosen_TK, gate_TE.gather(1, chosen_TK)
-
-
-def _row_max(logits_TE: Tensor) -> Tensor:
-    """``(T, 1)``: the shift that keeps exp from overflowing; it cancels, so it needs no gradient."""
-    return logits_TE.detach().max(dim=1, keepdim=True).values
-
-
-def _sinkhorn(logits_TE: Tensor, iterations: int) -> Tensor:
-    """Rows scaled to sum 1, then columns to sum T/E, ``iterations`` times over (Sinkhorn and Knopp, 1967)."""
-    p_TE = (logits_TE - logits_TE.max()).exp()
-    tokens, experts = p_TE.shape
-    for _ in range(iterations):
-        p_TE = p_TE / p_TE.sum(1, keepdim=True)
-        p_TE = p_TE / p_TE.sum(0, keepdim=True) * (tokens / experts)
-    return p_TE
 
 
 def _first_positions(documents_BS: Tensor) -> Tensor:

@@ -11,6 +11,15 @@ from rich.table import Table
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.compare import Verdict
 
+COLUMNS = {
+    "loss": ("loss",),
+    "gradients": ("gradient",),
+    "grad norm": ("grad_norm",),
+    "after step": ("parameter", "state"),
+    "routing": ("routing", "statistic"),
+}
+"""Kinds of what is compared by where the largest error of them is shown."""
+
 
 class Report:
     """A context manager; rows are added as they are known, failures explained below the table."""
@@ -20,7 +29,7 @@ class Report:
         self.console = console or Console(width=None if Console().is_terminal else 160)
         self.verdicts: list[Verdict] = []
         self.table = Table(title=_title(miniature, dtype), title_justify="left")
-        for column in ("mesh", "schedule", "loss", "gradients", "grad norm", "after step", "routing"):
+        for column in ("mesh", "schedule", *COLUMNS):
             self.table.add_column(column)
         for column in ("worst", "error", "ratio of norms"):
             self.table.add_column(column, overflow="fold")
@@ -47,10 +56,7 @@ class Report:
         """Show one more row."""
         self.verdicts.append(verdict)
         worst = verdict.worst
-        errors = [
-            "-" if verdict.failure else f"{verdict.largest(kind):.1e}"
-            for kind in ("loss", "gradient", "grad_norm", "parameter", "routing")
-        ]
+        errors = ["-" if verdict.failure else f"{max(map(verdict.largest, kinds)):.1e}" for kinds in COLUMNS.values()]
         self.table.add_row(
             verdict.mesh,
             verdict.schedule,
@@ -79,7 +85,8 @@ def _explain(verdict: Verdict) -> str:
         return head + verdict.failure
     failed = sorted((d for d in verdict.deviations if not d.ok), key=lambda d: d.severity, reverse=True)
     lines = [
-        f"  {d.kind:<9} {d.name:<44} error {d.error:.2e} (limit {d.limit:.0e}), {d.ratio:.6g} times the oracle's norm"
+        f"  {d.kind:<9} {d.name:<44} step {d.step}: error {d.error:.2e} (limit {d.limit:.0e}), "
+        f"{d.ratio:.6g} times the oracle's norm"
         for d in failed[:8]
     ]
     more = [f"  … and {len(failed) - 8} more"] if len(failed) > 8 else []

@@ -14,10 +14,11 @@ from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.tokens import Tokens
 from moe_dtensor.parallel.pipeline import Runner
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import to_device
-from moe_dtensor.verify.oracle import Microbatch
+from moe_dtensor.verify.oracle import Answer, Microbatch
 
 
 class Recorder:
@@ -46,20 +47,20 @@ def build_subject(
     config: Config,
     initial: Mapping[str, Tensor],
     device: torch.device,
-    routing: Mapping[int, Sequence[Tensor]] | None = None,
+    replayed: Sequence[Answer] = (),
 ) -> tuple[Trainer, Recorder]:
     """A trainer with the given initial values, and the recorder in place of its runner.
 
     Args:
         config: resolved.
         initial: full tensors by name.
-        routing: choices ``(B*S, K)`` to force, by layer and microbatch of the global batch. None: the
-            trainer's own. Without forcing, rounding in float32 sends some token to another expert.
+        replayed: steps whose choices, and which of them are kept, to force in their order. None: the trainer's own.
+            Without forcing, rounding in float32 sends some token to another expert.
     """
     trainer = build(config, device)
     load_parameters(trainer, initial)
-    if routing is not None:
-        _force_routing(trainer, routing)
+    if replayed:
+        _force_routing(trainer, replayed)
     recorder = Recorder(trainer)
     return replace(trainer, runner=recorder), recorder  # type: ignore[arg-type]
 
@@ -98,10 +99,11 @@ def own_share(trainer: Trainer, batch: Sequence[Microbatch]) -> Batch:
     """This dp rank's microbatches, joined as the loader would give them."""
     mine = batch[_own_microbatches(trainer)]
     tokens, labels = (torch.cat([getattr(m, name) for m in mine]) for name in ("tokens", "labels"))
+    numbers = torch.tensor([number for m in mine for number in m.numbers or range(len(m.tokens))])
     if mine[0].documents is None:
-        return to_device(Batch(tokens, labels), trainer.device)
+        return to_device(Batch(tokens, labels, sequence_B=numbers), trainer.device)
     documents = torch.cat([m.documents for m in mine if m.documents is not None])
-    return to_device(Batch(tokens, labels, positions_in(documents), documents), trainer.device)
+    return to_device(Batch(tokens, labels, positions_in(documents), documents, numbers), trainer.device)
 
 
 def positions_in(documents_BS: Tensor) -> Tensor:
@@ -118,36 +120,54 @@ def _own_microbatches(trainer: Trainer) -> slice:
     return slice(first, first + each)
 
 
-def _force_routing(trainer: Trainer, routing: Mapping[int, Sequence[Tensor]]) -> None:
+def _force_routing(trainer: Trainer, answers: Sequence[Answer]) -> None:
     size = trainer.config.training.microbatch_size
     for part in trainer.parts:
         for index in part.moe_layers:
             router = part.get_submodule(f"layers.{index}.moe.router")
             assert isinstance(router, Router)
-            mine = routing[index][_own_microbatches(trainer)]
-            chosen = [t.to(trainer.device).unflatten(0, (size, -1)) for t in mine]
-            # On the instance: the module's own method stays what it is.
-            router.rank = Replay(router, chosen)  # type: ignore[method-assign]
+            chosen, kept = (
+                [
+                    t.to(trainer.device).unflatten(0, (size, -1))
+                    for answer in answers
+                    for t in of(answer)[index][_own_microbatches(trainer)]
+                ]
+                for of in (lambda answer: answer.routing, lambda answer: answer.kept)
+            )
+            replay = Replay(router, list(zip(chosen, kept, strict=True)))
+            # On the instance: the module's own methods stay what they are.
+            router.rank, router.keep = replay.rank, replay.keep  # type: ignore[method-assign]
 
 
 class Replay:
-    """Choices from a list, one for each microbatch in order.
+    """Choices from a list, and which of them are kept, one of each for each microbatch in order.
 
     A recomputed forward comes again at a time that only the schedule knows; it is told by its logits.
     """
 
-    def __init__(self, router: Router, chosen_BSK: list[Tensor]) -> None:
+    def __init__(self, router: Router, coming: list[tuple[Tensor, Tensor]]) -> None:
         self.own_positions = router.own_positions
-        self.coming = chosen_BSK
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.coming = coming
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.kept_BSK: Tensor | None = None
 
-    def __call__(self, logits_BSE: Tensor) -> Tensor:
-        """A ranking ``(B, S held here, E)`` in which the choices come first, in their order."""
-        for logits, ranking in self.seen:
+    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
+        """A ranking ``(B, S held here, E)`` in which the choices come first, in their order, and no other comes."""
+        for logits, ranking, kept in self.seen:
             if torch.equal(logits, logits_BSE):
-                return ranking
-        chosen = self.own_positions(self.coming.pop(0))
+                self.kept_BSK = kept
+                return ranking, 0.0
+        chosen, self.kept_BSK = map(self.own_positions, self.coming.pop(0))
         places = torch.arange(chosen.shape[-1], 0, -1, device=chosen.device, dtype=logits_BSE.dtype)
-        ranking = torch.zeros_like(logits_BSE).scatter(-1, chosen, places.expand_as(chosen))
-        self.seen.append((logits_BSE.clone(), ranking))
-        return ranking
+        experts = logits_BSE.shape[-1]
+        # One place more for ids of -1.
+        ranking = logits_BSE.new_full((*chosen.shape[:-1], experts + 1), -torch.inf)
+        ranking.scatter_(-1, chosen.where(chosen >= 0, experts), places.expand_as(chosen))
+        ranking = ranking[..., :experts].contiguous()
+        self.seen.append((logits_BSE.clone(), ranking, self.kept_BSK))
+        return ranking, 0.0
+
+    def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
+        """Of the microbatch that was ranked last."""
+        assert self.kept_BSK is not None
+        return self.kept_BSK

@@ -9,6 +9,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import build_batch
+from moe_dtensor.layers.record import STATISTICS
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
@@ -59,7 +60,7 @@ def test_parts_make_the_whole() -> None:
     tokens, labels = torch.randint(0, 61, (2, 2, 12)).unbind()
     x = tokens
     for stage in range(3):
-        x = build(config, stage_layers(config, stage), stage == 0, stage == 2)(x, labels)
+        x = build(config, stage_layers(config, stage), stage == 0, stage == 2)(x, labels, tokens_BS=tokens)
     assert torch.equal(x, whole(tokens, labels))
 
 
@@ -79,13 +80,13 @@ def test_load_counts_every_copy_once_in_training_and_never_in_evaluation() -> No
     tokens = torch.randint(0, 61, (2, 12))
     model(tokens)
     model(tokens)
-    load = model.take_load()
-    assert load is not None
-    assert load.shape == (1, 4)
-    assert load.sum() == 2 * 2 * 12 * 2
+    record = model.take_record()
+    assert record is not None
+    assert record.shape == (1, 4 + len(STATISTICS))
+    assert record[:, :4].sum() == 2 * 2 * 12 * 2
     model.eval()
     model(tokens)
-    assert model.take_load() is None
+    assert model.take_record() is None
 
 
 def _initial(overrides: dict[str, object]) -> dict[str, torch.Tensor]:

@@ -182,6 +182,32 @@ def test_missing_wandb_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert "moe_dtensor[wandb]" in error.value.remedy
 
 
+FORCED: Record = {**RECORD, "grad_norm": 2.0, "forced_router": "uniform"}
+
+
+def test_a_forced_router_is_named_in_every_line_and_record(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert format_record(FORCED, 10).endswith("load 2.25  router uniform (forced)")
+    sinks = build_sinks(config_of(tensorboard=True), tmp_path, "id", 0)
+    for sink in sinks:
+        for step in (1, 2):
+            sink.log({**FORCED, "step": step})
+        sink.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["forced_router"] for line in lines] == ["uniform", "uniform"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.tensor_proto.string_val for e in events.Tensors("forced_router/text_summary")] == [[b"uniform"]]
+
+
+def test_texts_pass_through_the_meter() -> None:
+    kept = Kept()
+    meter = Meter(config_of(), CPU, [kept], layers=(0, 1))
+    meter.add(1, {**values_of(1), "forced_router": "zipf"})
+    assert kept.records[0]["forced_router"] == "zipf"
+    assert kept.records[0]["expert_load_max_over_mean"] == {"0": 1.5, "1": 2.25}
+
+
 def test_line() -> None:
     assert format_record(RECORD, 1000) == (
         "step    3/1000  loss 0.3333  grad inf  lr 1.0e-03  12,346 tok/s  MFU 32.1%  1.50 GiB  load 2.25"

@@ -1,6 +1,6 @@
 """Known ways to get MoE training wrong, each a context manager that breaks the library while it is open.
 
-Ranks are forked inside, so they inherit the broken parts.
+Ranks are forked inside, so they inherit the broken parts. Those of balancing are in ``mutations_balance.py``.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def router_term_per_microbatch() -> Iterator[None]:
     """What reaches the router alone, as an auxiliary loss does, is counted once for each of four microbatches."""
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor) -> Any:
-        gate, expert = right(self, x)
-        return ScaleGradient.apply(gate, 4.0), expert
+    def wrong(self: Router, x: Tensor, tokens: Any) -> Any:
+        routing = right(self, x, tokens)
+        return routing._replace(gate_BSK=ScaleGradient.apply(routing.gate_BSK, 4.0))
 
     with mock.patch.object(Router, "forward", wrong):
         yield
@@ -127,9 +127,9 @@ def microbatch_dropped() -> Iterator[None]:
 def gates_detached() -> Iterator[None]:
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor) -> Any:
-        gate, expert = right(self, x)
-        return gate.detach(), expert
+    def wrong(self: Router, x: Tensor, tokens: Any) -> Any:
+        routing = right(self, x, tokens)
+        return routing._replace(gate_BSK=routing.gate_BSK.detach())
 
     with mock.patch.object(Router, "forward", wrong):
         yield

@@ -15,7 +15,7 @@ from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout
 from moe_dtensor.verify.run import prove
 
-from . import mutations
+from . import mutations, mutations_balance
 
 TP2, DP2, PP2 = Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 1, "1F1B")
 CONFIG = override(
@@ -52,6 +52,9 @@ class Expected:
     ratio: float | None = None
     layout: Layout = TP2
     changes: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1
+    step: int = 1
+    """In which the first thing is wrong."""
 
 
 MUTATIONS = [
@@ -72,7 +75,7 @@ MUTATIONS = [
     Expected(mutations.gates_detached, r"layers\.\d\.moe\.router\.weight", ratio=0.0),
     Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "parameter"),
     Expected(mutations.pipeline_scales_gradients, ".*", ratio=0.25, layout=PP2),
-    Expected(mutations.routing_over_own_tokens, ".*"),
+    Expected(mutations.routing_over_own_tokens, r"layers\.0\.moe\..*", "routing"),
     Expected(
         mutations.norms_decayed,
         r".*(norm|router|tok_embeddings)\.weight",
@@ -80,10 +83,53 @@ MUTATIONS = [
         changes={"optimizer.lr": 0.1, "lr_scheduler.warmup_steps": 0},
     ),
 ]
+# Of the size of the cross-entropy, so that the gradient that has most of it is the router's.
+BALANCE = {"moe.router": "topk", "moe.balance_loss": 1.0, "moe.layers": (1,)}
+WHOLE = {"mesh.sequence_parallel": False}
+ROUTER = r"layers\.1\.moe\.router\.weight"
+MUTATIONS += [
+    Expected(mutations_balance.loss_per_microbatch, ROUTER, changes=BALANCE),
+    Expected(mutations_balance.loss_of_every_tp_rank, ROUTER, changes=BALANCE | WHOLE),
+    Expected(
+        mutations_balance.loss_again_when_recomputed,
+        ROUTER,
+        changes=BALANCE | {"activation_checkpoint.mode": "full"},
+    ),
+    Expected(mutations_balance.bias_by_own_counts, r".*\.bias", "state", layout=DP2, changes={"moe.bias_rate": 0.1}),
+    Expected(
+        mutations_balance.capacity_of_own_tokens, r".*\.dropped", "statistic", changes={"moe.capacity_factor": 1.0}
+    ),
+    Expected(
+        mutations_balance.normalization_detached,
+        ROUTER,
+        changes={"moe.normalize_gates": True, "moe.layers": (1,)},
+    ),
+    Expected(
+        mutations_balance.batch_loss_of_the_microbatch,
+        r".*\.balance_loss",
+        "statistic",
+        changes={"moe.balance_loss": 0.1, "moe.balance_over": "batch"},
+    ),
+    Expected(
+        mutations_balance.bias_in_the_gate,
+        r".*\.router_gate_norm",
+        "statistic",
+        changes={"moe.bias_rate": 0.1},
+        steps=2,
+        step=2,
+    ),
+    Expected(
+        mutations_balance.noise_of_the_batch,
+        ".*",
+        "routing",
+        layout=DP2,
+        changes={"moe.router": "topk", "moe.jitter": 0.5},
+    ),
+]
 
 
-def verdict_on(layout: Layout, **changes: Any) -> Verdict:
-    (verdict,) = prove([Case(layout, override(CONFIG, changes))])
+def verdict_on(layout: Layout, steps: int = 1, **changes: Any) -> Verdict:
+    (verdict,) = prove([Case(layout, override(CONFIG, changes), steps=steps)])
     return verdict
 
 
@@ -95,10 +141,11 @@ def test_the_unbroken_library_passes(layout: Layout) -> None:
 @pytest.mark.parametrize("expected", MUTATIONS, ids=lambda expected: expected.mutation.__name__)
 def test_caught_and_named(expected: Expected) -> None:
     with expected.mutation():
-        verdict = verdict_on(expected.layout, **expected.changes)
+        verdict = verdict_on(expected.layout, expected.steps, **expected.changes)
     assert not verdict.ok
     assert not verdict.failure
     worst = verdict.worst
+    assert worst.step == expected.step, worst
     assert re.fullmatch(expected.worst, worst.name), worst
     assert worst.kind == expected.kind, worst
     if expected.ratio is not None:

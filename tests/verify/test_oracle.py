@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify import oracle
+from moe_dtensor.verify import oracle, oracle_routing
 from moe_dtensor.verify.inputs import global_batch, initial_values
 from moe_dtensor.verify.oracle import IGNORED, Microbatch, one_step
 
@@ -47,6 +47,20 @@ VARIANTS = {
         "model.activation": "geglu",
         "data.document_mask": True,
     },
+    "expert choice": {"moe.router": "expert_choice", "moe.jitter": 0.1},
+    "uniform capacity after top-k": {
+        "moe.router": "uniform",
+        "moe.score_before_top_k": False,
+        "moe.capacity_factor": 0.7,
+        "moe.gate_scale": 2.0,
+    },
+    "sigmoid normalized expert groups": {
+        "moe.router": "topk",
+        "moe.score": "sigmoid",
+        "moe.normalize_gates": True,
+        "moe.expert_groups": 2,
+        "moe.expert_groups_kept": 1,
+    },
 }
 
 
@@ -70,7 +84,7 @@ def test_every_gradient_is_the_slope_of_the_loss(name: str) -> None:
 
 
 def model_of(config: Config, weights: dict[str, torch.Tensor]) -> oracle._Transformer:
-    return oracle._Transformer(config, weights)
+    return oracle._Transformer(config, weights, {})
 
 
 def test_attention_is_torchs() -> None:
@@ -120,31 +134,44 @@ def test_activations_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("order", [2.0, math.inf])
-def test_clipped_step_is_torchs_adamw(order: float) -> None:
-    config = tiny(training__norm_type=order, training__max_grad_norm=0.1, lr_scheduler__warmup_steps=0)
+def test_clipped_steps_are_torchs_adamw(order: float) -> None:
+    config = tiny(training__norm_type=order, training__max_grad_norm=0.1, lr_scheduler__warmup_steps=2)
     values = initial_values(config)
-    gradients = {name: torch.randn_like(v) for name, v in values.items()}
     parameters = {name: torch.nn.Parameter(v.clone()) for name, v in values.items()}
-    for name, p in parameters.items():
-        p.grad = gradients[name].clone()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1, norm_type=order)
     kept = [p for n, p in parameters.items() if "norm" in n or "router" in n or "tok_embeddings" in n]
     decayed = [p for n, p in parameters.items() if not ("norm" in n or "router" in n or "tok_embeddings" in n)]
     groups = [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
-    torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), eps=1e-8).step()
-    assert oracle.gradient_norm(gradients, order) == pytest.approx(float(norm), rel=1e-12)
-    after = oracle.adamw_step(config, values, gradients, float(norm))
-    for name, p in parameters.items():
-        torch.testing.assert_close(after[name], p.data, msg=name)
+    theirs, ours = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8), oracle.AdamW(config, values)
+    for lr in (1.5e-4, 3e-4):
+        gradients = {name: torch.randn_like(v) for name, v in values.items()}
+        for name, p in parameters.items():
+            p.grad = gradients[name].clone()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1, norm_type=order)
+        assert oracle.gradient_norm(gradients, order) == pytest.approx(float(norm), rel=1e-12)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        theirs.step()
+        ours.step(gradients, float(norm))
+        for name, p in parameters.items():
+            torch.testing.assert_close(ours.parameters[name], p.data, msg=name)
+
+
+def test_the_oracle_knows_no_decay_of_the_learning_rate() -> None:
+    config = tiny(lr_scheduler__warmup_steps=2)
+    assert [oracle.learning_rate(config, step) for step in (1, 2)] == [1.5e-4, 3e-4]
+    with pytest.raises(ValueError, match="Step 3 is beyond"):
+        oracle.learning_rate(config, 3)
+    assert oracle.learning_rate(tiny(lr_scheduler__warmup_steps=0), 1) == 3e-4
+    assert oracle.learning_rate(tiny(lr_scheduler__decay="constant", lr_scheduler__warmup_steps=1), 9) == 3e-4
 
 
 def test_sinkhorn_balances_and_a_shift_of_a_column_changes_nothing() -> None:
     logits = torch.randn(40, 5, dtype=torch.float64) + torch.tensor([3.0, 0, 0, 0, 0])
-    p = oracle._sinkhorn(logits, 50)
+    p = oracle_routing.sinkhorn(logits, 50)
     torch.testing.assert_close(p.sum(0), torch.full((5,), 8.0, dtype=torch.float64))
     torch.testing.assert_close(p.sum(1), torch.ones(40, dtype=torch.float64))
-    shifted = oracle._sinkhorn(logits + torch.tensor([0, 0, 2.0, 0, -1]), 200)
-    torch.testing.assert_close(shifted, oracle._sinkhorn(logits, 200))
+    shifted = oracle_routing.sinkhorn(logits + torch.tensor([0, 0, 2.0, 0, -1]), 200)
+    torch.testing.assert_close(shifted, oracle_routing.sinkhorn(logits, 200))
 
 
 def test_documents_in_one_sequence_are_as_sequences_of_their_own() -> None:

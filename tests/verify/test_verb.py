@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.__main__ import main
+from moe_dtensor.config.build import override
 from moe_dtensor.config.load import load
 from moe_dtensor.verbs.verify import DEFAULT_MESHES, choose_layouts
+from moe_dtensor.verify.miniature import Layout, shrink
 
 from . import mutations
 
@@ -91,6 +93,50 @@ def test_default_meshes_that_a_config_cannot_have_are_left_out_with_the_reason()
     layouts, refused = choose_layouts(load(DEBUG, {"moe.num_experts": 4}), None, None)
     assert "1x1x8" not in [layout.mesh for layout in layouts]
     assert "moe.num_experts = 4" in refused["1x1x8"]
+
+
+DEEPSEEK = {
+    "moe.num_experts": "256",
+    "moe.top_k": "8",
+    "moe.router": "topk",
+    "moe.score": "sigmoid",
+    "moe.normalize_gates": "true",
+    "moe.gate_scale": "2.5",
+    "moe.expert_groups": "8",
+    "moe.expert_groups_kept": "4",
+    "moe.bias_rate": "0.001",
+    "moe.balance_loss": "1e-4",
+    "moe.balance_over": "sequence",
+}
+
+
+def test_a_miniature_keeps_expert_groups_with_experts_to_spare() -> None:
+    values = {"moe.num_experts": 256, "moe.top_k": 8, "moe.router": "topk"}
+    for groups, kept, experts in ((8, 4, 24), (8, 8, 16), (64, 3, 256), (4, 1, 36), (2, 1, 18)):
+        config = load(DEBUG, values | {"moe.expert_groups": groups, "moe.expert_groups_kept": kept})
+        if groups == 64:
+            config = override(config, {"moe.top_k": 12})
+        miniature = shrink(config, [Layout(1, 1, 1), Layout(1, 1, 2)])
+        assert miniature.moe.num_experts == experts
+        assert miniature.moe.expert_groups == groups
+
+
+def test_routing_of_several_steps(tmp_path: Path) -> None:
+    """A bias shows in the second step."""
+    out = tmp_path / "out.json"
+    options = [word for key, value in DEEPSEEK.items() for word in (f"--{key}", value)]
+    assert main([*VERIFY, *options, "--meshes", "1x1x2", "2x1x1", "--json", str(out)]) == 0
+    for row in json.loads(out.read_text()):
+        assert row["errors"]["state"] == 0
+        assert 0 < row["errors"]["statistic"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    "router", [["expert_choice"], ["topk", "--moe.capacity_factor", "1.0", "--moe.jitter", "0.1"], ["zipf"]]
+)
+def test_float32_replays_what_is_chosen_and_what_is_kept(router: list[str]) -> None:
+    arguments = ["--meshes", "1x1x2", "--dtype", "float32", "--activation_checkpoint.mode", "full"]
+    assert main([*VERIFY, *arguments, "--moe.router", *router]) == 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -1,0 +1,139 @@
+"""Rules about experts: their number, how they are chosen, where they live. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_dtensor.config.resolve import FORCED, expert_ranks, moe_layers
+from moe_dtensor.config.schema import Config
+
+Broken = Iterator[tuple[str, str]]
+"""(rule with its values, remedy), for each broken rule."""
+
+
+def experts(config: Config) -> Broken:
+    """How many there are, and in which blocks."""
+    moe, layers = config.moe, config.model.num_layers
+    if moe.num_experts == 0:
+        if moe.layers:
+            yield (
+                f"moe.layers = {list(moe.layers)} with moe.num_experts = 0.",
+                "Set moe.num_experts, or clear moe.layers.",
+            )
+        return
+    if moe.top_k > moe.num_experts:
+        yield (
+            f"moe.top_k = {moe.top_k} is above moe.num_experts = {moe.num_experts}.",
+            f"Set moe.top_k to at most {moe.num_experts}.",
+        )
+    wrong = [i for i in moe.layers if not 0 <= i < layers]
+    if wrong:
+        yield (
+            f"moe.layers names block {wrong[0]}, but model.num_layers = {layers} has blocks 0 to {layers - 1}.",
+            "Take it out of moe.layers, or raise model.num_layers.",
+        )
+    if len(set(moe.layers)) < len(moe.layers):
+        yield f"moe.layers = {list(moe.layers)} names a block twice.", "Name each block once."
+    if not moe_layers(config):
+        yield (
+            f"moe.every = {moe.every} makes no MoE block of model.num_layers = {layers}.",
+            f"Set moe.every to at most {layers}, or moe.num_experts = 0 for a dense model.",
+        )
+    if config.training.microbatch_size % moe.group_sequences:
+        yield (
+            f"moe.group_sequences = {moe.group_sequences} does not divide "
+            f"training.microbatch_size = {config.training.microbatch_size}.",
+            "Set moe.group_sequences to a divisor, or to 0 for the whole microbatch.",
+        )
+
+
+def routing(config: Config) -> Broken:
+    """Which choices stand together."""
+    moe = config.moe
+    if moe.num_experts == 0:
+        return
+    sums_to_one = moe.normalize_gates or (moe.score == "softmax" and not moe.score_before_top_k)
+    if sums_to_one and moe.top_k == 1:
+        key = "moe.normalize_gates = true" if moe.normalize_gates else "moe.score_before_top_k = false"
+        yield (
+            f"{key} with moe.top_k = 1: the one gate is always 1, so the router gets no gradient.",
+            "Take that out, or set moe.top_k to 2 or more.",
+        )
+    yield from _expert_groups(config)
+    chosen_by_experts = moe.router == "expert_choice"
+    for key, on, why in (
+        ("moe.capacity_factor", moe.capacity_factor > 0 and chosen_by_experts, "gives every expert the same load"),
+        ("moe.bias_rate", moe.bias_rate > 0 and chosen_by_experts, "gives every expert the same load"),
+        ("moe.normalize_gates", moe.normalize_gates and chosen_by_experts, "gives tokens any number of experts"),
+        ("moe.score_before_top_k", not moe.score_before_top_k and chosen_by_experts, "chooses by scores"),
+        ("moe.bias_rate", moe.bias_rate > 0 and moe.router in FORCED, "looks at no bias"),
+    ):
+        if on:
+            yield f"moe.router = {moe.router} {why}; {key} has no place there.", f"Take {key} out."
+
+
+def _expert_groups(config: Config) -> Broken:
+    moe = config.moe
+    if moe.expert_groups == 0:
+        if moe.expert_groups_kept:
+            yield (
+                f"moe.expert_groups_kept = {moe.expert_groups_kept} without moe.expert_groups.",
+                "Set moe.expert_groups, or take moe.expert_groups_kept out.",
+            )
+        return
+    if moe.router in ("expert_choice", *FORCED):
+        yield (
+            f"moe.expert_groups = {moe.expert_groups} limits the choice of tokens, but with moe.router = "
+            f"{moe.router} they have none.",
+            "Take moe.expert_groups and moe.expert_groups_kept out, or choose sinkhorn or topk.",
+        )
+    if moe.num_experts % moe.expert_groups:
+        yield (
+            f"moe.num_experts = {moe.num_experts} is not a multiple of moe.expert_groups = {moe.expert_groups}.",
+            f"Set moe.expert_groups to a divisor of {moe.num_experts}.",
+        )
+    if not 0 < moe.expert_groups_kept <= moe.expert_groups:
+        yield (
+            f"moe.expert_groups_kept = {moe.expert_groups_kept} of moe.expert_groups = {moe.expert_groups}.",
+            f"Set moe.expert_groups_kept to a number from 1 to {moe.expert_groups}.",
+        )
+    within = moe.expert_groups_kept * (moe.num_experts // moe.expert_groups)
+    if moe.top_k > within:
+        yield (
+            f"moe.top_k = {moe.top_k} is above the {within} experts of moe.expert_groups_kept = "
+            f"{moe.expert_groups_kept} groups.",
+            "Keep more groups, or lower moe.top_k.",
+        )
+
+
+def placement(config: Config) -> Broken:
+    """What ``mesh.experts`` and ``mesh.dispatch`` ask of the sizes."""
+    moe, mesh = config.moe, config.mesh
+    if not moe_layers(config):
+        return
+    ranks = expert_ranks(config)
+    over = {"tp": "mesh.tp", "dp": "mesh.dp", "dp_tp": "mesh.dp * mesh.tp"}.get(mesh.experts)
+    if over and moe.num_experts % ranks:
+        at = "" if mesh.experts == "tp" else f", over which mesh.experts = {mesh.experts} spreads them"
+        yield (
+            f"moe.num_experts = {moe.num_experts} is not a multiple of {over} = {ranks}{at}.",
+            f"Set {over} to a divisor of {moe.num_experts}, or that to {-(-moe.num_experts // ranks) * ranks}.",
+        )
+    if mesh.experts == "tp_hidden":
+        if moe.hidden_dim % mesh.tp:
+            yield (
+                f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of mesh.tp = {mesh.tp}, over which "
+                "mesh.experts = tp_hidden splits it.",
+                f"Set moe.hidden_dim = {-(-moe.hidden_dim // mesh.tp) * mesh.tp}.",
+            )
+        if mesh.dispatch == "all_to_all":
+            yield (
+                "mesh.dispatch = all_to_all sends tokens to where their experts are, but with mesh.experts = tp_hidden "
+                "each is on every rank.",
+                "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
+            )
+    if mesh.experts in ("dp", "dp_tp") and config.fsdp.cpu_offload:
+        yield (
+            f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",
+            "Set fsdp.cpu_offload = false, or mesh.experts to tp or tp_hidden.",
+        )

@@ -1,0 +1,53 @@
+"""The two sides of a layer whose work is split over one mesh axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dtensor.config.schema import Config
+from moe_dtensor.parallel import collectives
+
+
+class Borders:
+    """All-gather in and reduce-scatter out, or, where every rank holds all tokens, nothing in and all-reduce out.
+
+    Args:
+        axis: one mesh axis.
+        dim: dimension of the stream ``(B, S, D)`` that the axis splits outside of the layer; None: every rank holds it.
+    """
+
+    def __init__(self, axis: DeviceMesh, dim: int | None) -> None:
+        self.axis = axis
+        self.dim = dim
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens, for a share of the work."""
+        return collectives.copy(x, self.axis) if self.dim is None else collectives.gather(x, self.axis, self.dim)
+
+    def enter_data(self, x: Tensor) -> Tensor:
+        """The same without gradient."""
+        with torch.no_grad():
+            return x if self.dim is None else collectives.gather_alike(x, self.axis, self.dim)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Sum the shares, back to how the stream is held."""
+        if self.dim is None:
+            return collectives.reduce(y, self.axis)
+        return collectives.reduce_scatter(y, self.axis, self.dim)
+
+    def wrap(self, module: nn.Module) -> None:
+        """Put both borders around a module whose first argument and output are the stream."""
+        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0]), *args[1:]))
+        module.register_forward_hook(lambda _module, _args, y: self.leave(y))
+
+
+def tp_borders(config: Config, tp: DeviceMesh) -> Borders:
+    """tp splits positions under sequence parallelism, else nothing."""
+    return Borders(tp, 1 if config.mesh.sequence_parallel else None)
+
+
+def dp_borders(dp: DeviceMesh) -> Borders:
+    """dp splits sequences."""
+    return Borders(dp, 0)
