@@ -16,11 +16,12 @@ from .launch import Launcher, ceil_div, next_power_of_2
 
 def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
-    _gather_launcher(x_TD.get_device(), x_TD.dtype, *position_TK.shape, x_TD.shape[1])(x_TD, position_TK, out_ND)
+    gather_launcher(x_TD.get_device(), x_TD.dtype, *position_TK.shape, x_TD.shape[1])(x_TD, position_TK, out_ND)
 
 
 @lru_cache
-def _gather_launcher(device: int, dtype: torch.dtype, tokens: int, choices: int, width: int) -> Launcher:
+def gather_launcher(device: int, dtype: torch.dtype, tokens: int, choices: int, width: int) -> Launcher:
+    """Takes x, position, out."""
     block = min(2048, next_power_of_2(width))
     return Launcher(_gather_rows, (tokens, ceil_div(width, block)), (width,), K=choices, BLOCK=block)
 
@@ -30,14 +31,15 @@ def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_
     gate_dtype = None
     if gate_TK is not None:
         gate_TK, gate_dtype = gate_TK.contiguous(), gate_TK.dtype
-    launcher = _combine_launcher(y_ND.get_device(), y_ND.dtype, gate_dtype, *position_TK.shape, y_ND.shape[1])
+    launcher = combine_launcher(y_ND.get_device(), y_ND.dtype, gate_dtype, *position_TK.shape, y_ND.shape[1])
     launcher(y_ND, position_TK, gate_TK, out_TD)
 
 
 @lru_cache
-def _combine_launcher(
+def combine_launcher(
     device: int, dtype: torch.dtype, gate_dtype: torch.dtype | None, tokens: int, choices: int, width: int
 ) -> Launcher:
+    """Takes y, position, gate (None if ``gate_dtype`` is), out."""
     block = min(1024, next_power_of_2(width))
     grid = (tokens, ceil_div(width, block))
     return Launcher(_combine_rows, grid, (width,), K=choices, BLOCK=block, HAS_GATE=gate_dtype is not None)
@@ -53,7 +55,7 @@ def activate_rows(
 ) -> None:
     """Write the activation of each row, times its gate if one is given."""
     gate_dtype = None if gate_TK is None else gate_TK.dtype
-    launcher = _activate_launcher(h_NP.get_device(), h_NP.dtype, gate_dtype, *out_NF.shape, ends_E.shape[0], activation)
+    launcher = activate_launcher(h_NP.get_device(), h_NP.dtype, gate_dtype, *out_NF.shape, ends_E.shape[0], activation)
     launcher(h_NP, ends_E, out_NF, gate_TK, copy_N)
 
 
@@ -63,7 +65,7 @@ def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
 
 
 @lru_cache
-def _activate_launcher(
+def activate_launcher(
     device: int,
     dtype: torch.dtype,
     gate_dtype: torch.dtype | None,
@@ -72,6 +74,7 @@ def _activate_launcher(
     experts: int,
     activation: str,
 ) -> Launcher:
+    """Takes h, ends, out, gate and copy (both None if ``gate_dtype`` is)."""
     constants = _activation_constants(hidden, activation)
     grid = (ceil_div(rows, constants["ROWS"]), ceil_div(hidden, constants["BLOCK"]))
     return Launcher(_activate_rows, grid, (rows, hidden, experts), **constants, HAS_GATE=gate_dtype is not None)
@@ -90,14 +93,14 @@ def activation_backward(
     activation: str,
 ) -> None:
     """Write dH, A' and dgate in one pass."""
-    launcher = _activation_backward_launcher(
+    launcher = activation_backward_launcher(
         h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], position_TK.numel(), activation
     )
     launcher(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
 
 
 @lru_cache
-def _activation_backward_launcher(
+def activation_backward_launcher(
     device: int,
     dtype: torch.dtype,
     gate_dtype: torch.dtype,
@@ -107,6 +110,7 @@ def _activation_backward_launcher(
     copies: int,
     activation: str,
 ) -> Launcher:
+    """Takes h, da, gate, position, copy, ends, dh, weighted, dgate."""
     constants = _activation_constants(hidden, activation)
     grid = (ceil_div(max(rows, copies), constants["ROWS"]),)
     return Launcher(_activation_backward, grid, (rows, hidden, experts, copies), **constants)

@@ -86,15 +86,16 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, 
     """See :data:`moe_dtensor.kernels.grouped.rows_times_weight`."""
     rows = a_N.shape[0]
     out_N = a_N.new_empty(rows, w_EPQ.shape[1 if transposed else 2])
-    launcher = _rows_launcher(a_N.get_device(), a_N.dtype, rows, *w_EPQ.shape, transposed)
+    launcher = rows_launcher(a_N.get_device(), a_N.dtype, rows, *w_EPQ.shape, transposed)
     launcher(a_N, w_EPQ, out_N, ends_E, plan)
     return out_N
 
 
 @lru_cache
-def _rows_launcher(
+def rows_launcher(
     device: int, dtype: torch.dtype, rows: int, experts: int, p: int, q: int, transposed: bool
 ) -> Launcher:
+    """Takes a, w, out, ends, plan."""
     columns, inner = (p, q) if transposed else (q, p)
     tile, programs = choose_tile(dtype, columns), _num_programs(device)
     weight_block = [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]
@@ -124,12 +125,13 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) ->
     """See :data:`moe_dtensor.kernels.grouped.weight_gradient`."""
     experts, p, q = ends_E.shape[0], l_NP.shape[1], r_NQ.shape[1]
     out_EPQ = l_NP.new_empty(experts, p, q)
-    _weight_launcher(l_NP.get_device(), l_NP.dtype, experts, p, q)(l_NP, r_NQ, out_EPQ, ends_E)
+    weight_launcher(l_NP.get_device(), l_NP.dtype, experts, p, q)(l_NP, r_NQ, out_EPQ, ends_E)
     return out_EPQ
 
 
 @lru_cache
-def _weight_launcher(device: int, dtype: torch.dtype, experts: int, p: int, q: int) -> Launcher:
+def weight_launcher(device: int, dtype: torch.dtype, experts: int, p: int, q: int) -> Launcher:
+    """Takes l, r, out, ends."""
     tile, programs = choose_tile(dtype, q), _num_programs(device)
     return Launcher(
         weight_kernel,

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_COMPILED: dict[tuple, Any] = {}
+_COMPILED: dict[tuple, tuple[Any, Any, tuple[Callable, ...]]] = {}
 _MAX_ENCODED = 512
 
 
@@ -82,23 +82,21 @@ class Launcher:
             *self.constants.values(),
             *self.options.values(),
         )
-        if key in _COMPILED:
-            self._bind(_COMPILED[key], first.get_device())
-            self(*tensors)
-            return
-        names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-        assert names == list(self.constants), "constants must follow tensors and numbers, in the kernel's order"
-        _COMPILED[key] = self._by_triton(tensors)
-        self._bind(_COMPILED[key], first.get_device())
-
-    def _bind(self, compiled: Any, device: int) -> None:
-        self.device, self.head = device, (*self.grid, 1, 1)[:3]
+        known = _COMPILED.get(key)
+        if known is None:
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            assert names == list(self.constants), "constants must follow tensors and numbers, in the kernel's order"
+            compiled = self._by_triton(tensors)
+            _COMPILED[key] = (compiled, *_without_encoding(compiled.run))
+        compiled, run, self.encoders = _COMPILED[key]
+        self.device, self.head = first.get_device(), (*self.grid, 1, 1)[:3]
         # None: neither metadata for, nor hooks of, Triton's own profiler.
         self.handles = (compiled.function, compiled.packed_metadata, None, None, None)
         self.tail = (*self.numbers, *self.constants.values())
-        run, self.encoders = _without_encoding(compiled.run) if self.descriptors else (compiled.run, ())
         self.encoded: list[dict[int, list[Any]]] = [{} for _ in self.encoders]
         self.run = run
+        if known is not None:
+            self(*tensors)
 
     def _encode(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> list[Any]:
         """What the launcher takes for the first tensors: a descriptor depends on nothing but the tensor's address."""
@@ -128,10 +126,11 @@ class Launcher:
         return made
 
 
-def _without_encoding(run: Any) -> tuple[Any, tuple[Callable[[TensorDescriptor], list[Any]], ...]]:
+def _without_encoding(run: Any) -> tuple[Any, tuple[Callable, ...]]:
     """Triton's launcher less the part that encodes every descriptor anew, and an encoder for each descriptor.
 
-    That part is a closure, in all of Triton 3.6 and 3.7. Where it looks otherwise: the launcher as it is, no encoder.
+    That part is a closure in Triton 3.6 and 3.7. Where it looks otherwise, for a kernel without descriptors, and on a
+    GPU that has none (what is passed then holds the tensor): the launcher as it is, no encoder.
     """
     try:
         from triton.backends.nvidia.driver import make_tensordesc_arg
@@ -140,6 +139,8 @@ def _without_encoding(run: Any) -> tuple[Any, tuple[Callable[[TensorDescriptor],
         bare, metadata = copy.copy(run), cells["tensordesc_meta"]
         bare.launch = cells["launcher"]
     except (ImportError, AttributeError, KeyError, TypeError):
+        return run, ()
+    if None in metadata:
         return run, ()
     return bare, tuple(partial(make_tensordesc_arg, metadata=each) for each in metadata)
 

@@ -30,12 +30,15 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
     operator = getattr(torch.ops.moe_dtensor, name).default
 
     def call(*args):
-        # Small layers are bound by the host: go round the dispatcher where nobody traces or intercepts operators.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return operator(*args)
-        return run(*args)
+        # Small layers are bound by the host: go round the dispatcher where it has nothing to do.
+        return operator(*args) if is_traced() else run(*args)
 
     return call
+
+
+def is_traced() -> bool:
+    """Whether a compiler, or anyone else, watches operators: then all must go through the dispatcher."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @cache

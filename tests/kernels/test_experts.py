@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_dtensor.kernels import mlp, mlp_split
+from moe_dtensor.kernels import mlp_operators, mlp_split
 from moe_dtensor.kernels.experts import choose_backend, expert_mlp
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
@@ -133,6 +134,29 @@ def test_a_retained_graph_runs_again(split):
         torch.autograd.grad(y_TD, leaves, dy_TD)
 
 
+def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch):
+    case = Case(37, 16, 24, 5, 2, "swiglu")
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
+    alive, freed = [], []
+    rows_times_weight, weight_gradient = mlp_operators.rows_times_weight, mlp_operators.weight_gradient
+
+    def watched(*args):
+        out = rows_times_weight(*args)
+        alive.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def checked(*args):
+        freed.append(alive[0].expired())
+        return weight_gradient(*args)
+
+    monkeypatch.setattr(mlp_operators, "rows_times_weight", watched)
+    monkeypatch.setattr(mlp_operators, "weight_gradient", checked)
+    y_TD = run(case, "torch", leaves, expert_TK)
+    assert not alive[0].expired()
+    y_TD.backward(dy_TD)
+    assert freed == [True, True]
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_gradients_of_some_inputs(index):
     case = Case(37, 16, 24, 5, 2, "swiglu")
@@ -193,10 +217,8 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
     case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
     leaves, expert_TK, _ = make_inputs(case, torch.float32)
     made = []
-    gather_rows = mlp.gather_rows
-    monkeypatch.setattr(
-        mlp, "gather_rows", lambda x, position, rows, phase: made.append(rows) or gather_rows(x, position, rows, phase)
-    )
+    gather_rows = mlp_operators.gather_rows
+    monkeypatch.setattr(mlp_operators, "gather_rows", lambda *args: made.append(args[2]) or gather_rows(*args))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
     run(case, "torch", leaves, expert_TK)
     assert made == [70]
