@@ -131,6 +131,32 @@ def test_the_five_steps_are_not_trivial() -> None:
     assert len({answer.loss for answer in answers}) == 5
 
 
+COMPILED: list[dict[str, Any]] = [
+    {"moe.router": "zipf"},
+    {"moe.router": "expert_choice", "moe.balance_loss": 0.1, "moe.balance_over": "sequence"},
+    {
+        "moe.router": "topk",
+        "moe.bias_rate": 0.1,
+        "moe.jitter": 0.1,
+        "moe.balance_loss": 0.1,
+        "moe.balance_over": "batch",
+        "moe.z_loss": 0.1,
+        "moe.capacity_factor": 1.1,
+    },
+    {"moe.expert_groups": 4, "moe.expert_groups_kept": 2, "moe.normalize_gates": True},
+]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_route_and_balance_alike() -> None:
+    """Noise and capacity once could not be compiled: 64-bit constants became symbols, a fraction broke the graph."""
+    compiled = override(CONFIG, {"compile.enable": True})
+    cases = [Case(Layout(1, 1, 2), override(compiled, changes), steps=2) for changes in COMPILED]
+    for verdict in prove(cases):
+        assert verdict.ok, explain(verdict)
+
+
 LOSSES: list[dict[str, Any]] = [
     *({"moe.balance_loss": 0.5, "moe.balance_over": over} for over in ("sequence", "group", "batch")),
     {"moe.z_loss": 0.25},
