@@ -5,7 +5,6 @@ B sequences, S positions, E experts, K choices, G routing groups, T tokens of a 
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import torch
@@ -80,10 +79,16 @@ def keep_groups(ranking: Tensor, groups: int, kept: int) -> Tensor:
     return by_group.where(stays[..., None], -torch.inf).flatten(-2)
 
 
-def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+class Capacity:
     """Copies that an expert takes of a group: ``factor`` times the average, rounded up."""
-    # As a decimal, since in binary 1.1 times 10 is above 11.
-    return math.ceil(Fraction(str(factor)) * tokens * choices / experts)
+
+    def __init__(self, factor: float, choices: int, experts: int) -> None:
+        # As a decimal, since in binary 1.1 times 10 is above 11; as integers, for torch.compile.
+        self.numerator, self.denominator = (Fraction(str(factor)) * choices / experts).as_integer_ratio()
+
+    def __call__(self, tokens: int) -> int:
+        """Of a group of so many tokens."""
+        return -(-self.numerator * tokens // self.denominator)
 
 
 def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, most: int, by: str) -> Tensor:

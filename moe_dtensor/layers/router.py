@@ -15,8 +15,8 @@ from moe_dtensor.kernels.statistics import router_statistics
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,
+    Capacity,
     balance_loss,
-    capacity,
     chosen_mask,
     keep_groups,
     within_capacity,
@@ -66,6 +66,7 @@ class Router(nn.Module):
         self.normalizes = moe.normalize_gates or (moe.score == "softmax" and not moe.score_before_top_k)
         self.assignment = build_assignment(config, layer)
         self.plain = TopK(config, layer)
+        self.capacity = Capacity(moe.capacity_factor, moe.top_k, moe.num_experts)
         self.noise_stream = NOISE_STREAM + 1_000_003 * training.seed + layer
         self.step_tokens = training.global_batch_size * training.seq_len
         self.gather_positions: Callable[[Tensor], Tensor] = _identity
@@ -112,7 +113,7 @@ class Router(nn.Module):
         gate_GTK = self._in_groups(self.gather_positions(gate_BSK))
         expert_GTK = self._in_groups(self.gather_positions(expert_BSK))
         moe = self.moe
-        most = capacity(moe.capacity_factor, expert_GTK.shape[1], moe.top_k, moe.num_experts)
+        most = self.capacity(tokens=expert_GTK.shape[1])
         kept_GTK = within_capacity(gate_GTK, expert_GTK, moe.num_experts, most, moe.drop_by)
         return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
 

@@ -34,7 +34,8 @@ def uniform_noise(key: Tensor, stream: int) -> Tensor:
     The finalizer of SplitMix64 (Steele, Lea and Flood, 2014) on key + stream times its increment: the same on every
     device, with no state that meshes would have to share.
     """
-    z = key + _signed((stream + 1) * 0x9E3779B97F4A7C15)
+    # A tensor, for torch.compile, which makes a number that differs between layers a symbol.
+    z = key + torch.full((), stream + 1, dtype=torch.int64, device=key.device) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift_right(z, 31)

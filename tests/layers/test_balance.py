@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.balance import AddLoss, balance_loss, capacity, chosen_mask, within_capacity
+from moe_dtensor.layers.balance import AddLoss, Capacity, balance_loss, chosen_mask, within_capacity
 from moe_dtensor.model.balance import BalanceState
 from moe_dtensor.model.transformer import Transformer
 
@@ -54,9 +54,9 @@ def test_by_position_first_choices_come_before_second_ones() -> None:
 
 def test_a_factor_is_meant_as_it_is_written() -> None:
     """In binary 1.1 times 10 is above 11, and an expert would take one copy more."""
-    assert capacity(1.1, tokens=80, choices=1, experts=8) == 11
-    assert capacity(1.25, tokens=8, choices=2, experts=8) == 3
-    assert capacity(0.01, tokens=8, choices=1, experts=8) == 1
+    assert Capacity(1.1, choices=1, experts=8)(80) == 11
+    assert Capacity(1.25, choices=2, experts=8)(8) == 3
+    assert Capacity(0.01, choices=1, experts=8)(8) == 1
 
 
 @pytest.mark.parametrize("router", ["sinkhorn", "topk"])

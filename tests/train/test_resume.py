@@ -25,7 +25,16 @@ def config_of(folder: Path, mesh: Mesh, async_save: bool = False) -> Config:
     return Config(
         run=Run(folder=str(folder)),
         model=Model(num_layers=2, dim=32, num_heads=4),
-        moe=Moe(num_experts=4, top_k=2, hidden_dim=16),
+        # A bias and the batch's load are carried from step to step, noise goes by the sequences read so far.
+        moe=Moe(
+            num_experts=4,
+            top_k=2,
+            hidden_dim=16,
+            bias_rate=0.02,
+            balance_loss=0.1,
+            balance_over="batch",
+            jitter=0.1,
+        ),
         mesh=mesh,
         data=Data(corpus="random"),
         training=Training(steps=6, seq_len=16, global_batch_size=8, param_dtype="float32"),

@@ -14,7 +14,8 @@ from torch import Tensor
 from moe_dtensor.config.build import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.ranks import run_on_ranks
-from moe_dtensor.train.step import train_step
+from moe_dtensor.train.build import build
+from moe_dtensor.train.step import evaluate, train_step
 from moe_dtensor.verify import inputs
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
@@ -22,7 +23,7 @@ from moe_dtensor.verify.miniature import Layout, legal
 from moe_dtensor.verify.oracle import steps
 from moe_dtensor.verify.routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 from moe_dtensor.verify.run import prove
-from moe_dtensor.verify.subject import build_subject, own_share
+from moe_dtensor.verify.subject import build_subject, load_parameters, own_share
 
 MESHES = [mesh for meshes in MESH_SETS for mesh in meshes]
 TP, PP = Layout(2, 1, 2), Layout(1, 2, 2, "1F1B")
@@ -132,6 +133,32 @@ def test_the_five_steps_are_not_trivial() -> None:
     assert len({answer.loss for answer in answers}) == 5
 
 
+COMPILED: list[dict[str, Any]] = [
+    {"moe.router": "zipf"},
+    {"moe.router": "expert_choice", "moe.balance_loss": 0.1, "moe.balance_over": "sequence"},
+    {
+        "moe.router": "topk",
+        "moe.bias_rate": 0.1,
+        "moe.jitter": 0.1,
+        "moe.balance_loss": 0.1,
+        "moe.balance_over": "batch",
+        "moe.z_loss": 0.1,
+        "moe.capacity_factor": 1.1,
+    },
+    {"moe.expert_groups": 4, "moe.expert_groups_kept": 2, "moe.normalize_gates": True},
+]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_route_and_balance_alike() -> None:
+    """Noise and capacity once could not be compiled: 64-bit constants became symbols, a fraction broke the graph."""
+    compiled = override(CONFIG, {"compile.enable": True})
+    cases = [Case(Layout(1, 1, 2), override(compiled, changes), steps=2) for changes in COMPILED]
+    for verdict in prove(cases):
+        assert verdict.ok, explain(verdict)
+
+
 LOSSES: list[dict[str, Any]] = [
     *({"moe.balance_loss": 0.5, "moe.balance_over": over} for over in ("sequence", "group", "batch")),
     {"moe.z_loss": 0.25},
@@ -176,3 +203,38 @@ def test_gradients_are_linear_in_every_coefficient_and_the_loss_does_not_see_it(
             assert distance(double, slope, 2.0) < 1e-12 * size
     for (a, _), (b, _) in zip(*found.values(), strict=True):
         assert distance(a, b) < 1e-12 * distance(a, a, 0.0)
+
+
+EVALUATED: list[dict[str, Any]] = [
+    {"moe.router": "sinkhorn", "moe.expert_groups": 4, "moe.expert_groups_kept": 2, "moe.bias_rate": 0.1},
+    {"moe.router": "topk", "moe.jitter": 0.5, "moe.capacity_factor": 0.5, "moe.bias_rate": 0.1},
+    {"moe.router": "expert_choice"},
+    {"moe.router": "hash"},
+    {"moe.router": "zipf"},
+]
+
+
+def losses_of(configs: Sequence[Config]) -> list[tuple[float, float]]:
+    """Of each config: the validation loss with biases that differ, and the same once more after a step."""
+    results = []
+    for config in configs:
+        trainer = build(config, torch.device("cpu"))
+        load_parameters(trainer, inputs.initial_values(config))
+        trainer.balance.bias_LE.copy_(torch.arange(16.0).view(2, 8).flip(1) / 50)
+        batch = own_share(trainer, inputs.global_batch(config))
+        before = float(evaluate(trainer, batch))
+        train_step(trainer, batch)
+        results.append((before, float(evaluate(trainer, batch))))
+    return results
+
+
+def test_validation_losses_are_alike_on_all_meshes() -> None:
+    configs = [override(CONFIG, changes | {"optimizer.lr": 0.1}) for changes in EVALUATED]
+    found = [
+        run_on_ranks(losses_of, layout.world_size, [layout.place(config) for config in configs])
+        for layout in (Layout(1, 1, 1), TP, PP)
+    ]
+    for ranks in found:
+        for losses, expected in zip(ranks, [found[0][0]] * len(ranks), strict=True):
+            assert losses == [pytest.approx(pair, rel=1e-12) for pair in expected]
+    assert len({loss for pair in found[0][0] for loss in pair}) == 2 * len(EVALUATED)
