@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .library import launches_triton
+from .library import launches_triton, triton_kernels
 
 IGNORED = -100
 _BLOCK_ELEMENTS = 1 << 22
@@ -54,9 +54,7 @@ def _shard_column(labels_T: Tensor, first_row: int, columns: int) -> tuple[Tenso
 def _row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum of each row, sum of the exponentials above it, and the target's logit (0 where it is elsewhere)."""
     if _by_triton(logits_TV):
-        from . import cross_entropy_triton
-
-        return cross_entropy_triton.row_statistics(logits_TV, column_T, here_T)
+        return triton_kernels("cross_entropy").row_statistics(logits_TV, column_T, here_T)
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     max_T = logits_TV.amax(1).to(wide)
     sum_T = torch.empty_like(max_T)
@@ -70,9 +68,7 @@ def _write_gradient(
 ) -> None:
     """``out = (softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
     if _by_triton(logits_TV):
-        from . import cross_entropy_triton
-
-        cross_entropy_triton.write_gradient(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV)
+        triton_kernels("cross_entropy").write_gradient(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV)
         return
     for block in _row_blocks(logits_TV):
         softmax = (logits_TV[block].to(log_sum_T.dtype) - log_sum_T[block, None]).exp_()

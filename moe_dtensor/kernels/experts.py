@@ -29,6 +29,7 @@ def expert_mlp(
     first_expert: int = 0,
     rows: str | int = "exact",
     num_experts: int | None = None,
+    split_backward: bool = False,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
@@ -50,6 +51,8 @@ def expert_mlp(
             ``exact`` reads the count from the device once, and ``worst`` takes the static bound ``T * min(K, E)``; a
             rank that holds them all takes T * K rows, without reading anything.
         num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
+        split_backward: make the weights' gradients nodes of their own, for schedules that run them apart from the
+            input's (zero-bubble); else all is one node, which takes less of the host's time.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.
@@ -73,6 +76,7 @@ def expert_mlp(
         first_expert=first_expert,
         rows=rows,
         num_experts=num_experts,
+        split_backward=split_backward,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .activation import activate, activation_gradient, num_up_projections
-from .library import define, launches_triton
+from .library import define, launches_triton, triton_kernels
 
 # ---- gather_rows: x_TD, position_TK -> (rows, D) --------------------------------------------------------------------
 
@@ -20,9 +20,7 @@ def _gather_rows(x_TD: Tensor, position_TK: Tensor, rows: int, phase: int) -> Te
     if out_ND.numel() == 0:
         return out_ND
     if launches_triton(x_TD):
-        from . import glue_triton
-
-        glue_triton.gather_rows(x_TD.contiguous(), position_TK, out_ND)
+        triton_kernels("glue").gather_rows(x_TD.contiguous(), position_TK, out_ND)
         return out_ND
     token, choice = (position_TK >= 0).nonzero(as_tuple=True)
     return out_ND.index_copy_(0, position_TK[token, choice].long(), x_TD[token])
@@ -49,9 +47,7 @@ def _combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None) -> 
     if y_ND.shape[0] == 0:
         return out_TD.zero_()
     if launches_triton(y_ND):
-        from . import glue_triton
-
-        glue_triton.combine_rows(y_ND.contiguous(), position_TK, gate_TK, out_TD)
+        triton_kernels("glue").combine_rows(y_ND.contiguous(), position_TK, gate_TK, out_TD)
         return out_TD
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     held_TK = position_TK >= 0
@@ -78,9 +74,7 @@ def _activate_rows(h_NP: Tensor, ends_E: Tensor, activation: str) -> Tensor:
     if out_NF.numel() == 0:
         return out_NF
     if launches_triton(h_NP):
-        from . import glue_triton
-
-        glue_triton.activate_rows(h_NP, ends_E, out_NF, activation)
+        triton_kernels("glue").activate_rows(h_NP, ends_E, out_NF, activation)
         return out_NF
     return activate(h_NP.unflatten(1, (groups, -1)), activation)
 
@@ -96,18 +90,26 @@ activate_rows = define(
 
 
 def _activation_backward(
-    h_NP: Tensor, da_NF: Tensor, gate_TK: Tensor, copy_N: Tensor, ends_E: Tensor, activation: str
+    h_NP: Tensor, da_NF: Tensor, gate_TK: Tensor, position_TK: Tensor, copy_N: Tensor, ends_E: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh_NP, weighted_NF = torch.empty_like(h_NP), torch.empty_like(da_NF)
-    dgate_TK = torch.zeros(gate_TK.shape, dtype=torch.float32, device=gate_TK.device)
-    if da_NF.numel() == 0:
-        return dh_NP, weighted_NF, dgate_TK
-    if launches_triton(h_NP):
-        from . import glue_triton
-
-        glue_triton.activation_backward(
-            h_NP, da_NF.contiguous(), gate_TK.contiguous(), copy_N, ends_E, dh_NP, weighted_NF, dgate_TK, activation
+    if launches_triton(h_NP) and da_NF.numel() > 0:
+        dgate_TK = position_TK.new_empty(position_TK.shape, dtype=torch.float32)
+        triton_kernels("glue").activation_backward(
+            h_NP,
+            da_NF.contiguous(),
+            gate_TK.contiguous(),
+            position_TK,
+            copy_N,
+            ends_E,
+            dh_NP,
+            weighted_NF,
+            dgate_TK,
+            activation,
         )
+        return dh_NP, weighted_NF, dgate_TK
+    dgate_TK = position_TK.new_zeros(position_TK.shape, dtype=torch.float32)
+    if da_NF.numel() == 0:
         return dh_NP, weighted_NF, dgate_TK
     held = int(ends_E[-1])
     copy_n = copy_N[:held].long()
@@ -121,10 +123,10 @@ def _activation_backward(
 
 
 activation_backward = define(
-    "activation_backward(Tensor h, Tensor da, Tensor gate, Tensor copy, Tensor ends, str activation)"
+    "activation_backward(Tensor h, Tensor da, Tensor gate, Tensor position, Tensor copy, Tensor ends, str activation)"
     " -> (Tensor, Tensor, Tensor)",
     _activation_backward,
-    lambda h_NP, da_NF, gate_TK, copy_N, ends_E, activation: (
+    lambda h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, activation: (
         torch.empty_like(h_NP),
         torch.empty_like(da_NF),
         gate_TK.new_empty(gate_TK.shape, dtype=torch.float32),
@@ -132,7 +134,7 @@ activation_backward = define(
 )
 """One pass over H and dA' = dO W2^T: ``dH = act'(H) * gate * dA'``, ``A' = gate * act(H)``, ``dgate = <dA', act(H)>``.
 
-Returns ``(dh_NP, weighted_NF, dgate_TK)``; dgate is fp32 and 0 for copies held elsewhere.
+Returns ``(dh_NP, weighted_NF, dgate_TK)``; dgate is fp32 and 0 for choices without a row.
 """
 
 # ---- weighted_activation --------------------------------------------------------------------------------------------
@@ -143,9 +145,7 @@ def _weighted_activation(h_NP: Tensor, gate_TK: Tensor, copy_N: Tensor, ends_E: 
     if out_NF.numel() == 0:
         return out_NF
     if launches_triton(h_NP):
-        from . import glue_triton
-
-        glue_triton.activate_rows(h_NP, ends_E, out_NF, activation, gate_TK.contiguous(), copy_N)
+        triton_kernels("glue").activate_rows(h_NP, ends_E, out_NF, activation, gate_TK.contiguous(), copy_N)
         return out_NF
     held = int(ends_E[-1])
     gate_n1 = gate_TK.flatten()[copy_N[:held].long()].float().unsqueeze(1)

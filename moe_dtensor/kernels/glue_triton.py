@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import num_up_projections
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Launcher, ceil_div, next_power_of_2
 
 
 def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
-    tokens, choices = position_TK.shape
-    width = x_TD.shape[1]
+    gather_launcher(x_TD.get_device(), x_TD.dtype, *position_TK.shape, x_TD.shape[1])(x_TD, position_TK, out_ND)
+
+
+@lru_cache
+def gather_launcher(device: int, dtype: torch.dtype, tokens: int, choices: int, width: int) -> Launcher:
+    """Takes x, position, out."""
     block = min(2048, next_power_of_2(width))
-    grid = (tokens, ceil_div(width, block))
-    launch(_gather_rows, grid, x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
+    return Launcher(_gather_rows, (tokens, ceil_div(width, block)), (width,), K=choices, BLOCK=block)
 
 
 def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
     """Write ``out[t] = sum_k gate[t, k] * y[position[t, k]]``."""
-    tokens, choices = position_TK.shape
-    width = y_ND.shape[1]
+    gate_dtype = None
+    if gate_TK is not None:
+        gate_TK, gate_dtype = gate_TK.contiguous(), gate_TK.dtype
+    launcher = combine_launcher(y_ND.get_device(), y_ND.dtype, gate_dtype, *position_TK.shape, y_ND.shape[1])
+    launcher(y_ND, position_TK, gate_TK, out_TD)
+
+
+@lru_cache
+def combine_launcher(
+    device: int, dtype: torch.dtype, gate_dtype: torch.dtype | None, tokens: int, choices: int, width: int
+) -> Launcher:
+    """Takes y, position, gate (None if ``gate_dtype`` is), out."""
     block = min(1024, next_power_of_2(width))
-    gate_TK = gate_TK.contiguous() if gate_TK is not None else None
     grid = (tokens, ceil_div(width, block))
-    launch(
-        _combine_rows,
-        grid,
-        y_ND,
-        position_TK,
-        gate_TK,
-        out_TD,
-        width,
-        K=choices,
-        BLOCK=block,
-        HAS_GATE=gate_TK is not None,
-    )
+    return Launcher(_combine_rows, grid, (width,), K=choices, BLOCK=block, HAS_GATE=gate_dtype is not None)
 
 
 def activate_rows(
@@ -49,32 +54,37 @@ def activate_rows(
     copy_N: Tensor | None = None,
 ) -> None:
     """Write the activation of each row, times its gate if one is given."""
-    rows, hidden = out_NF.shape
-    row_block, block = 8, min(256, next_power_of_2(hidden))
-    grid = (ceil_div(rows, row_block), ceil_div(hidden, block))
-    launch(
-        _activate_rows,
-        grid,
-        h_NP,
-        ends_E,
-        out_NF,
-        gate_TK,
-        copy_N,
-        rows,
-        hidden,
-        ends_E.numel(),
-        ACTIVATION=activation,
-        GROUPS=num_up_projections(activation),
-        ROWS=row_block,
-        BLOCK=block,
-        HAS_GATE=gate_TK is not None,
-    )
+    gate_dtype = None if gate_TK is None else gate_TK.dtype
+    launcher = activate_launcher(h_NP.get_device(), h_NP.dtype, gate_dtype, *out_NF.shape, ends_E.shape[0], activation)
+    launcher(h_NP, ends_E, out_NF, gate_TK, copy_N)
+
+
+def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
+    groups = num_up_projections(activation)
+    return {"ACTIVATION": activation, "GROUPS": groups, "ROWS": 8, "BLOCK": min(256, next_power_of_2(hidden))}
+
+
+@lru_cache
+def activate_launcher(
+    device: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype | None,
+    rows: int,
+    hidden: int,
+    experts: int,
+    activation: str,
+) -> Launcher:
+    """Takes h, ends, out, gate and copy (both None if ``gate_dtype`` is)."""
+    constants = _activation_constants(hidden, activation)
+    grid = (ceil_div(rows, constants["ROWS"]), ceil_div(hidden, constants["BLOCK"]))
+    return Launcher(_activate_rows, grid, (rows, hidden, experts), **constants, HAS_GATE=gate_dtype is not None)
 
 
 def activation_backward(
     h_NP: Tensor,
     da_NF: Tensor,
     gate_TK: Tensor,
+    position_TK: Tensor,
     copy_N: Tensor,
     ends_E: Tensor,
     dh_NP: Tensor,
@@ -83,27 +93,27 @@ def activation_backward(
     activation: str,
 ) -> None:
     """Write dH, A' and dgate in one pass."""
-    rows, hidden = da_NF.shape
-    row_block, block = 8, min(256, next_power_of_2(hidden))
-    launch(
-        _activation_backward,
-        (ceil_div(rows, row_block),),
-        h_NP,
-        da_NF,
-        gate_TK,
-        copy_N,
-        ends_E,
-        dh_NP,
-        weighted_NF,
-        dgate_TK,
-        rows,
-        hidden,
-        ends_E.numel(),
-        ACTIVATION=activation,
-        GROUPS=num_up_projections(activation),
-        ROWS=row_block,
-        BLOCK=block,
+    launcher = activation_backward_launcher(
+        h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], position_TK.numel(), activation
     )
+    launcher(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
+
+
+@lru_cache
+def activation_backward_launcher(
+    device: int,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    rows: int,
+    hidden: int,
+    experts: int,
+    copies: int,
+    activation: str,
+) -> Launcher:
+    """Takes h, da, gate, position, copy, ends, dh, weighted, dgate."""
+    constants = _activation_constants(hidden, activation)
+    grid = (ceil_div(max(rows, copies), constants["ROWS"]),)
+    return Launcher(_activation_backward, grid, (rows, hidden, experts, copies), **constants)
 
 
 @triton.jit
@@ -200,6 +210,7 @@ def _activation_backward(
     h_ptr,
     da_ptr,
     gate_ptr,
+    position_ptr,
     copy_ptr,
     ends_ptr,
     dh_ptr,
@@ -208,6 +219,7 @@ def _activation_backward(
     rows,
     hidden,
     experts,
+    copies,
     ACTIVATION: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -220,7 +232,7 @@ def _activation_backward(
     gate = tl.load(gate_ptr + copy, mask=held, other=0.0).to(tl.float32)[:, None]
     row = row_R[:, None]
     dgate = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, hidden, BLOCK):
+    for start in range(0, tl.where(tl.program_id(0) * ROWS < end, hidden, 0), BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = (row < end) & (column < hidden)
         offset, value, slope, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
@@ -233,3 +245,6 @@ def _activation_backward(
         if GROUPS == 2:
             tl.store(dh_ptr + offset + hidden, (da * value).to(dh_ptr.dtype.element_ty), mask=inside)
     tl.store(dgate_ptr + copy, dgate, mask=held)
+    # The same numbers once more, as copies: those without a row.
+    position = tl.load(position_ptr + row_R, mask=row_R < copies, other=0)
+    tl.store(dgate_ptr + row_R, 0.0, mask=position < 0)

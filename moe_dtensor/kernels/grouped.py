@@ -7,6 +7,7 @@ and ``weight_gradient``. P and Q are a weight's two sides, ``w_EPQ``.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -42,6 +43,7 @@ def check(backend: str, x_TD: Tensor, hidden: int) -> None:
         )
 
 
+@cache
 def backend_module(backend: str) -> ModuleType:
     """The module of a grouped-GEMM backend; what it needs is imported here, on first use."""
     return importlib.import_module(f"{__package__}.{_MODULES[backend]}")

@@ -33,17 +33,18 @@ def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
 
 def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
     """See :data:`moe_dtensor.kernels.grouped.rows_times_weight`."""
+    out_N = a_N.new_empty(a_N.shape[0], w_EPQ.shape[1 if transposed else 2])
+    # The package wants as many rows as the counts add up to; ours may be more.
     held = int(plan.sum())
-    out = _backend().gmm(a_N[:held], w_EPQ, plan, trans_a=False, trans_b=transposed)
-    if held == a_N.shape[0]:
-        return out
-    # The package wants as many rows as the counts add up to; ours may be allocated for the worst case.
-    whole = out.new_empty(a_N.shape[0], out.shape[1])
-    whole[:held] = out
-    return whole
+    _backend().gmm(a_N[:held], w_EPQ, plan, trans_a=False, trans_b=transposed, c=out_N[:held])
+    return out_N
 
 
 def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
     """See :data:`moe_dtensor.kernels.grouped.weight_gradient`."""
     held = int(plan.sum())
-    return _backend().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True, trans_b=False)
+    out_EPQ = _backend().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True, trans_b=False)
+    # One product for each expert: nothing promises that one over no rows writes zeros.
+    for expert in (plan == 0).nonzero().flatten().tolist():
+        out_EPQ[expert].zero_()
+    return out_EPQ

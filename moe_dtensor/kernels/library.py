@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,12 +30,21 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
     operator = getattr(torch.ops.moe_dtensor, name).default
 
     def call(*args):
-        # Small layers are bound by the host: go round the dispatcher where nobody traces or intercepts operators.
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return operator(*args)
-        return run(*args)
+        # Small layers are bound by the host: go round the dispatcher where it has nothing to do.
+        return operator(*args) if is_traced() else run(*args)
 
     return call
+
+
+def is_traced() -> bool:
+    """Whether a compiler, or anyone else, watches operators: then all must go through the dispatcher."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@cache
+def triton_kernels(module: str) -> ModuleType:
+    """The Triton side of a module of this room, ``<module>_triton``: loaded when first needed, as Triton is."""
+    return import_module(f"{__package__}.{module}_triton")
 
 
 def launches_triton(x: Tensor) -> bool:

@@ -4,22 +4,19 @@
 
 Kept for the backward pass: x, H, the gates and the route. X and A are recomputed, and Y is never needed: the gate's
 gradient is ``<dA', A>`` with ``dA' = dO w_down``.
-
-Weight gradients are nodes of their own, beside the path from y to x and not on it, so that schedules which run the
-two apart (zero-bubble) compute neither twice. A weight's node stands in the graph by a *handle*: a tensor without
-storage, of the shape of what that node needs to be told. ``w_down``'s is told dO and A', ``w_up``'s is told dH.
-Nodes created later run earlier; the order in :func:`expert_mlp` therefore lets each weight's gradient be complete
-before the input's (FSDP reduces a block's gradients once its input's is there), and frees dO and A' first.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .glue import activate_rows, activation_backward, combine_rows, gather_rows, weighted_activation
-from .grouped import check, make_plan, rows_times_weight, weight_gradient
+from . import mlp_operators, mlp_split
+from .grouped import check, make_plan
+from .library import is_traced, triton_kernels
 from .routing import Route, count_rows, sort_by_expert
 
 
@@ -35,134 +32,55 @@ def expert_mlp(
     first_expert: int = 0,
     rows: str | int = "exact",
     num_experts: int | None = None,
+    split_backward: bool = False,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
-    check(backend, x_TD, w_up_EGFD.shape[2])
-    held_experts = w_up_EGFD.shape[0]
+    held_experts, _, hidden, _ = w_up_EGFD.shape
+    check(backend, x_TD, hidden)
     route = sort_by_expert(expert_TK, first_expert, held_experts)
     # An unknown total with first_expert = 0 takes the static bound: right in any case, and without a sync.
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
     plan = make_plan(route.ends, num_rows, backend)
-
-    x_ND = _Gather.apply(x_TD, route.position, num_rows)
-    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
-    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
-    h_NP = _Join.apply(h_NP, handle_NP)
-    do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
-    return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, plan, activation, backend)
+    run = mlp_split.expert_mlp if split_backward else _ExpertMLP.apply
+    return run(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
 
 
-def _handle(like: Tensor, *shape: int) -> Tensor:
-    """A tensor of this shape over a single element: its gradient is all that matters."""
-    return like.new_empty(()).expand(shape)
-
-
-def _wanted(ctx: Function, index: int) -> bool:
-    """Whether this backward pass goes on to the node behind an input. Tracing and unusual callers: yes."""
-    if torch.compiler.is_compiling():
-        return True
-    node = ctx.next_functions[index][0]
-    if node is None:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
-        return True
-
-
-class _Gather(Function):
-    """Copies of tokens as rows by expert; backward sums each token's. Apart from _Up, so that dH is gone by then."""
+class _ExpertMLP(Function):
+    """All of it as one node: the host's time of a small layer is that of its nodes and launches."""
 
     @staticmethod
-    def forward(ctx, x_TD, position_TK, num_rows):
-        ctx.save_for_backward(position_TK)
-        return gather_rows(x_TD, position_TK, num_rows, 0)
-
-    @staticmethod
-    def backward(ctx, dx_ND):
-        (position_TK,) = ctx.saved_tensors
-        return combine_rows(dx_ND, position_TK, None), None, None
-
-
-class _Up(Function):
-    """H = x w_up^T; backward gives dX of the rows."""
-
-    @staticmethod
-    def forward(ctx, x_ND, w_up_EPD, route, plan, backend):
-        ctx.save_for_backward(w_up_EPD, route.ends, plan)
-        ctx.backend = backend
-        return rows_times_weight(x_ND, w_up_EPD, route.ends, plan, True, backend)
-
-    @staticmethod
-    def backward(ctx, dh_NP):
-        w_up_EPD, ends_E, plan = ctx.saved_tensors
-        return rows_times_weight(dh_NP, w_up_EPD, ends_E, plan, False, ctx.backend), None, None, None, None
-
-
-class _UpWeight(Function):
-    """The handle of w_up: told dH, its gradient is ``dH^T gather(x)``."""
-
-    @staticmethod
-    def forward(ctx, w_up_EPD, x_TD, route, plan, num_rows, backend):
-        ctx.save_for_backward(x_TD, route.position, route.ends, plan)
-        ctx.num_rows, ctx.backend = num_rows, backend
-        return _handle(x_TD, num_rows, w_up_EPD.shape[1])
-
-    @staticmethod
-    def backward(ctx, dh_NP):
-        x_TD, position_TK, ends_E, plan = ctx.saved_tensors
-        x_ND = gather_rows(x_TD, position_TK, ctx.num_rows, 1)
-        return weight_gradient(dh_NP, x_ND, ends_E, plan, ctx.backend), None, None, None, None, None
-
-
-class _Join(Function):
-    """The value, as the output of two nodes: both get its gradient."""
-
-    @staticmethod
-    def forward(ctx, value, handle):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, grad
-
-
-class _DownWeight(Function):
-    """The handles of w_down: told dO and A', its gradient is ``dO^T A'``."""
-
-    @staticmethod
-    def forward(ctx, w_down_EDF, route, plan, num_rows, backend):
-        ctx.save_for_backward(route.ends, plan)
-        ctx.backend = backend
-        _, width, hidden = w_down_EDF.shape
-        return _handle(w_down_EDF, num_rows, width), _handle(w_down_EDF, num_rows, hidden)
-
-    @staticmethod
-    def backward(ctx, do_ND, weighted_NF):
-        ends_E, plan = ctx.saved_tensors
-        return weight_gradient(do_ND, weighted_NF, ends_E, plan, ctx.backend), None, None, None, None
-
-
-class _Down(Function):
-    """y = sum over choices of gate * (act(H) w_down^T); backward gives dH, dgate, and what w_down's node needs."""
-
-    @staticmethod
-    def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, plan, activation, backend):
-        a_NF = activate_rows(h_NP, route.ends, activation)
-        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, plan, True, backend)
-        ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, plan)
+    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend):
+        run = _sequence(backend, num_rows)
+        y_TD, h_NP = run.forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
+        ctx.save_for_backward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, *route, plan, h_NP)
         ctx.activation, ctx.backend = activation, backend
-        return combine_rows(y_ND, route.position, gate_TK)
+        return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD):
-        h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, plan = ctx.saved_tensors
-        route = Route(position_TK, copy_N, ends_E)
-        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0], 1)
-        if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
-            weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
-            return None, None, do_ND, weighted_NF, None, None, None, None, None
-        da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, ctx.backend)
-        dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, copy_N, ends_E, ctx.activation)
-        return dh_NP, dgate_TK.to(gate_TK.dtype), do_ND, weighted_NF, None, None, None, None, None
+        x_TD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, plan, h_NP = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            # H is dropped as soon as it has been used; not if the graph is retained.
+            ctx.maybe_clear_saved_tensors()
+        run, saved = _sequence(ctx.backend, h_NP.shape[0]), [h_NP]
+        del h_NP
+        dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run.backward(
+            dy_TD,
+            x_TD,
+            w_up_EGFD,
+            w_down_EDF,
+            gate_TK,
+            Route(position_TK, copy_N, ends_E),
+            plan,
+            saved,
+            ctx.needs_input_grad,
+            ctx.activation,
+            ctx.backend,
+        )
+        return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), None, None, None, None, None
+
+
+def _sequence(backend: str, num_rows: int) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` run: launches where nobody traces, else operators."""
+    return mlp_operators if backend != "triton" or is_traced() or num_rows == 0 else triton_kernels("mlp")

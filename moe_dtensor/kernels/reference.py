@@ -19,8 +19,9 @@ def expert_mlp(
     first_expert: int = 0,
     rows: str | int = "exact",
     num_experts: int | None = None,
+    split_backward: bool = False,
 ) -> Tensor:
-    """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device and dtype; rows and num_experts change nothing."""
+    """See :func:`moe_dtensor.kernels.experts.expert_mlp`. Any device and dtype; the last three change nothing."""
     tokens, choices = expert_TK.shape
     width, experts = x_TD.shape[1], w_up_EGFD.shape[0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .library import define, launches_triton
+from .library import define, launches_triton, triton_kernels
 
 SCORES = ("softmax", "sigmoid")
 
@@ -72,14 +72,10 @@ _logits_op = define(
 
 def _logits_backward(dlogits_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
     # A float32 number as the sum of two bf16 ones, side by side: one product each for dx and dw.
-    halves_TC = x_TD.new_empty(x_TD.shape[0], 2 * w_ED.shape[0])
-    if halves_TC.numel() > 0:
-        from . import router_triton
-
-        router_triton.split_halves(dlogits_TE.contiguous(), halves_TC)
-    dx_TD = halves_TC @ torch.cat([w_ED, w_ED])
-    dw_CD = torch.mm(halves_TC.T, x_TD, out_dtype=torch.float32)
-    return dx_TD, dw_CD.view(2, *w_ED.shape).sum(0).to(w_ED.dtype)
+    halves_TC, twice_CD = triton_kernels("router").split_halves(dlogits_TE.contiguous(), w_ED.contiguous())
+    dx_TD = torch.mm(halves_TC, twice_CD)
+    high_ED, low_ED = torch.mm(halves_TC.T, x_TD, out_dtype=torch.float32).chunk(2)
+    return dx_TD, torch.add(high_ED, low_ED, out=torch.empty_like(w_ED))
 
 
 _logits_backward_op = define(
@@ -108,9 +104,7 @@ def _top_k(
     logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     if _by_triton(logits_TE):
-        from . import router_triton
-
-        return router_triton.top_k_gates(logits_TE, ranking_TE, top_k, score, normalize)
+        return triton_kernels("router").top_k_gates(logits_TE, ranking_TE, top_k, score, normalize)
     ranking_TE = (logits_TE if ranking_TE is None else ranking_TE).nan_to_num(nan=-torch.inf)
     expert_TK = ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
     if normalize:
@@ -139,9 +133,7 @@ _top_k_op = define(
 
 def _gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
     if _by_triton(logits_TE):
-        from . import router_triton
-
-        return router_triton.gates_backward(dgate_TK.contiguous(), logits_TE, expert_TK, score, normalize)
+        return triton_kernels("router").gates_backward(dgate_TK.contiguous(), logits_TE, expert_TK, score, normalize)
     if normalize:
         chosen_TK = logits_TE.gather(1, expert_TK)
         gate_TK = _normalized(chosen_TK, score)

@@ -2,86 +2,88 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Launcher, ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
-
-
-def _blocks(logits_TE: Tensor) -> tuple[int, int, int]:
-    tokens, experts = logits_TE.shape
-    columns = max(16, next_power_of_2(experts))
-    return max(1, min(64, _ELEMENTS // columns)), columns, tokens
 
 
 def top_k_gates(
     logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`moe_dtensor.kernels.router.top_k_gates`."""
-    rows, columns, tokens = _blocks(logits_TE)
-    gate_TK = logits_TE.new_empty(tokens, top_k)
-    expert_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=logits_TE.device)
-    launch(
-        _top_k_kernel,
-        (ceil_div(tokens, rows),),
-        logits_TE,
-        logits_TE if ranking_TE is None else ranking_TE.contiguous(),
-        gate_TK,
-        expert_TK,
-        tokens,
-        logits_TE.shape[1],
-        K=top_k,
-        ROWS=rows,
-        COLUMNS=columns,
-        SOFTMAX=score == "softmax",
-        NORMALIZE=normalize,
-        OWN_RANKING=ranking_TE is not None,
-    )
+    gate_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
+    expert_TK = torch.empty_like(gate_TK, dtype=torch.int64)
+    ranking_dtype = None
+    if ranking_TE is not None:
+        ranking_TE, ranking_dtype = ranking_TE.contiguous(), ranking_TE.dtype
+    launcher = _top_k_launcher(logits_TE.get_device(), ranking_dtype, *logits_TE.shape, top_k, score, normalize)
+    launcher(logits_TE, ranking_TE, gate_TK, expert_TK)
     return gate_TK, expert_TK
+
+
+def _constants(experts: int, top_k: int, score: str, normalize: bool) -> dict[str, Any]:
+    columns = max(16, next_power_of_2(experts))
+    rows = max(1, min(64, _ELEMENTS // columns))
+    return {"K": top_k, "ROWS": rows, "COLUMNS": columns, "SOFTMAX": score == "softmax", "NORMALIZE": normalize}
+
+
+@lru_cache
+def _top_k_launcher(
+    device: int, ranking_dtype: torch.dtype | None, tokens: int, experts: int, top_k: int, score: str, normalize: bool
+) -> Launcher:
+    constants = _constants(experts, top_k, score, normalize)
+    grid = (ceil_div(tokens, constants["ROWS"]),)
+    return Launcher(_top_k_kernel, grid, (tokens, experts), **constants, OWN_RANKING=ranking_dtype is not None)
 
 
 def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
     """The gradient of the logits from the gates'."""
-    rows, columns, tokens = _blocks(logits_TE)
     dlogits_TE = torch.empty_like(logits_TE)
-    launch(
-        _gates_backward_kernel,
-        (ceil_div(tokens, rows),),
-        dgate_TK,
-        logits_TE,
-        expert_TK,
-        dlogits_TE,
-        tokens,
-        logits_TE.shape[1],
-        K=expert_TK.shape[1],
-        ROWS=rows,
-        COLUMNS=columns,
-        SOFTMAX=score == "softmax",
-        NORMALIZE=normalize,
-    )
+    launcher = _gates_launcher(logits_TE.get_device(), *logits_TE.shape, expert_TK.shape[1], score, normalize)
+    launcher(dgate_TK, logits_TE, expert_TK, dlogits_TE)
     return dlogits_TE
 
 
-def split_halves(x_TE: Tensor, out_TC: Tensor) -> None:
-    """Write ``out = [high | low]``, two low-precision numbers whose sum is x."""
-    tokens, experts = x_TE.shape
-    block = 1024
-    launch(_split_halves, (ceil_div(tokens * experts, block),), x_TE, out_TC, tokens * experts, experts, BLOCK=block)
+@lru_cache
+def _gates_launcher(device: int, tokens: int, experts: int, top_k: int, score: str, normalize: bool) -> Launcher:
+    constants = _constants(experts, top_k, score, normalize)
+    return Launcher(_gates_backward_kernel, (ceil_div(tokens, constants["ROWS"]),), (tokens, experts), **constants)
+
+
+def split_halves(x_TE: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """``[high | low]``, two numbers in the dtype of w whose sum is x, ``(T, 2 E)``; and w twice, ``(2 E, D)``."""
+    halves_TC = w_ED.new_empty(x_TE.shape[0], 2 * x_TE.shape[1])
+    twice_CD = w_ED.new_empty(2 * w_ED.shape[0], w_ED.shape[1])
+    _halves_launcher(x_TE.get_device(), w_ED.dtype, *x_TE.shape, w_ED.shape[1])(x_TE, w_ED, halves_TC, twice_CD)
+    return halves_TC, twice_CD
+
+
+@lru_cache
+def _halves_launcher(device: int, dtype: torch.dtype, tokens: int, experts: int, width: int) -> Launcher:
+    elements, weights, block = tokens * experts, experts * width, 1024
+    grid = (ceil_div(max(elements, 2 * weights), block),)
+    return Launcher(_split_halves, grid, (elements, experts, weights), BLOCK=block)
 
 
 @triton.jit
-def _split_halves(x_ptr, out_ptr, elements, experts, BLOCK: tl.constexpr):
+def _split_halves(x_ptr, w_ptr, halves_ptr, twice_ptr, elements, experts, weights, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + element, mask=element < elements, other=0.0)
-    high = x.to(out_ptr.dtype.element_ty)
-    low = (x - high.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    out = out_ptr + element + element // experts * experts
-    tl.store(out, high, mask=element < elements)
-    tl.store(out + experts, low, mask=element < elements)
+    high = x.to(halves_ptr.dtype.element_ty)
+    low = (x - high.to(tl.float32)).to(halves_ptr.dtype.element_ty)
+    half = halves_ptr + element + element // experts * experts
+    tl.store(half, high, mask=element < elements)
+    tl.store(half + experts, low, mask=element < elements)
+    w = tl.load(w_ptr + element % weights, mask=element < 2 * weights)
+    tl.store(twice_ptr + element, w, mask=element < 2 * weights)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import define, launches_triton
+from .library import define, launches_triton, triton_kernels
 
 
 class Route(NamedTuple):
@@ -49,9 +49,7 @@ def count_rows(route: Route, rows: str | int, num_experts: int, all_held: bool) 
 
 def _run(expert_TK: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     if launches_triton(expert_TK) and expert_TK.numel() > 0:
-        from .routing_triton import sort_by_expert as kernel
-
-        return kernel(expert_TK.contiguous(), first_expert, num_experts)
+        return triton_kernels("routing").sort_by_expert(expert_TK.contiguous(), first_expert, num_experts)
     key_N = expert_TK.flatten() - first_expert
     held_N = (key_N >= 0) & (key_N < num_experts)
     sorted_N, copy_N = key_N.where(held_N, num_experts).sort(stable=True)

@@ -1,48 +1,52 @@
-"""Triton kernels of :mod:`.routing`: a stable counting sort in two passes over blocks of copies."""
+"""Triton kernels of :mod:`.routing`: a stable counting sort in two launches.
+
+The first counts each chunk's copies of each expert, the second adds up the counts of the chunks before its own.
+"""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, launch, next_power_of_2
+from .launch import Launcher, ceil_div, next_power_of_2
 
 _BLOCK = 128
+_MAX_CHUNKS = 128
+_ELEMENTS = 4096
 
 
 def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches and one prefix sum; see :func:`moe_dtensor.kernels.routing.sort_by_expert`."""
+    """Two launches; see :func:`moe_dtensor.kernels.routing.sort_by_expert`."""
     copies = expert_TK.numel()
-    blocks = ceil_div(copies, _BLOCK)
-    bins = max(16, next_power_of_2(num_experts + 1))
+    count, place = launchers(expert_TK.get_device(), copies, first_expert, num_experts)
     position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
     copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
-    # Expert-major, so that one inclusive prefix sum over all of it ends at each (expert, block)'s last row.
-    counts_EB = position_TK.new_empty(num_experts, blocks)
-    launch(_count, (blocks,), expert_TK, counts_EB, copies, first_expert, num_experts, blocks, BLOCK=_BLOCK, BINS=bins)
-    last_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
-    launch(
-        _place,
-        (blocks,),
-        expert_TK,
-        last_EB,
-        position_TK,
-        copy_N,
-        ends_E,
-        copies,
-        first_expert,
-        num_experts,
-        blocks,
-        BLOCK=_BLOCK,
-    )
+    counts_EC = position_TK.new_empty(num_experts, count.grid[0])
+    count(expert_TK, counts_EC)
+    place(expert_TK, counts_EC, position_TK, copy_N, ends_E)
     return position_TK, copy_N, ends_E
+
+
+@lru_cache
+def launchers(device: int, copies: int, first_expert: int, num_experts: int) -> tuple[Launcher, Launcher]:
+    """What counts (ids -> counts) and what places (ids, counts -> position, copy, ends); a program for each chunk."""
+    parts = ceil_div(copies, _BLOCK * _MAX_CHUNKS)
+    chunks = ceil_div(copies, _BLOCK * parts)
+    # One bin more than experts: that of copies without a row.
+    bins = max(16, next_power_of_2(num_experts + 1))
+    columns = min(next_power_of_2(chunks), max(1, _ELEMENTS // bins))
+    numbers = (copies, first_expert, num_experts, chunks, parts)
+    count = Launcher(_count, (chunks,), numbers, BLOCK=_BLOCK, BINS=bins)
+    return count, Launcher(_place, (chunks,), numbers, BLOCK=_BLOCK, BINS=bins, COLUMNS=columns)
 
 
 @triton.jit
 def _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK: tl.constexpr):
-    """A block's local expert ids; ``num_experts`` stands for copies held elsewhere and for the tail."""
+    """A block's local expert ids; ``num_experts`` stands for copies without a row and for the tail."""
     copy = block * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(expert_ptr + copy, mask=copy < copies, other=-1) - first_expert
     held = (key >= 0) & (key < num_experts) & (copy < copies)
@@ -50,36 +54,61 @@ def _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK: tl.c
 
 
 @triton.jit
-def _count(expert_ptr, counts_ptr, copies, first_expert, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    block = tl.program_id(0)
-    _, key, _ = _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK)
+def _count(
+    expert_ptr,
+    counts_ptr,
+    copies,
+    first_expert,
+    num_experts,
+    chunks,
+    parts,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    counts = tl.zeros((BINS,), tl.int32)
+    for part in range(parts):
+        _, key, _ = _load_keys(expert_ptr, chunk * parts + part, copies, first_expert, num_experts, BLOCK)
+        counts += tl.histogram(key, BINS)
     bins = tl.arange(0, BINS)
-    tl.store(counts_ptr + bins * blocks + block, tl.histogram(key, BINS), mask=bins < num_experts)
+    tl.store(counts_ptr + bins * chunks + chunk, counts, mask=bins < num_experts)
 
 
 @triton.jit
 def _place(
     expert_ptr,
-    last_ptr,
+    counts_ptr,
     position_ptr,
     copy_ptr,
     ends_ptr,
     copies,
     first_expert,
     num_experts,
-    blocks,
+    chunks,
+    parts,
     BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    copy, key, held = _load_keys(expert_ptr, block, copies, first_expert, num_experts, BLOCK)
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    for start in range(0, chunks, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (bins[:, None] < num_experts) & (column < chunks)
+        counts = tl.load(counts_ptr + bins[:, None] * chunks + column, mask=inside, other=0)
+        total += tl.sum(counts, axis=1)
+        before += tl.sum(tl.where(column < chunk, counts, 0), axis=1)
+    ends = tl.cumsum(total, axis=0)
+    if chunk == 0:
+        tl.store(ends_ptr + bins, ends, mask=bins < num_experts)
     lane = tl.arange(0, BLOCK)
-    # Rows of this expert in this block that come after: counting back from the block's last row needs no count.
-    after = tl.sum(((key[None, :] == key[:, None]) & (lane[None, :] > lane[:, None])).to(tl.int32), axis=1)
-    last = tl.load(last_ptr + key * blocks + block, mask=held, other=0)
-    row = last - 1 - after
-    tl.store(position_ptr + copy, tl.where(held, row, -1), mask=copy < copies)
-    tl.store(copy_ptr + row, copy, mask=held)
-    # The last block knows every expert's end.
-    if block == blocks - 1:
-        for expert in range(num_experts):
-            tl.store(ends_ptr + expert, tl.load(last_ptr + expert * blocks + block))
+    row_of_bin = ends - total + before
+    for part in range(parts):
+        copy, key, held = _load_keys(expert_ptr, chunk * parts + part, copies, first_expert, num_experts, BLOCK)
+        earlier = tl.sum(((key[None, :] == key[:, None]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
+        row = tl.gather(row_of_bin, key, 0) + earlier
+        tl.store(position_ptr + copy, tl.where(held, row, -1), mask=copy < copies)
+        tl.store(copy_ptr + row, copy, mask=held)
+        row_of_bin += tl.histogram(key, BINS)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .library import define, launches_triton
+from .library import define, launches_triton, triton_kernels
 
 
 @torch.no_grad()
@@ -39,9 +39,7 @@ def sinkhorn(logits_GTE: Tensor, iterations: int) -> Tensor:
 
 
 def _sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
-    from . import sinkhorn_triton
-
-    return sinkhorn_triton.sinkhorn(logits_GTE.contiguous(), iterations, log_share)
+    return triton_kernels("sinkhorn").sinkhorn(logits_GTE.contiguous(), iterations, log_share)
 
 
 _sinkhorn_op = define(

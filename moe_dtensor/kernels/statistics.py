@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import define, launches_triton
+from .library import define, launches_triton, triton_kernels
 
 STATISTICS = ("entropy", "margin", "gate_norm", "squared_logsumexp")
 """What :func:`router_statistics` sums up, in this order."""
@@ -33,9 +33,7 @@ def router_statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
 def _statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
     if launches_triton(logits_TE) and wide == torch.float32 and logits_TE.numel() > 0:
-        from . import statistics_triton
-
-        return statistics_triton.router_statistics(logits_TE.contiguous(), gate_TK.contiguous())
+        return triton_kernels("statistics").router_statistics(logits_TE.contiguous(), gate_TK.contiguous())
     logits_TE, gate_TK = logits_TE.to(wide), gate_TK.to(wide)
     logsumexp_T = logits_TE.logsumexp(1)
     probability_TE = logits_TE.softmax(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.resolve import GATED
+from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
@@ -28,6 +28,7 @@ class Experts(nn.Module):
         self.activation = config.model.activation
         self.backend = moe.backend
         self.rows = moe.rows
+        self.split_backward = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
         self.first_expert = 0
         self.num_experts = moe.num_experts
 
@@ -47,6 +48,7 @@ class Experts(nn.Module):
             backend=self.backend,
             first_expert=self.first_expert,
             rows=self.rows if rows is None else rows,
+            split_backward=self.split_backward,
             num_experts=self.num_experts,
         )
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Result:
     failure: str = ""
 
 
+def _installed_backends() -> tuple[str, ...]:
+    return ("torch", "triton", "grouped_gemm") if find_spec("grouped_gemm") else ("torch", "triton")
+
+
 def bench_layer(
     shapes: Sequence[str] = ("mixtral", "olmoe", "qwen3_30b", "neox125m"),
     backends: Sequence[str] = (),
@@ -71,7 +76,8 @@ def bench_layer(
 
     Args:
         shapes: names, or ``T,D,F,E,K,activation``.
-        backends: names. Empty: torch and triton on CUDA, reference elsewhere; and the peers that are installed.
+        backends: names. Empty: torch, triton and, if it is installed, grouped_gemm on CUDA, reference elsewhere; and
+            the peers that are installed.
         skew: ``0`` near-uniform routing; ``zipf``: odds of expert e proportional to ``1 / (e + 1)``.
         json_path: file for the results with commit, versions and device.
 
@@ -87,7 +93,7 @@ def bench_layer(
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     peers = installed_peers() if cuda and not backends else {}
-    names = tuple(backends) or (("torch", "triton") if cuda else ("reference",))
+    names = tuple(backends) or (_installed_backends() if cuda else ("reference",))
     for name in names:
         if name not in (*BACKENDS, "auto"):
             raise ValueError(f"--backends {name!r} is not known. Use auto or some of {', '.join(BACKENDS)}.")

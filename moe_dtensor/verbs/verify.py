@@ -70,8 +70,10 @@ def main(argv: list[str]) -> int:
 
 
 def _with_backend(config: Config, options: argparse.Namespace) -> Config:
-    backend = options.backend or (config.moe.backend if options.dtype == "bfloat16" else "auto")
-    return override(config, {"moe.backend": backend})
+    if options.dtype != "bfloat16":
+        return override(config, {"moe.backend": options.backend or "auto"})
+    # Some backends take nothing else, whatever the config itself computes in.
+    return override(config, {"moe.backend": options.backend or config.moe.backend, "training.param_dtype": "bfloat16"})
 
 
 def choose_layouts(

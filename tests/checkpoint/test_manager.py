@@ -11,135 +11,28 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.checkpoint.folder import step_folder, whole_steps
-from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.config.schema import Checkpoint, Config, Training
 from moe_dtensor.parallel.ranks import run_on_ranks
-from moe_dtensor.train.optimizer import build_optimizers
-from moe_dtensor.train.schedule import build_schedulers
+
+from .runs import Stage, assert_same, config_of, full_state, run_of, shard, train_step, trained
 
 # One process without a group is what these want; DCP says so each time.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-NAMES = ("layers.0.up.weight", "layers.0.norm.weight", "layers.1.up.weight", "layers.1.norm.weight")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(12, 6, bias=False)
-        self.norm = nn.RMSNorm(12)
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return x_TD + self.up(self.norm(x_TD)).repeat(1, 2)
-
-
-class Stage(nn.Module):
-    """Blocks ``first``..``last``-1 of a two-block model."""
-
-    def __init__(self, first: int = 0, last: int = 2) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): Block() for i in range(first, last)})
-        generator = torch.Generator().manual_seed(0)
-        values = {
-            name: torch.randn(shape, generator=generator)
-            for name, shape in zip(NAMES, [(6, 12), (12,)] * 2, strict=True)
-        }
-        for name, parameter in self.named_parameters():
-            parameter.data.copy_(values[name])
-
-
-class Position:
-    """A loader's state."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {"batch": 0, "order": [3, 1, 2]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = state_dict
-
-
-def config_of(**checkpoint: Any) -> Config:
-    return Config(training=Training(steps=100), checkpoint=Checkpoint(**checkpoint))
-
-
-def shard(stage: nn.Module, dp: int, pp: int, tp: int) -> None:
-    """FSDP over dp; ``up.weight`` split over tp by rows, norms replicated on tp."""
-    mesh = init_device_mesh("cpu", (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
-    for name, module in list(stage.named_modules()):
-        if isinstance(module, nn.Linear | nn.RMSNorm):
-            placement = Shard(0) if name.endswith("up") else Replicate()
-            module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh["tp"], [placement]))
-    for key, block in stage.layers.items():
-        stage.layers[key] = checkpoint_wrapper(block)
-        # tp splits rows and dp columns: two splits of one dim would be a strided shard.
-        fully_shard(stage.layers[key], mesh=mesh["dp"], shard_placement_fn=lambda p: Shard(p.ndim - 1))
-    fully_shard(stage, mesh=mesh["dp"])
-
-
-def run_of(folder: Path, parts: list[nn.Module], config: Config) -> tuple[CheckpointManager, Any, Any, Position]:
-    optimizers = build_optimizers(parts, config)
-    schedule, position = build_schedulers(optimizers, config), Position()
-    return CheckpointManager(folder, config, parts, optimizers, schedule, position), optimizers, schedule, position
-
-
-def train_step(parts: list[nn.Module], optimizers: Any, schedule: Any, position: Position, seed: int) -> None:
-    """A step on gradients that depend on the parameter's name only, not on the mesh."""
-    for part in parts:
-        for name, parameter in part.named_parameters():
-            index = NAMES.index(name.replace("_checkpoint_wrapped_module.", ""))
-            full = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed * 10 + index))
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements)
-            parameter.grad = full
-    optimizers.step()
-    optimizers.zero_grad()
-    schedule.step()
-    position.state["batch"] += 1
-
-
-def full_state(manager: CheckpointManager) -> dict[str, torch.Tensor]:
-    state = manager._tensors()
-    flat = {**state["model"], **state["optimizer"]}
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in flat.items()}
-
-
-def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-        assert torch.equal(got[key], value), key
-
-
-def trained(folder: Path, steps: int, **checkpoint: Any) -> tuple[CheckpointManager, Any]:
-    """A plain run of one process that saved after each step."""
-    parts: list[nn.Module] = [Stage()]
-    manager, optimizers, schedule, position = run_of(folder, parts, config_of(**checkpoint))
-    for step in range(1, steps + 1):
-        train_step(parts, optimizers, schedule, position, step)
-        manager.save(step)
-    return manager, (parts, optimizers, schedule, position)
-
 
 def test_resume_restores_everything(tmp_path: Path) -> None:
-    manager, (_, _, schedule, _) = trained(tmp_path, 3)
+    manager, (_, rest) = trained(tmp_path, 3)
     want, noise = full_state(manager), torch.rand(3)
     torch.manual_seed(99)
     parts: list[nn.Module] = [Stage()]
-    again, _, schedule_again, position = run_of(tmp_path, parts, config_of())
+    again, rest_again = run_of(tmp_path, parts, config_of())
     assert again.load_latest() == 3
     assert_same(full_state(again), want)
-    assert schedule_again.lr == schedule.lr
-    assert position.state == {"batch": 3, "order": [3, 1, 2]}
+    assert rest_again.schedule.lr == rest.schedule.lr
+    assert rest_again.position.state == {"batch": 3, "order": [3, 1, 2]}
     assert torch.equal(torch.rand(3), noise)
 
 
@@ -171,9 +64,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["while writing", "before the rename", "while deleting"])
 def test_killed_save_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    manager, rest = trained(tmp_path, 2)
+    manager, run = trained(tmp_path, 2)
     want = full_state(manager)
-    train_step(*rest, seed=3)
+    train_step(*run, seed=3)
 
     def kill(*args: Any, **kwargs: Any) -> None:
         raise Killed
@@ -203,8 +96,8 @@ def test_killed_save_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_same_step_again(tmp_path: Path) -> None:
-    manager, rest = trained(tmp_path, 1)
-    train_step(*rest, seed=7)
+    manager, run = trained(tmp_path, 1)
+    train_step(*run, seed=7)
     want = full_state(manager)
     manager.save(1)
     again, *_ = run_of(tmp_path, [Stage()], config_of())
@@ -214,9 +107,9 @@ def test_same_step_again(tmp_path: Path) -> None:
 
 def test_async_equals_sync(tmp_path: Path) -> None:
     """The state written is that of the call, although training goes on at once."""
-    manager, rest = trained(tmp_path, 2, async_save=True)
+    manager, run = trained(tmp_path, 2, async_save=True)
     want = full_state(manager)
-    train_step(*rest, seed=3)
+    train_step(*run, seed=3)
     manager.wait()
     again, *_ = run_of(tmp_path, [Stage()], config_of())
     assert again.load_latest() == 2
@@ -251,11 +144,11 @@ def test_lr_follows_the_config(tmp_path: Path) -> None:
     trained(tmp_path, 2)
     config = config_of()
     config = replace(config, optimizer=replace(config.optimizer, lr=0.5, weight_decay=0.3, beta2=0.9))
-    manager, optimizers, schedule, _ = run_of(tmp_path, [Stage()], config)
+    manager, rest = run_of(tmp_path, [Stage()], config)
     manager.load_latest()
-    groups = next(iter(optimizers)).param_groups
-    assert schedule.lr == 0.5 * 3 / 20
-    assert [group["lr"] for group in groups] == [schedule.lr] * 2
+    groups = next(iter(rest.optimizers)).param_groups
+    assert rest.schedule.lr == 0.5 * 3 / 20
+    assert [group["lr"] for group in groups] == [rest.schedule.lr] * 2
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert groups[0]["betas"] == (0.9, 0.9)
 
@@ -272,15 +165,15 @@ def on_mesh(folder: Path, shape: tuple[int, int, int], save: bool, async_save: b
     for part in parts:
         shard(part, *shape)
     config = config_of(async_save=async_save)
-    manager, optimizers, schedule, position = run_of(folder, parts, config)
+    manager, rest = run_of(folder, parts, config)
     if save:
         for step in range(1, 4):
-            train_step(parts, optimizers, schedule, position, step)
+            train_step(parts, rest, step)
         manager.save(3)
         manager.wait()
     else:
         assert manager.load_latest() == 3
-        assert position.state["batch"] == 3
+        assert rest.position.state["batch"] == 3
     return {key: value.numpy() for key, value in full_state(manager).items()}
 
 

@@ -24,6 +24,8 @@ class Case:
     rows: str | int = "exact"
     absent: int = 0
     """Every so many-th choice has the id -1, and NaN for a gate."""
+    split: bool = False
+    """Weight gradients as autograd nodes of their own."""
 
     @property
     def num_held(self) -> int:
@@ -47,6 +49,8 @@ ODD_CASES = [
     Case(37, 16, 24, 5, 3, "swiglu", absent=2, rows=60),  # fewer rows than T * K, more than copies
     Case(37, 16, 24, 5, 1, "swiglu", first_expert=1, held=2, rows=37),
     Case(37, 16, 24, 5, 3, "gelu", absent=1, rows=0),
+    Case(37, 16, 24, 5, 2, "swiglu", split=True),
+    Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, absent=3, split=True),
 ]
 
 
@@ -82,6 +86,7 @@ def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Te
         first_expert=case.first_expert,
         rows=case.rows,
         num_experts=case.E,
+        split_backward=case.split,
     )
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_dtensor.kernels import mlp
+from moe_dtensor.kernels import mlp_operators, mlp_split
 from moe_dtensor.kernels.experts import choose_backend, expert_mlp
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
@@ -47,9 +48,10 @@ def test_bf16_agrees_with_float64():
     assert 1e-4 < max(errors.values()) < 1e-2, errors
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("activation", "groups"), [("swiglu", 2), ("gelu", 1)])
-def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, groups):
-    case = Case(64, 32, 48, 4, 2, activation)
+def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, groups, split):
+    case = Case(64, 32, 48, 4, 2, activation, split=split)
     leaves, expert_TK, _ = make_inputs(case, torch.bfloat16)
     parameters = {leaf.untyped_storage().data_ptr() for leaf in leaves[1:3]}
     kept: dict[int, int] = {}
@@ -68,24 +70,30 @@ def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, gr
     assert sum(kept.values()) == 2 * case.T * case.D + 2 * groups * copies * case.F + route
 
 
-def test_weight_gradients_can_run_apart(monkeypatch):
-    """Zero-bubble schedules take input gradients first and weight gradients later: no GEMM may run twice."""
+# Before torch 2.13, nodes written in Python die when stage_backward_input detaches a stage's output.
+ORDERS = ["together", "apart"] if torch.__version__ >= (2, 13) else ["together"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_gemm_runs_twice(order, monkeypatch):
+    """Zero-bubble schedules take input gradients first and weight gradients later."""
     calls = []
     for name in ("rows_times_weight", "weight_gradient"):
-        monkeypatch.setattr(mlp, name, _counted(getattr(mlp, name), name, calls))
-    case = Case(37, 16, 24, 5, 2, "swiglu")
+        monkeypatch.setattr(mlp_split, name, _counted(getattr(mlp_split, name), name, calls))
+    case = Case(37, 16, 24, 5, 2, "swiglu", split=True)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     whole = torch.autograd.grad(run(case, "torch", leaves, expert_TK), leaves, dy_TD)
     y_TD = run(case, "torch", leaves, expert_TK)
-    # torch 2.11 lets Python nodes die when stage_backward_input detaches the output, unless something above them lives.
-    above = y_TD.view_as(y_TD)
     calls.clear()
-    _, groups = stage_backward_input([y_TD], [dy_TD], [leaves[0], leaves[3]], iter(leaves[1:3]))
-    assert calls == ["rows_times_weight"] * 2
-    calls.clear()
-    stage_backward_weight(iter(leaves[1:3]), groups)
-    assert calls == ["weight_gradient"] * 2
-    del above
+    if order == "together":
+        y_TD.backward(dy_TD)
+        assert sorted(calls) == ["rows_times_weight"] * 2 + ["weight_gradient"] * 2
+    else:
+        _, groups = stage_backward_input([y_TD], [dy_TD], [leaves[0], leaves[3]], iter(leaves[1:3]))
+        assert calls == ["rows_times_weight"] * 2
+        calls.clear()
+        stage_backward_weight(iter(leaves[1:3]), groups)
+        assert calls == ["weight_gradient"] * 2
     for leaf, expected in zip(leaves, whole, strict=True):
         assert torch.equal(leaf.grad, expected)
 
@@ -98,20 +106,71 @@ def _counted(function, name, calls):
     return counted
 
 
-def test_weight_gradients_are_complete_before_the_inputs():
+@pytest.mark.parametrize("split", [False, True])
+def test_weight_gradients_are_complete_before_the_inputs(split):
     """FSDP reduces a block's gradients when the gradient of its input arrives."""
-    case = Case(37, 16, 24, 5, 2, "swiglu")
+    case = Case(37, 16, 24, 5, 2, "swiglu", split=split)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     order = []
-    for name, leaf in zip(("x", "w_up", "w_down"), leaves[:3], strict=True):
+    for name, leaf in zip(("w_up", "w_down"), leaves[1:3], strict=True):
         leaf.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
-    run(case, "torch", leaves, expert_TK).backward(dy_TD)
-    assert order == ["w_down", "w_up", "x"]
+    x_TD = leaves[0] * 1
+    x_TD.grad_fn.register_prehook(lambda _: order.append("x"))
+    run(case, "torch", [x_TD, *leaves[1:]], expert_TK).backward(dy_TD)
+    assert sorted(order[:2]) == ["w_down", "w_up"]
+    assert order[2:] == ["x"]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_retained_graph_runs_again(split):
+    """One node drops what was saved while it runs, but not if it is to run again."""
+    case = Case(37, 16, 24, 5, 2, "swiglu", split=split)
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
+    y_TD = run(case, "torch", leaves, expert_TK)
+    first = torch.autograd.grad(y_TD, leaves, dy_TD, retain_graph=True)
+    second = torch.autograd.grad(y_TD, leaves, dy_TD)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y_TD, leaves, dy_TD)
+
+
+def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch):
+    case = Case(37, 16, 24, 5, 2, "swiglu")
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
+    alive, freed = [], []
+    rows_times_weight, weight_gradient = mlp_operators.rows_times_weight, mlp_operators.weight_gradient
+
+    def watched(*args):
+        out = rows_times_weight(*args)
+        alive.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def checked(*args):
+        freed.append(alive[0].expired())
+        return weight_gradient(*args)
+
+    monkeypatch.setattr(mlp_operators, "rows_times_weight", watched)
+    monkeypatch.setattr(mlp_operators, "weight_gradient", checked)
+    y_TD = run(case, "torch", leaves, expert_TK)
+    assert not alive[0].expired()
+    y_TD.backward(dy_TD)
+    assert freed == [True, True]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_gradients_of_some_inputs(index):
+    case = Case(37, 16, 24, 5, 2, "swiglu")
+    leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
+    whole = torch.autograd.grad(run(case, "torch", leaves, expert_TK), leaves, dy_TD)
+    some = [leaf.detach().requires_grad_(i == index) for i, leaf in enumerate(leaves)]
+    (got,) = torch.autograd.grad(run(case, "torch", some, expert_TK), some[index], dy_TD)
+    assert torch.equal(got, whole[index])
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_without_a_graph_break():
-    case = Case(37, 16, 24, 5, 2, "swiglu")
+@pytest.mark.parametrize("split", [False, True])
+def test_compiles_without_a_graph_break(split):
+    case = Case(37, 16, 24, 5, 2, "swiglu", split=split)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     expected = torch.autograd.grad(run(case, "torch", leaves, expert_TK), leaves, dy_TD)
     compiled = torch.compile(
@@ -158,10 +217,8 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
     case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
     leaves, expert_TK, _ = make_inputs(case, torch.float32)
     made = []
-    gather_rows = mlp.gather_rows
-    monkeypatch.setattr(
-        mlp, "gather_rows", lambda x, position, rows, phase: made.append(rows) or gather_rows(x, position, rows, phase)
-    )
+    gather_rows = mlp_operators.gather_rows
+    monkeypatch.setattr(mlp_operators, "gather_rows", lambda *args: made.append(args[2]) or gather_rows(*args))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
     run(case, "torch", leaves, expert_TK)
     assert made == [70]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_dtensor.kernels import routing_triton
 from moe_dtensor.kernels.router import top_k_gates
 from moe_dtensor.kernels.router_triton import split_halves
 from moe_dtensor.kernels.routing import sort_by_expert
@@ -30,10 +31,14 @@ def test_choices_are_distinct_ids_whatever_the_logits(device):
 
 
 @pytest.mark.parametrize(("first", "held"), [(0, 7), (2, 3), (6, 1)])
-@pytest.mark.parametrize("T", [1, 300])
-def test_counting_sort_is_the_stable_sort(T, first, held, device, monkeypatch):
+@pytest.mark.parametrize(("T", "max_chunks"), [(1, 128), (300, 128), (300, 2), (300, 3)])
+def test_counting_sort_is_the_stable_sort(T, max_chunks, first, held, device, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(routing_triton, "_MAX_CHUNKS", max_chunks)
+    monkeypatch.setattr(routing_triton, "_ELEMENTS", 32)
+    routing_triton.launchers.cache_clear()
     torch.manual_seed(0)
     expert_TK = torch.rand(T, 7).topk(3, 1).indices
+    expert_TK[::4, 1] = -1
     by_triton = [t.cpu() for t in sort_by_expert(expert_TK.to(device), first, held)]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     position, copy, ends = sort_by_expert(expert_TK, first, held)
@@ -41,11 +46,14 @@ def test_counting_sort_is_the_stable_sort(T, first, held, device, monkeypatch):
     assert torch.equal(by_triton[0], position)
     assert torch.equal(by_triton[1][:rows], copy[:rows])
     assert torch.equal(by_triton[2], ends)
+    routing_triton.launchers.cache_clear()
 
 
-def test_two_halves_add_up(device):
+@pytest.mark.parametrize("D", [3, 500])
+def test_two_halves_add_up(D, device, poisoned_memory):
     x_TE = torch.randn(37, 5, device=device)
-    out_TC = torch.empty(37, 10, dtype=torch.bfloat16, device=device)
-    split_halves(x_TE, out_TC)
+    w_ED = torch.randn(5, D, device=device, dtype=torch.bfloat16)
+    out_TC, twice_CD = split_halves(x_TE, w_ED)
+    assert torch.equal(twice_CD, torch.cat([w_ED, w_ED]))
     torch.testing.assert_close(out_TC[:, :5].float(), x_TE, atol=0, rtol=2**-7)
     torch.testing.assert_close(out_TC.float().view(37, 2, 5).sum(1), x_TE, atol=0, rtol=2**-14)
