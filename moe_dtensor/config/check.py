@@ -140,9 +140,9 @@ def _tensor_parallel(config: Config) -> Broken:
 
 def _data_parallel(config: Config) -> Broken:
     model, dp = config.model, config.mesh.dp
-    if model.dim % dp and moe_layers(config) and config.mesh.experts in ("tp", "tp_hidden"):
+    if model.dim % dp:
         yield (
-            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the experts' width.",
+            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the width of weights.",
             f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",
         )
 

@@ -23,7 +23,6 @@ from moe_dtensor.model.rows import (
     Tokens,
     allocated_rows,
     columns,
-    compiled_whole,
     sent_tokens,
     tokens,
     tokens_at_experts,
@@ -176,7 +175,7 @@ def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
     Eager, every result of a named operator is stored; compiled, only those that the backward pass reads.
     """
     model, moe, tp = config.model, config.moe, config.mesh.tp
-    eager = not (config.compile.enable if met is None else compiled_whole(config))
+    eager = not config.compile.enable
     kept = at.whole * model.num_heads // tp * (model.head_dim * at.compute + 4)
     if tp > 1:
         kept += at.own * model.dim * at.compute

@@ -112,11 +112,6 @@ def reads_device(config: Config) -> bool:
     return config.mesh.dispatch == "all_to_all" or config.moe.rows == "exact"
 
 
-def compiled_whole(config: Config) -> bool:
-    """Whether an MoE block is one compiled graph. A read cuts it; what is recomputed selectively then runs eagerly."""
-    return config.compile.enable and not reads_device(config)
-
-
 def expert_takes(config: Config) -> int | None:
     """Copies of a routing group that an expert takes at most; None: all."""
     moe = config.moe

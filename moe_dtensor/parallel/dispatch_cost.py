@@ -16,7 +16,6 @@ from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.rows import (
     columns,
-    compiled_whole,
     distinct_ranks,
     reads_device,
     repeats_tokens,
@@ -40,7 +39,8 @@ class Move(NamedTuple):
     forward: float
     backward: float
     kept: bool = False
-    """Whether selective recomputation keeps what the forward brings: sums, and what only a kept result needs."""
+    """Whether selective recomputation keeps what the forward brings, or only needs it for what it keeps: sums over
+    ranks; compiled, also all that ends in a choice, a route or a count."""
 
 
 class Saved(NamedTuple):
@@ -162,7 +162,7 @@ def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Ste
     """Vectors, gates and ids of ``held`` tokens to each other rank of the axis, and sums back."""
     others = (config.mesh.dp if axis == "dp" else config.mesh.tp) - 1
     vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
-    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, compiled_whole(config))]
+    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, config.compile.enable)]
     return [*enter, *inner, Move(axis, vector, vector, kept=True)]
 
 
@@ -179,10 +179,11 @@ def _all_to_all(config: Config, meanwhile: Steps) -> Steps:
     ranks = expert_ranks(config)
     rows = sent_tokens(config) * distinct_ranks(config) * (ranks - 1) / ranks
     vector, gates, _ = (rows * size for size in _bytes_of_token(config))
-    axis = _shared_axis(config)
-    there: Steps = [Move(axis, 16 * (ranks - 1), 0), Move(axis, 2 * gates, 2 * gates), Move(axis, vector, vector)]
-    # Where the rows of a token lie is saved again for their sum, after they are back.
-    return [*there, *meanwhile, Saved(), Move(axis, vector, vector), Saved()]
+    axis, compiled = _shared_axis(config), config.compile.enable
+    counts = Move(axis, 16 * (ranks - 1), 0, compiled)
+    there: Steps = [counts, Move(axis, 2 * gates, 2 * gates), Move(axis, vector, vector)]
+    # Where the rows of a token lie is saved again for their sum, after they are back: eagerly they come back again.
+    return [*there, *meanwhile, Saved(), Move(axis, vector, vector, compiled), Saved()]
 
 
 def _shared_axis(config: Config) -> Axis:

@@ -20,7 +20,7 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.rows import BYTES, columns, compiled_whole, tokens
+from moe_dtensor.model.rows import BYTES, columns, tokens
 from moe_dtensor.parallel.dispatch_cost import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
 from moe_dtensor.parallel.shares import accumulates, stage_shares
 
@@ -135,8 +135,8 @@ def _router(config: Config) -> Steps:
         each += columns(config) * 8
     if moe.capacity_factor > 0:
         each += columns(config) * (at.wide + 8)
-    # Compiled as a whole, selective recomputation keeps the choice and need not gather what it went by.
-    return [Move("tp", at.own * (mesh.tp - 1) * each, 0, compiled_whole(config)), Saved()]
+    # Compiled, selective recomputation keeps the choice and need not gather what it went by.
+    return [Move("tp", at.own * (mesh.tp - 1) * each, 0, config.compile.enable), Saved()]
 
 
 def replicated_gradient_bytes(config: Config, stages: tuple[int, ...]) -> int:

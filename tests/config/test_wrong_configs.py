@@ -108,6 +108,41 @@ WRONG = [
         "multiple of the other",
     ),
     ("--mesh.dp 12 --model.dim 208", "model.dim = 208 is not a multiple of mesh.dp = 12", "model.dim = 216"),
+    (
+        "--mesh.dp 12 --model.dim 208 --mesh.experts dp --moe.num_experts 24",
+        "model.dim = 208 is not a multiple of mesh.dp = 12",
+        "model.dim = 216",
+    ),
+    ("--mesh.dp 12 --model.dim 208 --moe.num_experts 0", "model.dim = 208 is not a multiple of mesh.dp = 12", "216"),
+    # Where experts live.
+    ("--mesh.experts ep", 'mesh.experts = "ep" is not among its choices', "tp_hidden"),
+    ("--mesh.dispatch alltoall", 'mesh.dispatch = "alltoall" is not among its choices', 'Did you mean "all_to_all"?'),
+    ("--mesh.link_bandwidth 0", "mesh.link_bandwidth = 0.0 must be above 0", "450"),
+    (
+        "--mesh.dp 4 --mesh.experts dp --moe.num_experts 6",
+        "moe.num_experts = 6 is not a multiple of mesh.dp = 4, over which mesh.experts = dp spreads them",
+        "divisor of 6, or that to 8",
+    ),
+    (
+        "--mesh.dp 2 --mesh.tp 8 --mesh.experts dp_tp",
+        "moe.num_experts = 8 is not a multiple of mesh.dp * mesh.tp = 16, over which mesh.experts = dp_tp",
+        "that to 16",
+    ),
+    (
+        "--mesh.tp 4 --mesh.experts tp_hidden --moe.hidden_dim 510",
+        "moe.hidden_dim = 510 is not a multiple of mesh.tp = 4, over which mesh.experts = tp_hidden",
+        "moe.hidden_dim = 512",
+    ),
+    (
+        "--mesh.tp 2 --mesh.experts tp_hidden --mesh.dispatch all_to_all",
+        "mesh.dispatch = all_to_all sends tokens to where their experts are",
+        "mesh.experts to tp, dp or dp_tp",
+    ),
+    (
+        "--mesh.dp 2 --mesh.experts dp --fsdp.cpu_offload true",
+        "fsdp.cpu_offload = true with mesh.experts = dp, which leaves the experts out of FSDP",
+        "mesh.experts to tp or tp_hidden",
+    ),
     # Batches.
     ("--mesh.dp 5 --model.dim 160", "training.global_batch_size = 24 is not a multiple of mesh.dp = 5", "25"),
     (

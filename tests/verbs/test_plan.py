@@ -19,7 +19,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.activations import block_bytes
 from moe_dtensor.model.counts import flops_per_token, parameters
-from moe_dtensor.model.rows import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
+from moe_dtensor.model.rows import allocated_rows, distinct_ranks, expert_rows, expert_takes, tokens_at_experts
 from moe_dtensor.parallel.dispatch_cost import LATENCY, READ, choose_dispatch, dispatch_costs
 from moe_dtensor.parallel.memory import fullest_rank, rank_memory
 from moe_dtensor.parallel.schedule_costs import SOURCES, bubble, in_flight
@@ -196,6 +196,34 @@ def test_auto_takes_the_cheaper_dispatch() -> None:
         "all_gather"
     )
     assert choose_dispatch(preset("olmoe_small", "4x1x1", mesh__dispatch="all_to_all")) == "all_gather"
+
+
+@pytest.mark.parametrize(
+    ("compiled", "mode", "gathers", "exchanges"),
+    [
+        (False, "none", 7, 7),
+        (True, "none", 7, 7),
+        # Again: vectors, gates and ids; under all-to-all counts and the way back too.
+        (False, "selective", 7 + 3, 7 + 4),
+        (False, "full", 7 + 3, 7 + 4),
+        # As torch's profiler counted them: choices, counts and the way back are not needed again.
+        (True, "selective", 7 + 2, 7 + 2),
+    ],
+)
+def test_collectives_of_a_dispatch(compiled: bool, mode: str, gathers: int, exchanges: int) -> None:
+    config = preset("debug", "1x1x2", compile__enable=compiled, activation_checkpoint__mode=mode)
+    costs = dispatch_costs(config)
+    assert (costs["all_gather"].collectives, costs["all_to_all"].collectives) == (gathers, exchanges)
+    whole = preset("debug", "2x1x2", mesh__sequence_parallel=False, mesh__experts="dp_tp")
+    assert [cost.collectives for cost in dispatch_costs(whole).values()] == [3 + 7, 7 + 3]
+
+
+def test_a_capacity_is_the_routers() -> None:
+    from moe_dtensor.layers.balance import capacity
+
+    for factor in (0.3, 1.0, 1.1, 1.25):
+        config = preset("debug", "1x1x2", moe__capacity_factor=factor)
+        assert expert_takes(config) == capacity(factor, 3 * 128, 2, 8)
 
 
 def test_the_dispatch_is_told_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
