@@ -42,8 +42,8 @@ def expert_mlp(
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
     plan = make_plan(route.ends, num_rows, backend)
-    run = mlp_split.expert_mlp if split_backward else _ExpertMLP.apply
-    return run(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
+    arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
+    return mlp_split.expert_mlp(*arguments) if split_backward else _ExpertMLP.apply(*arguments)
 
 
 class _ExpertMLP(Function):
