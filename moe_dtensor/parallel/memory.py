@@ -49,7 +49,7 @@ class Memory:
     """Moment: logits, and the head's two gradients. On the last stage."""
     at_block: int
     """Moment: a block's backward pass: what it recomputes, gradients of activations and weights (of experts outside of
-    FSDP one weight's, in both dtypes: it joins the sum at once)."""
+    FSDP one of them in both dtypes, on its way into the sum)."""
     at_reduce: int
     """Moment: a block's gradients on their way into the reduce-scatter, its activations just freed."""
 
@@ -118,6 +118,15 @@ def _block_sizes(shares: list[Share]) -> dict[int, int]:
     return sizes
 
 
+def _own_sizes(shares: list[Share]) -> dict[int, list[int]]:
+    """Elements of each weight of experts outside of FSDP, by block."""
+    sizes: dict[int, list[int]] = {}
+    for share in shares:
+        if not share.row.fsdp:
+            sizes.setdefault(int(share.name.split(".")[1]), []).append(share.local_size)
+    return sizes
+
+
 def _root_sizes(shares: list[Share]) -> list[int]:
     """Elements of each parameter outside the blocks: FSDP's outermost group."""
     return [share.used_size for share in shares if not share.name.startswith("layers.")]
@@ -156,17 +165,14 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         # Only GPipe has run all forwards by then: their logits wait.
         waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
         at_loss = logits + waiting + head + head_gradient
-    own = [share.local_size for share in shares if not share.row.fsdp]
-    own_bytes = at.compute + (
-        BYTES[config.training.dtype] if config.training.param_dtype != config.training.dtype else 0
-    )
+    own = _own_sizes(shares)
     at_block = at_reduce = 0
     for layer, size in _block_sizes(shares).items():
         block = block_bytes(config, layer in with_experts, skewed)
         # The head's gradient waits for the end of the backward pass, where its group is reduced.
         gradients = size * at.compute + head_gradient + waiting
-        own_gradient = max(own) * own_bytes if own and layer in with_experts else 0
-        at_block = max(at_block, block.backward + gradients + own_gradient)
+        of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)
+        at_block = max(at_block, block.backward + gradients + of_own)
         flight = size * reduce_bytes + math.ceil(size * reduce_bytes / config.mesh.dp)
         at_reduce = max(at_reduce, flight + gradients - block.kept)
     return at_loss, at_block, at_reduce
