@@ -41,6 +41,12 @@ def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """tp and experts, then recomputation, then compilation, then FSDP around all of it."""
     shard_parameters(part, config, mesh)
     install_collectives(part, config, mesh)
-    apply_recompute(part, config)
-    apply_compile(part, config)
+    if config.activation_checkpoint.mode == "full":
+        # Around the compiled block: what is recomputed is all of it, and torch 2.13 cannot compile the other way round
+        # where a block's collectives are inside.
+        apply_compile(part, config)
+        apply_recompute(part, config)
+    else:
+        apply_recompute(part, config)
+        apply_compile(part, config)
     apply_fsdp(part, config, mesh["dp"])

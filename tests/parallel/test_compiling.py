@@ -1,0 +1,34 @@
+"""Compiled blocks give the oracle's gradients on a mesh, with what reads counts, recomputes and sends inside."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.load import load
+from moe_dtensor.verify.cases import Case
+from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.run import prove
+
+DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (Layout(1, 1, 2), {"activation_checkpoint.mode": "full"}),
+        (Layout(2, 1, 1), {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1}),
+    ],
+)
+def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ranks are forked with this. What is traced is the same, and inductor's code for a CPU takes a minute to build.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    miniature = shrink(override(load(DEBUG), changes), [layout])
+    (verdict,) = prove([Case(layout, override(miniature, {"compile.enable": True}))])
+    assert verdict.ok, f"{verdict.worst} {verdict.failure}"
