@@ -120,7 +120,7 @@ def expert_takes(config: Config) -> int | None:
         return min(size, -(-size * moe.top_k // moe.num_experts))
     if moe.capacity_factor == 0:
         return None
-    # As a decimal, like the router: see layers.balance.capacity.
+    # As a decimal, like the router: see Capacity in layers.
     return ceil(Fraction(str(moe.capacity_factor)) * size * moe.top_k / moe.num_experts)
 
 

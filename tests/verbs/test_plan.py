@@ -219,11 +219,11 @@ def test_collectives_of_a_dispatch(compiled: bool, mode: str, gathers: int, exch
 
 
 def test_a_capacity_is_the_routers() -> None:
-    from moe_dtensor.layers.balance import capacity
+    from moe_dtensor.layers.router import Capacity
 
     for factor in (0.3, 1.0, 1.1, 1.25):
         config = preset("debug", "1x1x2", moe__capacity_factor=factor)
-        assert expert_takes(config) == capacity(factor, 3 * 128, 2, 8)
+        assert expert_takes(config) == Capacity(factor, 2, 8)(tokens=3 * 128)
 
 
 def test_the_dispatch_is_told_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
