@@ -52,17 +52,24 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "tp, all_gather": {"mesh.experts": "tp"},
-    "tp, all_gather, worst rows": {"mesh.experts": "tp", "moe.rows": "worst"},
     "tp, all_to_all": {"mesh.experts": "tp", "mesh.dispatch": "all_to_all"},
     "tp_hidden": {"mesh.experts": "tp_hidden"},
     "dp, all_gather": {"mesh.experts": "dp"},
     "dp, all_to_all": {"mesh.experts": "dp", "mesh.dispatch": "all_to_all"},
-    "dp_tp, all_gather, worst rows": {"mesh.experts": "dp_tp", "moe.rows": "worst"},
+    "dp_tp, all_gather": {"mesh.experts": "dp_tp"},
     "dp_tp, all_to_all": {"mesh.experts": "dp_tp", "mesh.dispatch": "all_to_all"},
 }
-TABLES = {"router": ROUTERS, "balance": BALANCES, "gates": GATES, "limits": LIMITS, "placement": PLACEMENTS}
-STEPS = 2
-"""A bias and the load of the step before show in the second."""
+ROWS: dict[str, dict[str, Any]] = {"exact": {"moe.rows": "exact"}, "worst": {"moe.rows": "worst"}}
+TABLES = {
+    "router": ROUTERS,
+    "balance": BALANCES,
+    "gates": GATES,
+    "limits": LIMITS,
+    "placement": PLACEMENTS,
+    "rows": ROWS,
+}
+CARRIED = ("batch", "bias", "all")
+"""Balances whose state shows in a second step."""
 
 
 def dimensions(meshes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[Any, ...]]:
@@ -129,7 +136,7 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
     for name, table in TABLES.items():
         changes |= table[setting[name]]
     config = with_microbatches(override(Config(), changes), layout, setting["accumulation"])
-    return Case(layout, config, steps=STEPS)
+    return Case(layout, config, steps=2 if setting["balance"] in CARRIED else 1)
 
 
 def settings(meshes: dict[str, tuple[int, int, int]]) -> list[dict[str, Any]]:

@@ -23,7 +23,11 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
     ("layout", "changes"),
     [
         (Layout(1, 1, 2), {"activation_checkpoint.mode": "full"}),
-        (Layout(2, 1, 1), {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1}),
+        pytest.param(
+            Layout(2, 1, 1),
+            {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
