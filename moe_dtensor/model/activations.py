@@ -1,8 +1,9 @@
 """Bytes that a block keeps between its forward and its backward pass, by arithmetic. Loads no torch.
 
 Counted is what autograd saves on a GPU, term by term from ``layers/`` and ``kernels/``. T are the tokens of a
-microbatch, t those of one tp rank's slice of the sequence (T / tp under sequence parallelism, else T), D the width,
-F an expert's hidden width, G 2 for gated activations and else 1, E experts, K choices, N rows of copies at hand.
+microbatch, t those of one tp rank's slice of the sequence (T / tp under sequence parallelism, else T), U those whose
+vectors are at hand at a rank's experts, D the width, F an expert's hidden width on a rank, G 2 for gated activations
+and else 1, E experts, K choices, N rows of copies that are made room for (``model/rows.py``).
 
 Compiled, inductor chooses what to save, and its cut through the graph comes to the same but for two things: a
 whole-width norm of queries and keys keeps its input in the compute dtype (eager: in float32, and the result too), and
@@ -15,10 +16,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import GATED, padded_vocab
+from moe_dtensor.config.resolve import GATED, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
-
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+from moe_dtensor.model.rows import (
+    BYTES,
+    Tokens,
+    allocated_rows,
+    columns,
+    reads_device,
+    sent_tokens,
+    tokens,
+    tokens_at_experts,
+)
 
 
 @dataclass(frozen=True)
@@ -32,49 +41,34 @@ class BlockBytes:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Sizes that all terms share."""
+class AtExperts:
+    """What one rank's experts work on in a block and microbatch."""
 
-    whole: int
-    """T."""
-    own: int
-    """t."""
-    compute: int
-    """Bytes of an element in ``training.param_dtype``."""
-    wide: int
-    """The same, at least float32: gates, logits of the router, statistics."""
+    tokens: int
+    """U."""
+    rows: int
+    """N."""
+    hidden: int
+    """F: a slice of an expert's under ``tp_hidden``."""
 
 
-def tokens(config: Config) -> Tokens:
-    """Sizes of a microbatch on one rank of a resolved config."""
-    training, mesh = config.training, config.mesh
-    whole = training.microbatch_size * training.seq_len
-    own = whole // mesh.tp if mesh.sequence_parallel else whole
-    compute = BYTES[training.param_dtype]
-    return Tokens(whole, own, compute, max(4, compute))
-
-
-def expert_rows(config: Config, skewed: bool) -> int:
-    """N: rows of copies that a rank computes in one MoE block.
-
-    Balanced, each rank gets its share of the T * K copies. Skewed, all tokens prefer one rank's experts, and it gets
-    ``T * min(K, E / tp)`` under all-gather dispatch. At tp = 1 both are T * K: no copy is ever dropped.
-    """
-    moe, tp = config.moe, config.mesh.tp
-    size = tokens(config).whole
-    return size * min(moe.top_k, moe.num_experts // tp) if skewed else size * moe.top_k // tp
+def at_experts(config: Config, skewed: bool) -> AtExperts:
+    """Of a resolved config, ``mesh.dispatch`` settled."""
+    moe, mesh = config.moe, config.mesh
+    hidden = moe.hidden_dim // mesh.tp if mesh.experts == "tp_hidden" else moe.hidden_dim
+    return AtExperts(tokens_at_experts(config, skewed), allocated_rows(config, skewed), hidden)
 
 
 def block_bytes(config: Config, is_moe: bool, skewed: bool = False) -> BlockBytes:
-    """What a block keeps and needs, for one microbatch on one rank of a resolved config."""
+    """What a block keeps and needs, for one microbatch on one rank of a resolved config, ``mesh.dispatch`` settled."""
     at = tokens(config)
-    rows = expert_rows(config, skewed) if is_moe else 0
+    met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
-    ffn = _experts(config, at, rows) if is_moe else _dense(config, at, config.model.hidden_dim)
+    ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else _experts(config, at, met)
     everything = 2 * stream + _attention(config, at) + ffn
     mode = config.activation_checkpoint.mode
-    kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, is_moe, rows)
-    return BlockBytes(kept, everything - kept + _gradients(config, at, is_moe, rows))
+    kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
+    return BlockBytes(kept, everything - kept + _gradients(config, at, met))
 
 
 def head_bytes(config: Config) -> tuple[int, int]:
@@ -110,63 +104,115 @@ def _norm_statistics(config: Config, at: Tokens) -> int:
     return 2 * at.wide * (2 if config.model.norm == "layernorm" else 1)
 
 
-def _dense(config: Config, at: Tokens, hidden: int, with_input: bool = True) -> int:
-    """Its input; gate, up and their product; eager also act(gate)."""
+def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> int:
+    """For ``count`` tokens its input; gate, up and their product; eager also act(gate)."""
     gated = config.model.activation in GATED
     copies = (3 if config.compile.enable else 4) if gated else 2
     width = config.model.dim if with_input else 0
-    return at.whole * (width + copies * hidden // config.mesh.tp) * at.compute
+    return count * (width + copies * hidden // config.mesh.tp) * tokens(config).compute
 
 
-def _experts(config: Config, at: Tokens, rows: int) -> int:
+def _experts(config: Config, at: Tokens, met: AtExperts) -> int:
     """Router, dispatch and experts: x, H, gates and route (``kernels/mlp.py``); X, A and Y are not kept."""
     model, moe = config.model, config.moe
-    gathered = config.mesh.tp > 1 and config.mesh.sequence_parallel
-    kept = at.whole * model.dim * at.compute + _route(config, at)
-    if gathered:  # the router reads a rank's own tokens
-        kept += at.own * model.dim * at.compute
-    kept += rows * gates(config) * moe.hidden_dim * at.compute
+    vector = model.dim * at.compute
+    kept = at.own * vector + _router(config, at) + _route(config, at, met)
+    if _experts_have_own_input(config):
+        kept += met.tokens * vector
+    kept += met.rows * gates(config) * met.hidden * at.compute
     if uses_reference(config):  # X, the activation's parts and A; each copy's output in float32
-        inner = moe.hidden_dim * (2 if model.activation in GATED else 1)
-        kept += rows * (model.dim + inner) * at.compute + at.whole * moe.top_k * model.dim * at.wide
+        inner = met.hidden * (2 if model.activation in GATED else 1)
+        kept += met.rows * (model.dim + inner) * at.compute + met.tokens * columns(config) * model.dim * at.wide
     if moe.num_shared_experts:
-        kept += _dense(config, at, moe.num_shared_experts * moe.hidden_dim, with_input=False)
+        hidden = moe.num_shared_experts * moe.hidden_dim
+        kept += _dense(config, at.whole, hidden, with_input=_shared_has_own_input(config))
     return kept
 
 
-def _route(config: Config, at: Tokens) -> int:
-    """The router's logits, gates and ids of a rank's own tokens; gates and two int32 of the route for each copy."""
+def _experts_have_own_input(config: Config) -> bool:
+    """Whether what the experts read is another tensor than what the router reads, a rank's own tokens."""
+    mesh = config.mesh
+    over_tp = mesh.experts != "dp" and mesh.tp > 1 and mesh.sequence_parallel
+    over_dp = mesh.experts in ("dp", "dp_tp") and mesh.dp > 1
+    return mesh.dispatch == "all_to_all" or over_tp or over_dp
+
+
+def _shared_has_own_input(config: Config) -> bool:
+    """Whether the shared expert reads tokens gathered over tp that nothing else keeps."""
+    mesh = config.mesh
+    if mesh.tp == 1 or not mesh.sequence_parallel:
+        return False
+    experts_read_them = mesh.experts in ("tp", "tp_hidden") or (mesh.experts == "dp_tp" and mesh.dp == 1)
+    return mesh.dispatch == "all_to_all" or not experts_read_them
+
+
+def _router(config: Config, at: Tokens) -> int:
+    """Logits and ids of a rank's own tokens, what noise made of the vectors, and what the losses read."""
     moe = config.moe
-    own = at.own * (moe.num_experts * at.wide + moe.top_k * 8)
-    return own + at.whole * moe.top_k * (at.wide + 8)
+    each = moe.num_experts * at.wide + columns(config) * 8
+    if moe.jitter > 0:
+        each += 2 * config.model.dim * at.compute
+    if moe.router == "expert_choice":  # which of the E are taken
+        each += moe.num_experts
+    if moe.balance_loss > 0:  # their softmax, or sigmoid
+        each += moe.num_experts * at.wide
+    return at.own * each
 
 
-def _selected(config: Config, at: Tokens, is_moe: bool, rows: int) -> int:
-    """What selective recomputation keeps beside the input: attention's output, sums over tp, operators' results.
+def _route(config: Config, at: Tokens, met: AtExperts) -> int:
+    """For each choice of the tokens at hand a gate and two int32; of an all-to-all also ids beside the gates, and an
+    int32 for each token and rank."""
+    sends = config.mesh.dispatch == "all_to_all"
+    kept = met.tokens * columns(config) * ((2 if sends else 1) * at.wide + 8)
+    return kept + (sent_tokens(config) * expert_ranks(config) * 4 if sends else 0)
+
+
+def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
+    """What selective recomputation keeps beside the input: attention's output, sums over ranks, operators' results.
 
     Eager, every result of a named operator is stored; compiled, only those that the backward pass reads.
     """
     model, moe, tp = config.model, config.moe, config.mesh.tp
-    eager = not config.compile.enable
+    eager = not config.compile.enable or (met is not None and reads_device(config))
     kept = at.whole * model.num_heads // tp * (model.head_dim * at.compute + 4)
     if tp > 1:
-        kept += at.own * model.dim * at.compute * (2 if eager else 1)
-    if not is_moe or uses_reference(config):
+        kept += at.own * model.dim * at.compute
+    if eager:
+        kept += _sums(config, at, met) * model.dim * at.compute
+    if met is None or uses_reference(config):
         return kept
-    kept += _route(config, at) + rows * gates(config) * moe.hidden_dim * at.compute
+    kept += _router(config, at) + _route(config, at, met) + met.rows * gates(config) * met.hidden * at.compute
     if eager:  # X, A, Y, their sum, and Sinkhorn's matrix
-        kept += (rows * (2 * model.dim + moe.hidden_dim) + at.whole * model.dim) * at.compute
+        kept += (met.rows * (2 * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
         kept += at.whole * moe.num_experts * at.wide if moe.router == "sinkhorn" else 0
+        if config.mesh.dispatch == "all_to_all":  # rows for other ranks, and the sum of what they send back
+            sent = sent_tokens(config)
+            rows = tokens_at_experts(config, skewed=False) * (model.dim * at.compute + 2 * columns(config) * at.wide)
+            kept += rows + sent * model.dim * at.compute
     return kept
 
 
-def _gradients(config: Config, at: Tokens, is_moe: bool, rows: int) -> int:
+def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
+    """Tokens of what reduce-scatters and all-reduces bring out of the second half of a block."""
+    mesh = config.mesh
+    over_tp = at.own if mesh.tp > 1 else 0
+    if met is None or (mesh.dispatch == "all_gather" and mesh.experts in ("tp", "tp_hidden")):
+        return over_tp
+    shared = over_tp if config.moe.num_shared_experts else 0
+    if mesh.dispatch == "all_to_all":
+        return shared
+    over_dp = at.own if mesh.experts == "dp" else at.whole
+    return (over_dp if mesh.dp > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
+
+
+def _gradients(config: Config, at: Tokens, met: AtExperts | None) -> int:
     """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH."""
-    model, moe = config.model, config.moe
-    stream = (at.whole + at.own) * model.dim * at.compute
-    if is_moe:
-        return stream + rows * (model.dim + (2 + gates(config)) * moe.hidden_dim) * at.compute
-    return stream + at.whole * (1 + gates(config)) * model.hidden_dim // config.mesh.tp * at.compute
+    model, mesh = config.model, config.mesh
+    if met is None:
+        inner = at.whole * (1 + gates(config)) * model.hidden_dim // mesh.tp
+        return ((at.whole + at.own) * model.dim + inner) * at.compute
+    rows = met.rows * (model.dim + (2 + gates(config)) * met.hidden)
+    return ((met.tokens + at.own) * model.dim + rows) * at.compute
 
 
 def gates(config: Config) -> int:

@@ -33,15 +33,14 @@ class BytesSent(TorchDispatchMode):
         sent.calls            # Counter({("dp", "all_gather"): 2, ...})
 
     Args:
-        mesh: the whole one, with named axes. Axes flattened out of it before count by their own name (``dp_tp``), the
-            default group as ``world`` unless it is an axis too (torch shares it where an axis has all ranks), any other
-            group by its ranks (``0,2``).
+        mesh: the whole one, with named axes. A group counts under the first axis with the same ranks, axes flattened
+            out of the mesh before after those it was made with; else as ``world``, or by its ranks (``0,2``).
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.mesh = mesh
-        self.names = self._named_groups()
+        self.names = self._named_ranks()
         self.bytes: Counter[tuple[str, str]] = Counter()
         """Bytes by (axis, collective)."""
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -79,15 +78,16 @@ class BytesSent(TorchDispatchMode):
         self.bytes[key] += count(given, group)
 
     def _axis(self, group: dist.ProcessGroup) -> str:
-        ranks = dist.get_process_group_ranks(group)
-        return self.names.get(group.group_name) or ",".join(map(str, ranks))
+        """By the ranks: torch keeps groups of earlier meshes alive, and uses them for axes that are alike."""
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return self.names.get(ranks) or ",".join(map(str, ranks))
 
-    def _named_groups(self) -> dict[str, str]:
-        axes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names or ()}
-        assert dist.group.WORLD is not None
-        names = {str(dist.group.WORLD.group_name): "world"}
-        for name, axis in (axes | self.mesh._flatten_mapping).items():
-            names[str(axis.get_group().group_name)] = name
+    def _named_ranks(self) -> dict[tuple[int, ...], str]:
+        axes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names or ()} | self.mesh._flatten_mapping
+        names: dict[tuple[int, ...], str] = {}
+        for name, axis in axes.items():
+            names.setdefault(tuple(axis.mesh.flatten().tolist()), name)
+        names.setdefault(tuple(range(dist.get_world_size())), "world")
         return names
 
 

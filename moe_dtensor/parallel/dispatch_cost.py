@@ -1,94 +1,183 @@
-"""What a dispatch costs, by arithmetic. Loads no torch.
+"""What a dispatch sends and what that costs, by arithmetic. Loads no torch.
 
-Bytes that one rank sends in a block's forward and backward pass of a microbatch over ``mesh.link_bandwidth``, plus what
-each collective and each read of the device takes however little it moves. R ranks share the experts.
+Each collective of :mod:`moe_dtensor.parallel.dispatch`, forward and backward, with the bytes that one rank sends in it;
+``tests/parallel/test_traffic.py`` counts the same in real steps. Seconds are those bytes over ``mesh.link_bandwidth``,
+plus what each collective and each read of the device takes however little it moves. Nothing is taken to overlap.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import comb
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.activations import tokens
+from moe_dtensor.model.rows import columns, distinct_ranks, reads_device, repeats_tokens, sent_tokens, tokens
 
 LATENCY = 20e-6
 """Seconds of a collective that moves next to nothing, over NVLink with NCCL."""
 READ = 50e-6
 """Seconds that a GPU waits when the host reads a number from it."""
 
+Axis = Literal["dp", "tp", "dp_tp"]
+Name = Literal["all_gather", "all_to_all"]
+
+
+class Move(NamedTuple):
+    """A tensor's way over an axis and its gradient's way back: bytes that one rank sends, 0 where nothing travels."""
+
+    axis: Axis
+    forward: float
+    backward: float
+    sums: bool = False
+    """Whether the forward adds up the ranks' shares: selective recomputation keeps such results."""
+
+
+class Saved(NamedTuple):
+    """A place in the forward pass where something is saved for the backward pass: recomputation goes on to the last."""
+
+
+Steps = list[Move | Saved]
+
 
 @dataclass(frozen=True)
 class DispatchCost:
-    """Of one block and microbatch, forward and backward."""
+    """Of one block and microbatch: forward, recomputed, and backward."""
 
-    sent: int
-    """Bytes from one rank, copies balanced over the experts."""
+    sent: dict[Axis, int]
+    """Bytes from one rank by axis, copies balanced over the experts."""
+    collectives: int
+    reads: int
+    """Numbers that the host reads from the device."""
     seconds: float
 
-
-def dispatch_costs(config: Config) -> dict[Literal["all_gather", "all_to_all"], DispatchCost]:
-    """The cost of each dispatch that ``mesh.experts`` allows; ``config`` is resolved."""
-    costs = {"all_gather": _cost(config, _all_gather_bytes(config), collectives=7, reads=_reads_rows(config))}
-    if config.mesh.experts != "tp_hidden":
-        costs["all_to_all"] = _cost(config, _all_to_all_bytes(config), collectives=7, reads=1)
-    return costs  # type: ignore[return-value]
+    @property
+    def total(self) -> int:
+        """Bytes over all axes."""
+        return sum(self.sent.values())
 
 
-def choose_dispatch(config: Config) -> Literal["all_gather", "all_to_all"]:
-    """``mesh.dispatch``, or for ``auto`` the one that takes fewer seconds."""
+def settle(config: Config) -> Config:
+    """The config with ``mesh.dispatch`` as it will run: not ``auto``, and no all-to-all where one rank has all."""
+    return replace(config, mesh=replace(config.mesh, dispatch=choose_dispatch(config)))
+
+
+def choose_dispatch(config: Config) -> Name:
+    """``mesh.dispatch``, or for ``auto`` the one that takes fewer seconds; ``config`` is resolved."""
+    if config.moe.num_experts == 0 or expert_ranks(config) == 1:
+        return "all_gather"
     if config.mesh.dispatch != "auto":
         return config.mesh.dispatch
     costs = dispatch_costs(config)
     return min(costs, key=lambda name: costs[name].seconds)
 
 
-def distinct_ranks(config: Config) -> float:
-    """Expected number of ranks that hold one of a token's K experts, all choices alike likely."""
-    moe, ranks = config.moe, expert_ranks(config)
-    experts, chosen = moe.num_experts, min(moe.top_k, moe.num_experts)
-    return ranks * (1 - comb(experts - experts // ranks, chosen) / comb(experts, chosen))
+def dispatch_costs(config: Config) -> dict[Name, DispatchCost]:
+    """The cost of each dispatch that ``mesh.experts`` allows; ``config`` is resolved."""
+    names: tuple[Name, ...] = ("all_gather", "all_to_all") if expert_ranks(config) > 1 else ("all_gather",)
+    return {name: _cost(replace(config, mesh=replace(config.mesh, dispatch=name))) for name in names}
 
 
-def _cost(config: Config, sent: float, collectives: int, reads: int) -> DispatchCost:
-    return DispatchCost(round(sent), sent / (config.mesh.link_bandwidth * 1e9) + collectives * LATENCY + reads * READ)
+def _cost(config: Config) -> DispatchCost:
+    steps = dispatch_steps(config)
+    moves = passes(config, steps)
+    sent: dict[Axis, float] = {}
+    for axis, size in moves:
+        sent[axis] = sent.get(axis, 0) + size
+    reads = reads_device(config) * (1 if config.activation_checkpoint.mode == "none" else 2)
+    seconds = sum(sent.values()) / (config.mesh.link_bandwidth * 1e9) + len(moves) * LATENCY + reads * READ
+    return DispatchCost({axis: round(size) for axis, size in sent.items()}, len(moves), reads, seconds)
 
 
-def _reads_rows(config: Config) -> int:
-    return 1 if config.moe.rows == "exact" and expert_ranks(config) > 1 else 0
+def passes(config: Config, steps: Sequence[Move | Saved]) -> list[tuple[Axis, float]]:
+    """All collectives of some steps, as (axis, bytes): forward, again under recomputation, and backward."""
+    mode = config.activation_checkpoint.mode
+    moves = [step for step in steps if isinstance(step, Move)]
+    runs = [(move.axis, move.forward) for move in moves]
+    runs += [(move.axis, move.backward) for move in moves]
+    if mode != "none":
+        last = max((i for i, step in enumerate(steps) if isinstance(step, Saved)), default=0)
+        again = [step for step in steps[:last] if isinstance(step, Move)]
+        runs += [(move.axis, move.forward) for move in again if not (move.sums and mode == "selective")]
+    return [(axis, sent) for axis, sent in runs if sent > 0]
 
 
-def _row_bytes(config: Config) -> tuple[int, int, int]:
-    """Bytes of a token's vector, of its gates, and of its ids."""
+def dispatch_steps(config: Config) -> Steps:
+    """What happens between router and sum in one block and microbatch, in order, shared expert included.
+
+    ``config`` is resolved and ``mesh.dispatch`` settled; built as :func:`moe_dtensor.parallel.dispatch.build_dispatch`
+    builds the dispatch.
+    """
+    mesh, whole = config.mesh, tokens(config).whole
+    if mesh.dispatch == "all_to_all":
+        return _apart(config, _shares(config) if repeats_tokens(config) else _all_to_all(config))
+    if mesh.experts == "dp":
+        return _apart(config, _all_gather(config, "dp", tokens(config).own, [Saved()]))
+    inner: Steps = [Saved()]
+    if mesh.experts == "dp_tp":
+        inner = _all_gather(config, "dp", whole, inner)
+        inner += [Saved()] if config.moe.num_shared_experts else []
+    return _all_gather(config, "tp", tokens(config).own, inner) if mesh.sequence_parallel else _reduce(config, inner)
+
+
+def border_steps(config: Config, inner: Steps) -> Steps:
+    """Into a layer that tp splits and out of it."""
+    whole = tokens(config).whole * _bytes_of_token(config)[0]
+    once = whole * (config.mesh.tp - 1) / config.mesh.tp
+    if config.mesh.sequence_parallel:
+        return [Move("tp", once, once), *inner, Move("tp", once, once, sums=True)]
+    return [Move("tp", 0, 2 * once), *inner, Move("tp", 2 * once, 0, sums=True)]
+
+
+def _bytes_of_token(config: Config) -> tuple[int, int, int]:
+    """Of its vector, of its gates, and of its ids."""
     at = tokens(config)
-    return config.model.dim * at.compute, config.moe.top_k * at.wide, config.moe.top_k * 8
+    return config.model.dim * at.compute, columns(config) * at.wide, columns(config) * 8
 
 
-def _all_gather_bytes(config: Config) -> float:
-    """Over each axis: vectors in and sums out, both ways; gates in, and their gradient back; ids once."""
-    mesh, at = config.mesh, tokens(config)
-    vector, gates, ids = _row_bytes(config)
-    each, total, held = 4 * vector + 2 * gates + ids, 0.0, at.own
-    if mesh.experts != "dp":
-        if mesh.sequence_parallel:
-            total += held * (mesh.tp - 1) * each
-            held *= mesh.tp
-        else:  # sums out and, backward, gradients of what came in: an all-reduce is two halves
-            total += held * (mesh.tp - 1) / mesh.tp * (4 * vector + 2 * gates)
-    if mesh.experts in ("dp", "dp_tp"):
-        total += held * (mesh.dp - 1) * each
-    return total
+def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Steps) -> Steps:
+    """Vectors, gates and ids of ``held`` tokens to each other rank of the axis, and sums back."""
+    others = (config.mesh.dp if axis == "dp" else config.mesh.tp) - 1
+    vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
+    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0)]
+    return [*enter, *inner, Move(axis, vector, vector, sums=True)]
 
 
-def _all_to_all_bytes(config: Config) -> float:
-    """A row for each token and other rank that holds one of its experts: vectors both ways twice, gates and ids."""
-    mesh, at, ranks = config.mesh, tokens(config), expert_ranks(config)
-    vector, gates, _ = _row_bytes(config)
-    repeated = mesh.tp > 1 and not mesh.sequence_parallel and mesh.experts != "dp"
-    held = at.own / mesh.tp if repeated else at.own
-    total = held * distinct_ranks(config) * (ranks - 1) / ranks * (4 * vector + 4 * gates)
-    if repeated:  # results are gathered, and backward the gradients of shares
-        total += held * (mesh.tp - 1) * (2 * vector + gates)
-    return total
+def _reduce(config: Config, inner: Steps) -> Steps:
+    """Every tp rank holds all tokens: nothing in, sums out; gradients of vectors and gates are all-reduced."""
+    whole, tp = tokens(config).whole, config.mesh.tp
+    vector, gates, _ = (2 * whole * (tp - 1) / tp * size for size in _bytes_of_token(config))
+    return [Move("tp", 0, vector), Move("tp", 0, gates), *inner, Move("tp", vector, 0, sums=True)]
+
+
+def _all_to_all(config: Config) -> Steps:
+    """Counts, then gates with ids in their dtype, then vectors to each rank that holds one of a token's experts; sums
+    come back. Of the rows, the share for a rank itself stays."""
+    ranks = expert_ranks(config)
+    rows = sent_tokens(config) * distinct_ranks(config) * (ranks - 1) / ranks
+    vector, gates, _ = (rows * size for size in _bytes_of_token(config))
+    axis = _shared_axis(config)
+    there: Steps = [Move(axis, 16 * (ranks - 1), 0), Move(axis, 2 * gates, 2 * gates), Move(axis, vector, vector)]
+    # Where the rows of a token lie is saved again for their sum, after they are back.
+    return [*there, Saved(), Move(axis, vector, vector), Saved()]
+
+
+def _shared_axis(config: Config) -> Axis:
+    """The axis of ranks that share whole experts; of two, one that has all ranks counts by its own name."""
+    mesh = config.mesh
+    if mesh.experts == "dp_tp":
+        return "dp" if mesh.tp == 1 else "tp" if mesh.dp == 1 else "dp_tp"
+    return "dp" if mesh.experts == "dp" else "tp"
+
+
+def _shares(config: Config) -> Steps:
+    """tp ranks hold the same tokens: each sends its share of them, and the results are gathered."""
+    others = sent_tokens(config) * (config.mesh.tp - 1)
+    vector, gates, _ = (others * size for size in _bytes_of_token(config))
+    return [Move("tp", 0, vector), Move("tp", 0, gates), *_all_to_all(config), Move("tp", vector, 0)]
+
+
+def _apart(config: Config, inner: Steps) -> Steps:
+    """A shared expert beside the dispatch, with borders over tp of its own."""
+    return [*inner, *border_steps(config, [Saved()])] if config.moe.num_shared_experts else inner

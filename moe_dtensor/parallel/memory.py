@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.activations import BYTES, block_bytes, head_bytes, tokens
+from moe_dtensor.model.activations import block_bytes, head_bytes
+from moe_dtensor.model.rows import BYTES, tokens
+from moe_dtensor.parallel.dispatch_cost import settle
 from moe_dtensor.parallel.schedule_costs import in_flight
 from moe_dtensor.parallel.shares import Share, stage_shares
 
@@ -28,12 +30,15 @@ class Memory:
     weights: int
     """Master weights in ``training.dtype``."""
     gradients: int
-    """Gradients. While microbatches accumulate they are whole over dp, in ``reduce_dtype``; else a rank's share."""
+    """Gradients. While microbatches accumulate they are whole over dp, in ``reduce_dtype``; else a rank's share. Those
+    of experts outside of FSDP are a rank's share, in ``training.dtype``."""
     moments: int
     """AdamW's two."""
     compute_copy: int
     """Weights in ``param_dtype``, whole over dp: of all blocks if they stay gathered, else of two (one is fetched
     ahead), the embedding and the head."""
+    expert_copy: int
+    """The same of experts outside of FSDP: a rank's share, for good; none where both dtypes are one."""
     activations: int
     """Kept by autograd, of all microbatches in flight."""
     buffers: int
@@ -43,14 +48,15 @@ class Memory:
     at_loss: int
     """Moment: logits, and the head's two gradients. On the last stage."""
     at_block: int
-    """Moment: a block's backward pass: what it recomputes, gradients of activations and weights."""
+    """Moment: a block's backward pass: what it recomputes, gradients of activations and weights (of experts outside of
+    FSDP one weight's, in both dtypes: it joins the sum at once)."""
     at_reduce: int
     """Moment: a block's gradients on their way into the reduce-scatter, its activations just freed."""
 
     @property
     def peak(self) -> int:
         """Highest sum of all."""
-        lasting = self.weights + self.gradients + self.moments + self.compute_copy
+        lasting = self.weights + self.gradients + self.moments + self.compute_copy + self.expert_copy
         lasting += self.activations + self.buffers + self.workspaces
         return lasting + max(self.at_loss, self.at_block, self.at_reduce)
 
@@ -68,21 +74,25 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     Args:
         config: resolved, with ``model.vocab_size``.
         pp_rank: which.
-        skewed: all tokens prefer the experts of this rank's tp index, in every block.
+        skewed: all tokens prefer this rank's experts, in every block.
     """
+    config = settle(config)
     alive = in_flight(config, pp_rank)
     shares = [share for stage in alive for share in stage_shares(config, stage)]
     training, on_gpu = config.training, not config.fsdp.cpu_offload
     compute = BYTES[training.param_dtype]
     stored = sum(share.local_size for share in shares) * BYTES[training.dtype] * on_gpu
-    whole = sum(share.tp_size for share in shares)
+    own = sum(share.local_size for share in shares if not share.row.fsdp)
+    own_stored = own * BYTES[training.dtype]
+    whole = sum(share.used_size for share in shares if share.row.fsdp)
     gathered = microbatches(config) > 1
     at_loss, at_block, at_reduce = _moments(config, shares, alive, skewed)
     return Memory(
         weights=stored,
-        gradients=whole * BYTES[training.reduce_dtype] if gathered else stored,
+        gradients=whole * BYTES[training.reduce_dtype] + own_stored if gathered else stored,
         moments=2 * stored,
         compute_copy=_gathered(config, shares) * compute,
+        expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
         buffers=_receive_buffers(config, alive),
         workspaces=2 * CUBLAS_WORKSPACE,
@@ -95,23 +105,23 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
 def _gathered(config: Config, shares: list[Share]) -> int:
     """Elements of gathered weights that are alive at once."""
     if config.fsdp.reshard_after_forward == "never":
-        return sum(share.tp_size for share in shares)
+        return sum(share.used_size for share in shares if share.row.fsdp)
     return sum(_root_sizes(shares)) + sum(sorted(_block_sizes(shares).values())[-2:])
 
 
 def _block_sizes(shares: list[Share]) -> dict[int, int]:
-    """Elements of each block after tp."""
+    """Elements of each block that FSDP gathers."""
     sizes: dict[int, int] = {}
     for share in shares:
-        if share.name.startswith("layers."):
+        if share.name.startswith("layers.") and share.row.fsdp:
             layer = int(share.name.split(".")[1])
-            sizes[layer] = sizes.get(layer, 0) + share.tp_size
+            sizes[layer] = sizes.get(layer, 0) + share.used_size
     return sizes
 
 
 def _root_sizes(shares: list[Share]) -> list[int]:
     """Elements of each parameter outside the blocks: FSDP's outermost group."""
-    return [share.tp_size for share in shares if not share.name.startswith("layers.")]
+    return [share.used_size for share in shares if not share.name.startswith("layers.")]
 
 
 def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
@@ -130,6 +140,12 @@ def _receive_buffers(config: Config, alive: dict[int, int]) -> int:
     return ends * microbatches(config) * at.own * config.model.dim * at.compute
 
 
+def _cast_bytes(config: Config) -> int:
+    """Bytes of an element in ``training.dtype`` where that is not the dtype of the computation, else 0."""
+    training = config.training
+    return BYTES[training.dtype] if training.dtype != training.param_dtype else 0
+
+
 def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed: bool) -> tuple[int, int, int]:
     """``(at_loss, at_block, at_reduce)`` of :class:`Memory`."""
     at, with_experts, last = tokens(config), moe_layers(config), num_stages(config) - 1
@@ -141,12 +157,17 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         # Only GPipe has run all forwards by then: their logits wait.
         waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
         at_loss = logits + waiting + head + head_gradient
+    own = [share.local_size for share in shares if not share.row.fsdp]
+    own_bytes = at.compute + (
+        BYTES[config.training.dtype] if config.training.param_dtype != config.training.dtype else 0
+    )
     at_block = at_reduce = 0
     for layer, size in _block_sizes(shares).items():
         block = block_bytes(config, layer in with_experts, skewed)
         # The head's gradient waits for the end of the backward pass, where its group is reduced.
         gradients = size * at.compute + head_gradient + waiting
-        at_block = max(at_block, block.backward + gradients)
+        own_gradient = max(own) * own_bytes if own and layer in with_experts else 0
+        at_block = max(at_block, block.backward + gradients + own_gradient)
         flight = size * reduce_bytes + math.ceil(size * reduce_bytes / config.mesh.dp)
         at_reduce = max(at_reduce, flight + gradients - block.kept)
     return at_loss, at_block, at_reduce

@@ -24,8 +24,8 @@ class Share:
     """Of the whole parameter."""
     row: Row
     """Its line of the placement table."""
-    tp_shape: Shape
-    """After tp: what FSDP gathers for use."""
+    used: Shape
+    """What a rank computes with: after tp, as FSDP gathers it; of what FSDP leaves alone the local part."""
     local: Shape
     """After tp and dp: what the first rank stores. Where dp does not divide the dimension, later ranks hold less."""
 
@@ -35,9 +35,9 @@ class Share:
         return math.prod(self.shape)
 
     @property
-    def tp_size(self) -> int:
-        """Elements after tp."""
-        return math.prod(self.tp_shape)
+    def used_size(self) -> int:
+        """Elements that a rank computes with."""
+        return math.prod(self.used)
 
     @property
     def local_size(self) -> int:
@@ -88,8 +88,9 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
 
 def _share(config: Config, plan: tuple[Row, ...], name: str, shape: Shape) -> Share:
     row = find_row(plan, name)
-    tp_shape = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
-    return Share(name, shape, row, tp_shape, _cut(tp_shape, row.dp, config.mesh.dp))
+    after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
+    local = _cut(after_tp, row.dp, config.mesh.dp)
+    return Share(name, shape, row, after_tp if row.fsdp else local, local)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:
