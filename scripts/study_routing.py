@@ -47,7 +47,6 @@ from moe_dtensor.train.loop import end_ranks, start_ranks
 from moe_dtensor.train.step import count_targets, read_batch, train_step
 from moe_dtensor.verbs import train
 from moe_dtensor.verbs.bench_provenance import provenance
-from moe_dtensor.verbs.plan import with_vocabulary
 
 CONFIG = "train_configs/debug.toml"
 SMALL = {
@@ -355,6 +354,7 @@ def measure_all_bytes(mesh: tuple[int, int, int], overrides: dict[str, str]) -> 
         placed = {**on_mesh, "mesh.experts": experts, "mesh.dispatch": dispatch}
         config = resolve(load(CONFIG, {**placed, **overrides}), ranks)
         check(config, ranks)
+        config = set_vocabulary(config, build_corpus(config))
         since = time.monotonic()
         by_rank = run_on_ranks(count_bytes, ranks, config, timeout=1800.0)
         keys = sorted({key for sent in by_rank for key in sent})
@@ -364,7 +364,7 @@ def measure_all_bytes(mesh: tuple[int, int, int], overrides: dict[str, str]) -> 
                 "dispatch": dispatch,
                 "measured": {"/".join(key): fmean(sent.get(key, 0) for sent in by_rank) for key in keys},
                 "measured_most": {"/".join(key): max(sent.get(key, 0) for sent in by_rank) for key in keys},
-                "planned": asdict(traffic(with_vocabulary(config))),
+                "planned": asdict(traffic(config)),
             }
         )
         say(f"bytes of experts = {experts}, dispatch = {dispatch} in {time.monotonic() - since:.0f} s")
@@ -373,9 +373,7 @@ def measure_all_bytes(mesh: tuple[int, int, int], overrides: dict[str, str]) -> 
 
 def count_bytes(config: Config) -> dict[tuple[str, str], int]:
     """On each rank: bytes of its second training step by axis and collective."""
-    corpus = build_corpus(config)
-    config = set_vocabulary(config, corpus)
-    trainer, loader = build(config, torch.device("cpu")), Loader(config, corpus)
+    trainer, loader = build(config, torch.device("cpu")), Loader(config, build_corpus(config))
     train_step(trainer, read_batch(trainer, loader))
     batch = read_batch(trainer, loader)
     with BytesSent(trainer.mesh) as sent:
