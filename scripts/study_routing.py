@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -398,19 +399,21 @@ PANELS = {
 
 
 DASHES = (0, (4, 2))
-PLACES = (
-    (7, 0, "left", "center"),
-    (-7, 0, "right", "center"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-    (6, 6, "left", "bottom"),
-    (6, -6, "left", "top"),
-    (-6, 6, "right", "bottom"),
-    (-6, -6, "right", "top"),
+DIRECTIONS = (
+    (1, 0, "left", "center"),
+    (-1, 0, "right", "center"),
+    (0, 1, "center", "bottom"),
+    (0, -1, "center", "top"),
+    (0.8, 0.8, "left", "bottom"),
+    (0.8, -0.8, "left", "top"),
+    (-0.8, 0.8, "right", "bottom"),
+    (-0.8, -0.8, "right", "top"),
 )
-"""Of a name beside its point: offset in points, alignment."""
+"""Of a name from its point, and how it is aligned there."""
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and values by seed."""
+Line = tuple[float | None, str, str]
+"""Where a curve ends, its colour and name."""
 
 
 class Runs:
@@ -494,25 +497,23 @@ def draw_loss(runs: Runs) -> Any:
     figure, axes = plt.subplots(
         2, len(families), figsize=(2.3 * len(families), 4.6), sharex=True, sharey="row", squeeze=False
     )
+    labels = []
     for column, name in enumerate(families):
         top, bottom = axes[:, column]
-        lines = []
+        lines: list[Line] = [(0.0, INK, "top-k")]
         for setting, color in zip(runs.family(name), COLORS, strict=False):
             draw_curve(top, runs.curve(setting.key, "loss"), color)
             above = difference(runs.curve(setting.key, "validation_loss"), runs.curve("topk", "validation_loss"))
             lines.append((draw_curve(bottom, above, color), color, setting.short))
         draw_curve(top, runs.curve("topk", "loss"), INK, dashed=True)
         bottom.axhline(0, color=INK, linewidth=1, linestyle=DASHES)
-        label_ends(bottom, [*lines, (0.0, INK, "top-k")])
+        labels.append((bottom, lines))
         top.set_title(FAMILIES[name], color=INK, fontweight="bold", loc="left")
         bottom.set_xlabel("step")
-    top = axes[0, 0]
-    top.set_yscale("log")
-    top.set_yticks([2, 2.5, 3, 4, 5], labels=["2", "2.5", "3", "4", "5"])
-    top.minorticks_off()
-    top.set_ylabel("training loss,\nnats a byte")
+    axes[0, 0].set_ylim(top=3.3)  # the first steps start above 5
+    axes[0, 0].set_ylabel("training loss,\nnats a byte")
     axes[1, 0].set_ylabel("held-out loss above\nthat of top-k, nats a byte")
-    finish(axes)
+    finish(axes, labels)
     return figure
 
 
@@ -529,21 +530,22 @@ def draw_balance(runs: Runs) -> Any:
         sharey="row",
         squeeze=False,
     )
+    labels = []
     for column, name in enumerate(families):
         for row, metric in enumerate(PANELS):
             axis = axes[row, column]
-            draw_curve(axis, runs.curve("topk", metric), INK, dashed=True, smooth=2)
-            lines = [
+            plain = draw_curve(axis, runs.curve("topk", metric), INK, dashed=True, smooth=2)
+            lines: list[Line] = [
                 (draw_curve(axis, runs.curve(setting.key, metric), color, smooth=2), color, setting.short)
                 for setting, color in zip(runs.family(name), COLORS, strict=False)
             ]
             if row == 0:
-                label_ends(axis, lines)
+                labels.append((axis, [*lines, (plain, INK, "top-k")]))
         axes[0, column].set_title(FAMILIES[name], color=INK, fontweight="bold", loc="left")
         axes[-1, column].set_xlabel("step")
     for row, label in enumerate(PANELS.values()):
         axes[row, 0].set_ylabel(label)
-    finish(axes)
+    finish(axes, labels)
     return figure
 
 
@@ -586,6 +588,7 @@ def draw_scatter(runs: Runs) -> Any:
         points.append((x.mean(), y.mean(), color, setting.label))
     axis.set_xlabel("busiest expert / mean load on held-out text, mean of the blocks")
     axis.set_ylabel("held-out loss, nats a byte")
+    axis.margins(x=0.17, y=0.06)
     axis.grid()
     axis.set_axisbelow(True)
     label_points(axis, points)
@@ -609,10 +612,12 @@ def draw_bytes(sent: dict[str, Any]) -> Any:
             left += width
         planned = sum(entry["planned"].values()) / 1e6
         axis.plot([planned, planned], [y - 0.42, y + 0.42], color=INK, linewidth=2)
+        axis.text(max(left, planned) + 0.6, y, f"{left:.1f}", va="center", fontsize=8)
     axis.set_yticks(range(len(entries)), labels=[f"{e['experts']}, {e['dispatch']}" for e in reversed(entries)])
     axis.set_xlabel("MB that a rank sends in a step (mean of the ranks); tick: reckoned by plan")
     for i, (name, color) in enumerate(zip(axes_seen, COLORS, strict=False)):
-        axis.text(0.09 * i, 1.02, name, transform=axis.transAxes, color=color, fontweight="bold")
+        axis.text(0.08 + 0.07 * i, 1.02, name, transform=axis.transAxes, color=color, fontweight="bold")
+    axis.text(0, 1.02, "over", transform=axis.transAxes)
     axis.grid(axis="x")
     axis.set_axisbelow(True)
     return figure
@@ -648,68 +653,97 @@ def draw_curve(axis: Any, curve: Curve | None, color: str, dashed: bool = False,
     return float(values.mean(0)[-1])
 
 
-def label_ends(axis: Any, lines: list[tuple[float | None, str, str]]) -> None:
-    """Names at the right end of lines, moved apart where they would overlap."""
-    figure = axis.figure
-    figure.canvas.draw()
-    height = axis.get_window_extent().height
-    known = [
-        (axis.transData.transform((0, value))[1], color, text) for value, color, text in lines if value is not None
-    ]
-    known.sort(key=lambda line: line[0])
-    bottom = axis.get_window_extent().y0
-    places = spread([(pixel - bottom) / height for pixel, _, _ in known], gap=11 * figure.dpi / 72 / height)
-    for place, (_, color, text) in zip(places, known, strict=True):
-        axis.text(1.03, place, text, transform=axis.transAxes, color=color, fontsize=8, va="center")
-
-
-def spread(places: list[float], gap: float) -> list[float]:
-    """Sorted places, moved as little as needs be to stand ``gap`` apart."""
-    groups: list[list[float]] = []  # [mean, members]
-    for place in places:
-        groups.append([place, 1])
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            mean, count = groups.pop()
-            groups[-1] = [
-                (groups[-1][0] * groups[-1][1] + mean * count) / (groups[-1][1] + count),
-                groups[-1][1] + count,
-            ]
-    return [mean + gap * (i - (count - 1) / 2) for mean, count in groups for i in range(int(count))]
-
-
-def label_points(axis: Any, points: list[tuple[float, float, str, str]]) -> None:
-    """Names beside points: of eight places the first that overlaps no point and no other name."""
-    figure = axis.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    taken = []
-    for x, y, _, _ in points:
-        px, py = axis.transData.transform((x, y))
-        taken.append((px - 5, py - 5, px + 5, py + 5))
-    frame = axis.get_window_extent()
-    for x, y, color, text in points:
-        for dx, dy, across, up in PLACES:
-            label = axis.annotate(
-                text, (x, y), (dx, dy), textcoords="offset points", color=color, fontsize=8, ha=across, va=up
-            )
-            box = label.get_window_extent(renderer)
-            inside = frame.x0 <= box.x0 and box.y0 >= frame.y0 and box.y1 <= frame.y1
-            if inside and not any(
-                box.x0 < x1 and x0 < box.x1 and box.y0 < y1 and y0 < box.y1 for x0, y0, x1, y1 in taken
-            ):
-                taken.append((box.x0, box.y0, box.x1, box.y1))
-                break
-            if (dx, dy, across, up) != PLACES[-1]:
-                label.remove()
-
-
-def finish(axes: Any) -> None:
-    """Grids below the lines, and room between panels for the labels."""
+def finish(axes: Any, labels: list[tuple[Any, list[Line]]]) -> None:
+    """Grids below the lines, room between panels, and there the lines' names: only now are the scales known."""
+    figure = axes.flat[0].figure
     for axis in axes.flat:
         axis.grid()
         axis.set_axisbelow(True)
         axis.margins(x=0.02)
-    axes.flat[0].figure.subplots_adjust(wspace=0.75, hspace=0.16)
+    figure.subplots_adjust(wspace=0.8, hspace=0.16)
+    figure.canvas.draw()
+    for axis, lines in labels:
+        frame, known = axis.get_window_extent(), sorted(line for line in lines if line[0] is not None)
+        heights = [(axis.transData.transform((0, value))[1] - frame.y0) / frame.height for value, _, _ in known]
+        places = spread(heights, gap=11 * figure.dpi / 72 / frame.height)
+        for place, (_, color, text) in zip(places, known, strict=True):
+            axis.text(1.03, place, text, transform=axis.transAxes, color=color, fontsize=8, va="center")
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """Sorted places, moved as little as needs be to stand ``gap`` apart and not below 0."""
+    groups: list[tuple[float, int]] = []  # mean, members
+
+    def floor(mean: float, count: int) -> tuple[float, int]:
+        return max(mean, gap * (count - 1) / 2), count
+
+    for place in places:
+        groups.append(floor(place, 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (mean, count), (below, fewer) = groups.pop(), groups.pop()
+            groups.append(floor((mean * count + below * fewer) / (count + fewer), count + fewer))
+    return [mean + gap * (i - (count - 1) / 2) for mean, count in groups for i in range(count)]
+
+
+def label_points(axis: Any, points: list[tuple[float, float, str, str]]) -> None:
+    """Names beside points, as near as no point and no other name is in the way; with a line where that is not near."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    axis.figure.canvas.draw()
+    renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform([p[:2] for p in points])]
+    for x, y, color, text in points:
+        for distance, (right, up, across, along) in product((7, 20, 34, 50), DIRECTIONS):
+            label = axis.annotate(
+                text,
+                (x, y),
+                (right * distance, up * distance),
+                textcoords="offset points",
+                color=color,
+                fontsize=8,
+                ha=across,
+                va=along,
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 3}
+                if distance > 7
+                else None,
+            )
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # of the words alone, without the line
+            inside = frame.containsx(box.x0) and frame.containsx(box.x1) and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+def table(routers: dict[str, Any]) -> list[str]:
+    """Markdown: a line for each setting, lowest held-out loss first; of several seeds the mean, of losses the range."""
+    runs = Runs(routers)
+    lines = [
+        "| routing | held-out loss (lowest to highest seed) | routed as in training | above top-k "
+        "| busiest / mean | in training | cv | in training | without tokens | differs from top-k | dropped |",
+        "|---|" + "---|" * 10,
+    ]
+    for setting in sorted(runs.settings, key=lambda s: runs.held_out(s.key, "evaluation", "loss").mean()):
+        both = ("evaluation", "training")
+        evaluated, trained = (runs.held_out(setting.key, routed, "loss") for routed in both)
+        plain = runs.held_out("topk", "evaluation", "loss") if "topk" in runs.runs else evaluated
+        seeds = min(len(evaluated), len(plain))
+        above = (evaluated[:seeds] - plain[:seeds]).mean()
+        spread_text = f" ({evaluated.min():.3f} to {evaluated.max():.3f})" if len(evaluated) > 1 else ""
+        cells = [setting.label, f"{evaluated.mean():.3f}{spread_text}", f"{trained.mean():.3f}", f"{above:+.3f}"]
+        if setting.key == "dense":
+            cells += ["–"] * 7
+        else:
+            for name in ("load_max_over_mean", "load_cv"):
+                cells += [f"{runs.held_out(setting.key, routed, name).mean():.2f}" for routed in both]
+            cells.append(f"{runs.held_out(setting.key, 'evaluation', 'experts_without_tokens').mean():.1f}")
+            for name in ("differs_from_top_k", "dropped"):
+                share = runs.held_out(setting.key, "training", name).mean()
+                cells.append(f"{share:.1%}" if share else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main(argv: list[str]) -> int:
@@ -741,6 +775,8 @@ def main(argv: list[str]) -> int:
         json.loads(f.read_text(encoding="utf-8")) if f.is_file() else None for f in (routers_file, bytes_file)
     )
     draw_all(routers, sent, options.out)
+    if routers and routers["runs"]:
+        print("\n".join(table(routers)))
     return 1 if failed else 0
 
 
