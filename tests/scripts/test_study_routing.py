@@ -55,4 +55,4 @@ def test_it_trains_measures_and_does_not_repeat_itself(
 
 def test_names_stand_apart(study: ModuleType) -> None:
     places = sys.modules["study_plots"].spread([0.1, 0.11, 0.12, 0.9], gap=0.1)
-    assert places == pytest.approx([0, 0.1, 0.2, 0.9])
+    assert places == pytest.approx([0.01, 0.11, 0.21, 0.9])
