@@ -115,16 +115,34 @@ def draw_all(routers: dict[str, Any] | None, sent: dict[str, Any] | None, out: P
 
 
 def save(figure: Any, path: Path) -> None:
-    """Without a date, so that the same data make the same file; in tenths of a point, which halves it."""
+    """Without a date, so that the same data make the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    path.write_text(shrink(text.getvalue()), encoding="utf-8")
 
-    def shorten(outline: re.Match[str]) -> str:
-        return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), outline[0])
 
-    short = re.sub(r' d="[^"]*"', shorten, text.getvalue())
-    path.write_text("\n".join(line.rstrip() for line in short.splitlines()) + "\n", encoding="utf-8")
+def shrink(svg: str) -> str:
+    """The same picture in fewer bytes: tenths of a point, each style once, no comments, no indents."""
+
+    def tenths(numbers: re.Match[str]) -> str:
+        return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), numbers[0])
+
+    def join(outline: re.Match[str]) -> str:
+        return re.sub(r"\s*([MLHVQCZz])\s*", r"\1", outline[0])
+
+    styles: dict[str, str] = {}
+
+    def name(style: re.Match[str]) -> str:
+        return f' class="{styles.setdefault(style[1], f"s{len(styles)}")}"'
+
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' d="[^"]*"|translate\([^)]*\)', tenths, svg)
+    svg = re.sub(r'(?<= d=")[^"]*', join, svg)
+    svg = re.sub(r' style="([^"]*)"', name, svg)
+    classes = "".join(f".{short}{{{style}}}" for style, short in styles.items())
+    svg = svg.replace("</style>", f"{classes}</style>", 1)
+    return "\n".join(line for raw in svg.splitlines() if (line := raw.strip())) + "\n"
 
 
 def draw_loss(runs: Runs) -> Any:

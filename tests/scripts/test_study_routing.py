@@ -56,3 +56,14 @@ def test_it_trains_measures_and_does_not_repeat_itself(
 def test_names_stand_apart(study: ModuleType) -> None:
     places = sys.modules["study_plots"].spread([0.1, 0.11, 0.12, 0.9], gap=0.1)
     assert places == pytest.approx([0.01, 0.11, 0.21, 0.9])
+
+
+def test_the_page_has_the_table_of_its_data(study: ModuleType) -> None:
+    table = sys.modules["study_plots"].table(json.loads(Path("docs/study/routers.json").read_text()))
+    assert "\n".join(table) in Path("docs/study.md").read_text()
+
+
+def test_a_shrunk_picture_keeps_its_styles_and_outlines(study: ModuleType) -> None:
+    svg = '<style>*{}</style>\n <!-- a -->\n <path d="M 1.23 4.00 \nL 5.55 -6.07 \nz\n" style="fill: none"/>\n'
+    shrunk = '<style>*{}.s0{fill: none}</style>\n<path d="M1.2 4L5.5 -6.1z" class="s0"/>\n'
+    assert sys.modules["study_plots"].shrink(svg) == shrunk
