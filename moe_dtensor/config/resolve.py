@@ -6,6 +6,8 @@ After :func:`resolve` no field means "derive me": every later room reads plain v
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 from typing import Literal
 
 from moe_dtensor.config.schema import Config
@@ -101,6 +103,18 @@ def expert_ranks(config: Config) -> int:
     """Over how many ranks whole experts are spread; 1 where each rank has a slice of all."""
     mesh = config.mesh
     return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": mesh.dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
+
+
+def expert_takes(config: Config) -> int | None:
+    """Copies of a routing group that an expert takes at most; None: all."""
+    moe = config.moe
+    size = moe.group_sequences * config.training.seq_len
+    if moe.router == "expert_choice":
+        return min(size, -(-size * moe.top_k // moe.num_experts))
+    if moe.capacity_factor == 0:
+        return None
+    # As a decimal: in binary 1.1 times 400 is above 440.
+    return ceil(Fraction(str(moe.capacity_factor)) * size * moe.top_k / moe.num_experts)
 
 
 def padded_vocab(config: Config) -> int:

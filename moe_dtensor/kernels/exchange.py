@@ -1,4 +1,4 @@
-"""Rows for several receivers, and their sum: the two ends of an all-to-all.
+"""Rows for several receivers (ranks, experts), and their sum.
 
 T tokens, R receivers, N rows, C columns.
 """
@@ -12,7 +12,7 @@ from .glue import combine_rows, gather_rows
 
 
 def spread_rows(x_TC: Tensor, position_TR: Tensor, rows: int) -> Tensor:
-    """``(N, C)``: token t's row at each of ``position_TR[t]`` that is not -1; every row is some token's."""
+    """``(N, C)``: token t's row at each of ``position_TR[t]`` that is not -1; others are not written."""
     return _Spread.apply(x_TC, position_TR, rows)
 
 

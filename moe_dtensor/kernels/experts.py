@@ -51,8 +51,7 @@ def expert_mlp(
             ``exact`` reads the count from the device once, and ``worst`` takes the static bound ``T * min(K, E)``; a
             rank that holds them all takes T * K rows, without reading anything.
         num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
-        split_backward: make the weights' gradients nodes of their own, for schedules that run them apart from the
-            input's (zero-bubble); else all is one node, which takes less of the host's time.
+        split_backward: weights' gradients as nodes of their own, for schedules that run them apart; else one node.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .exchange import spread_rows
 from .glue import activate_rows, activation_backward, combine_rows, gather_rows, weighted_activation
 from .grouped import rows_times_weight, weight_gradient
 from .routing import Route
@@ -33,7 +34,8 @@ def expert_mlp(
     backend: str,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.expert_mlp`; ``route``, ``plan`` and ``num_rows`` as in :mod:`.mlp`."""
-    x_ND = _Gather.apply(x_TD, route.position, num_rows)
+    # Apart from _Up, so that dH is gone when its backward sums.
+    x_ND = spread_rows(x_TD, route.position, num_rows)
     h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
     handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
     h_NP = _Join.apply(h_NP, handle_NP)
@@ -57,20 +59,6 @@ def _wanted(ctx: Function, index: int) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for
         return True
-
-
-class _Gather(Function):
-    """Copies of tokens as rows by expert; backward sums each token's. Apart from _Up, so that dH is gone by then."""
-
-    @staticmethod
-    def forward(ctx, x_TD, position_TK, num_rows):
-        ctx.save_for_backward(position_TK)
-        return gather_rows(x_TD, position_TK, num_rows, 0)
-
-    @staticmethod
-    def backward(ctx, dx_ND):
-        (position_TK,) = ctx.saved_tensors
-        return combine_rows(dx_ND, position_TK, None), None, None
 
 
 class _Up(Function):

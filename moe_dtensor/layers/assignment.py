@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.config.objects import load_object
+from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.sinkhorn import sinkhorn
 from moe_dtensor.layers.tokens import Tokens, uniform_noise
@@ -90,21 +91,15 @@ class ExpertChoice(Assignment):
 
     def __init__(self, config: Config, layer: int) -> None:
         self.score = config.moe.score
-        self.top_k = config.moe.top_k
+        self.takes = expert_takes(config)
 
     def __call__(self, logits_GTE: Tensor, tokens_GT: Tokens) -> Tensor:
         """Scores of the experts that take a token, -inf for the others."""
         score_GTE = round_to_ties(score(logits_GTE, self.score))
-        tokens, experts = score_GTE.shape[1:]
         # A stable sort: among equal scores the earlier token.
         order_GTE = score_GTE.sort(dim=1, descending=True, stable=True).indices
-        token_GCE = order_GTE[:, : expert_takes(tokens, experts, self.top_k)]
+        token_GCE = order_GTE[:, : self.takes]
         return torch.full_like(score_GTE, -math.inf).scatter(1, token_GCE, score_GTE.gather(1, token_GCE))
-
-
-def expert_takes(tokens: int, experts: int, top_k: int) -> int:
-    """Tokens of a routing group that an expert takes under expert choice."""
-    return min(tokens, -(-tokens * top_k // experts))
 
 
 class Forced(Assignment):

@@ -5,8 +5,6 @@ B sequences, S positions, E experts, K choices, G routing groups, T tokens of a 
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -77,18 +75,6 @@ def keep_groups(ranking: Tensor, groups: int, kept: int) -> Tensor:
     chosen = best.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     stays = torch.zeros_like(best, dtype=torch.bool).scatter(-1, chosen, True)
     return by_group.where(stays[..., None], -torch.inf).flatten(-2)
-
-
-class Capacity:
-    """Copies that an expert takes of a group: ``factor`` times the average, rounded up."""
-
-    def __init__(self, factor: float, choices: int, experts: int) -> None:
-        # As a decimal, since in binary 1.1 times 10 is above 11; as integers, for torch.compile.
-        self.numerator, self.denominator = (Fraction(str(factor)) * choices / experts).as_integer_ratio()
-
-    def __call__(self, tokens: int) -> int:
-        """Of a group of so many tokens."""
-        return -(-self.numerator * tokens // self.denominator)
 
 
 def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, most: int, by: str) -> Tensor:

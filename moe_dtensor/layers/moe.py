@@ -82,7 +82,6 @@ class MoE(nn.Module):
             else None
         )
         self.dispatch: Dispatch = run_experts
-        self.num_experts = moe.num_experts
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""

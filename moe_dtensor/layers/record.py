@@ -29,13 +29,23 @@ class Record(NamedTuple):
     """Of each of :data:`STATISTICS`, ``(L,)`` float64."""
 
 
-def pack(load_E: Tensor, sums: list[Tensor | float]) -> Tensor:
-    """One vector ``(E + len(STATISTICS),)`` float64 of a microbatch's load and sums, in the order of the table."""
-    parts = [load_E.double()]
-    for value in sums:
-        tensor = value if isinstance(value, Tensor) else load_E.new_full((), value, dtype=torch.float64)
-        parts.append(tensor.detach().double().reshape(-1))
-    return torch.cat(parts)
+def pack(load_E: Tensor, statistics_4: Tensor, sums: dict[str, Tensor | None]) -> Tensor:
+    """One vector ``(E + len(STATISTICS),)`` float64 of a microbatch's load and sums.
+
+    Args:
+        load_E: copies by expert.
+        statistics_4: the first four of :data:`STATISTICS`, as :func:`moe_dtensor.kernels.statistics.router_statistics`
+            gives them.
+        sums: others by name; what is missing or None is 0.
+    """
+    names, experts = list(STATISTICS), len(load_E)
+    record_R = load_E.new_zeros(experts + len(names), dtype=torch.float64)
+    record_R[:experts] = load_E
+    record_R[experts : experts + 4] = statistics_4
+    for name, value in sums.items():
+        if value is not None:
+            record_R[experts + names.index(name)] = value.detach()
+    return record_R
 
 
 def unpack(record_LR: Tensor, tokens: int, top_k: int) -> Record:

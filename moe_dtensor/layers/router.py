@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.router import router_logits, top_k_gates
 from moe_dtensor.kernels.statistics import router_statistics
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,
-    Capacity,
     balance_loss,
     chosen_mask,
     keep_groups,
@@ -66,7 +66,7 @@ class Router(nn.Module):
         self.normalizes = moe.normalize_gates or (moe.score == "softmax" and not moe.score_before_top_k)
         self.assignment = build_assignment(config, layer)
         self.plain = TopK(config, layer)
-        self.capacity = Capacity(moe.capacity_factor, moe.top_k, moe.num_experts)
+        self.takes = expert_takes(config)
         self.noise_stream = NOISE_STREAM + 1_000_003 * training.seed + layer
         self.step_tokens = training.global_batch_size * training.seq_len
         self.gather_positions: Callable[[Tensor], Tensor] = _identity
@@ -82,19 +82,20 @@ class Router(nn.Module):
         gate_TK, expert_TK = self._choose(logits_TE, ranking_BSE.flatten(0, 1))
         gate_BSK, expert_BSK = gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
         chosen_BSE = chosen_mask(expert_BSK, moe.num_experts)
-        sums: list[Tensor | float] = [router_statistics(logits_TE.detach(), gate_TK.detach()), 0.0, 0.0, 0.0, error]
+        statistics_4 = router_statistics(logits_TE.detach(), gate_TK.detach())
+        sums: dict[str, Tensor | None] = {"sinkhorn_error": error}
         if self.training:
-            sums[3] = self._differing(logits_TE.detach(), chosen_BSE.flatten(0, 1))
-            gate_BSK, sums[1] = self._with_losses(gate_BSK, expert_BSK, logits_TE.unflatten(0, lead))
+            sums["differs_from_top_k"] = self._differing(logits_TE.detach(), chosen_BSE.flatten(0, 1))
+            gate_BSK, sums["balance_loss"] = self._with_losses(gate_BSK, expert_BSK, logits_TE.unflatten(0, lead))
             if moe.capacity_factor > 0:
                 kept_BSK = self.keep(gate_BSK.detach(), expert_BSK)
-                sums[2] = (~kept_BSK).sum()
+                sums["dropped"] = (~kept_BSK).sum()
                 expert_BSK = expert_BSK.where(kept_BSK, -1)
-        return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), sums))
+        return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), statistics_4, sums))
 
-    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | float]:
-        """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error."""
-        error: Tensor | float = 0.0
+    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error; None without it."""
+        error: Tensor | None = None
         if not (self.training or self.assignment.forced):
             ranking_BSE = self.plain.by_logits(logits_BSE)
         elif self.assignment.over_groups:
@@ -112,9 +113,8 @@ class Router(nn.Module):
         """Which copies are within the capacity of their expert in their routing group, ``(B, S, K)`` bool."""
         gate_GTK = self._in_groups(self.gather_positions(gate_BSK))
         expert_GTK = self._in_groups(self.gather_positions(expert_BSK))
-        moe = self.moe
-        most = self.capacity(tokens=expert_GTK.shape[1])
-        kept_GTK = within_capacity(gate_GTK, expert_GTK, moe.num_experts, most, moe.drop_by)
+        assert self.takes is not None
+        kept_GTK = within_capacity(gate_GTK, expert_GTK, self.moe.num_experts, self.takes, self.moe.drop_by)
         return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
 
     def _noise(self, tokens: Tokens, width: int) -> Tensor:
@@ -145,22 +145,22 @@ class Router(nn.Module):
             ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
         return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept) if moe.expert_groups else ranking_BSE
 
-    def _differing(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor | float:
-        """Tokens whose experts are not those of evaluation; 0 where that chooses in the same way."""
+    def _differing(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor | None:
+        """Tokens whose experts are not those of evaluation; None where that chooses in the same way."""
         if self.assignment.forced or isinstance(self.assignment, TopK):
-            return 0.0
+            return None
         ranking_TE = self._limited(self.plain.by_logits(logits_TE))
         _, plain_TK = top_k_gates(logits_TE, self.moe.top_k, ranking_TE=ranking_TE)
         return (chosen_TE != chosen_mask(plain_TK, self.moe.num_experts)).any(1).sum()
 
-    def _with_losses(self, gate_BSK: Tensor, expert_BSK: Tensor, logits_BSE: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The gates, which from here on carry the auxiliary losses too, and the sum of the balancing one."""
+    def _with_losses(self, gate_BSK: Tensor, expert_BSK: Tensor, logits_BSE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gates, which from here on carry the auxiliary losses too, and the balancing one's sum, if it is on."""
         moe = self.moe
         terms: list[Tensor] = []
-        balance: Tensor | float = 0.0
+        balance: Tensor | None = None
         if moe.balance_loss > 0:
-            loss = balance_loss(logits_BSE, self._load_of_sets(expert_BSK), moe.score)
-            terms, balance = [loss * moe.balance_loss], loss.detach()
+            balance = balance_loss(logits_BSE, self._load_of_sets(expert_BSK), moe.score)
+            terms.append(balance * moe.balance_loss)
         if moe.z_loss > 0:
             terms.append(z_loss(logits_BSE) * moe.z_loss)
         if terms:

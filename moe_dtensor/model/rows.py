@@ -7,10 +7,9 @@ T tokens, E experts, K choices, R ranks that share whole experts. ``mesh.dispatc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from math import ceil, comb
+from math import comb
 
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.resolve import expert_ranks, expert_takes
 from moe_dtensor.config.schema import Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -110,18 +109,6 @@ def reads_device(config: Config) -> bool:
     if config.moe.num_experts == 0 or expert_ranks(config) == 1:
         return False
     return config.mesh.dispatch == "all_to_all" or config.moe.rows == "exact"
-
-
-def expert_takes(config: Config) -> int | None:
-    """Copies of a routing group that an expert takes at most; None: all."""
-    moe = config.moe
-    size = moe.group_sequences * config.training.seq_len
-    if moe.router == "expert_choice":
-        return min(size, -(-size * moe.top_k // moe.num_experts))
-    if moe.capacity_factor == 0:
-        return None
-    # As a decimal, like the router: see Capacity in layers.
-    return ceil(Fraction(str(moe.capacity_factor)) * size * moe.top_k / moe.num_experts)
 
 
 def distinct_ranks(config: Config) -> float:

@@ -72,7 +72,7 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
-    """Mean loss of a global batch, of which ``batch`` is this dp rank's share, with plain top-k routing; float64."""
+    """Mean loss of a global batch, of which ``batch`` is this dp rank's share, routed as in evaluation; float64."""
     for part in trainer.parts:
         part.eval()
     loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)

@@ -151,12 +151,12 @@ class Replay:
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.kept_BSK: Tensor | None = None
 
-    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
+    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, None]:
         """A ranking ``(B, S held here, E)`` in which the choices come first, in their order, and no other comes."""
         for logits, ranking, kept in self.seen:
             if torch.equal(logits, logits_BSE):
                 self.kept_BSK = kept
-                return ranking, 0.0
+                return ranking, None
         chosen, self.kept_BSK = map(self.own_positions, self.coming.pop(0))
         places = torch.arange(chosen.shape[-1], 0, -1, device=chosen.device, dtype=logits_BSE.dtype)
         experts = logits_BSE.shape[-1]
@@ -165,7 +165,7 @@ class Replay:
         ranking.scatter_(-1, chosen.where(chosen >= 0, experts), places.expand_as(chosen))
         ranking = ranking[..., :experts].contiguous()
         self.seen.append((logits_BSE.clone(), ranking, self.kept_BSK))
-        return ranking, 0.0
+        return ranking, None
 
     def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
         """Of the microbatch that was ranked last."""

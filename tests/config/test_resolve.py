@@ -8,6 +8,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import (
+    expert_takes,
     microbatches,
     moe_layers,
     num_stages,
@@ -105,3 +106,22 @@ def test_microbatch_rule_is_torchs_own(schedule: str, pp: int) -> None:
         except ConfigError:
             check_takes_it = False
         assert check_takes_it == torch_takes_it, count
+
+
+@pytest.mark.parametrize(
+    ("keys", "size", "top_k", "takes"),
+    [
+        ({}, 10, 2, None),
+        # Rounded up, and no more than there are.
+        ({"moe.router": "expert_choice"}, 10, 1, 2),
+        ({"moe.router": "expert_choice"}, 3, 8, 3),
+        ({"moe.router": "expert_choice"}, 1, 1, 1),
+        # A factor is meant as it is written: in binary 1.1 times 400 is above 440.
+        ({"moe.capacity_factor": 1.1}, 200, 2, 55),
+        ({"moe.capacity_factor": 1.25}, 8, 2, 3),
+        ({"moe.capacity_factor": 0.01}, 8, 1, 1),
+    ],
+)
+def test_copies_that_an_expert_takes_of_a_group(keys: dict, size: int, top_k: int, takes: int | None) -> None:
+    sizes = {"moe.num_experts": 8, "moe.top_k": top_k, "moe.group_sequences": 1, "training.seq_len": size}
+    assert expert_takes(override(Config(), sizes | keys)) == takes

@@ -16,7 +16,8 @@ EXPERTS, SEQUENCES, LENGTH, WIDTH = 8, 4, 64, 16
 
 def build_router(layer: int = 0, **keys: object) -> Router:
     """In float64 and training mode; ``top_k = 4`` is a key of ``[moe]``."""
-    base = {"moe.num_experts": EXPERTS, "moe.top_k": 2, "training.microbatch_size": SEQUENCES, "model.dim": WIDTH}
+    base = {"moe.num_experts": EXPERTS, "moe.top_k": 2, "training.microbatch_size": SEQUENCES}
+    base |= {"model.dim": WIDTH, "training.seq_len": LENGTH}
     table = {key.replace("__", ".") if "__" in key else f"moe.{key}": value for key, value in keys.items()}
     router = Router(resolve(override(Config(), base | table), 1), layer).double()
     torch.manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.layers.assignment import expert_takes, round_to_ties
+from moe_dtensor.layers.assignment import round_to_ties
 from moe_dtensor.layers.tokens import build_tokens, uniform_noise
 
 from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, tokens, vectors
@@ -78,8 +78,7 @@ def test_expert_choice_gives_every_expert_its_share_of_each_group(top_k: int, gr
     router, x = build_router(router="expert_choice", top_k=top_k, group_sequences=group), vectors()
     gate, expert, _ = route(router, x)
     scores = (x @ router.weight.T).softmax(-1)
-    each = expert_takes(group * LENGTH, EXPERTS, top_k)
-    assert each == group * LENGTH * top_k // EXPERTS
+    each = group * LENGTH * top_k // EXPERTS
     for start in range(0, SEQUENCES, group):
         held = slice(start, start + group)
         assert load(expert[held]).tolist() == [each] * EXPERTS
@@ -89,14 +88,9 @@ def test_expert_choice_gives_every_expert_its_share_of_each_group(top_k: int, gr
     torch.testing.assert_close(gate, torch.where(expert >= 0, scores.gather(-1, expert.clamp(min=0)), 0.0))
 
 
-def test_expert_choice_rounds_up_and_takes_no_more_than_there_are() -> None:
-    assert expert_takes(tokens=10, experts=8, top_k=1) == 2
-    assert expert_takes(tokens=3, experts=8, top_k=8) == 3
-    assert expert_takes(tokens=1, experts=8, top_k=1) == 1
-
-
 def test_expert_choice_takes_the_earlier_of_equal_tokens() -> None:
-    expert = route(build_router(router="expert_choice"), torch.ones(4, 8, 16, dtype=torch.float64)).expert_BSK
+    router = build_router(router="expert_choice", training__seq_len=8)
+    expert = route(router, torch.ones(4, 8, 16, dtype=torch.float64)).expert_BSK
     assert (expert[:1] >= 0).all()
     assert (expert[1:] == -1).all()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.balance import AddLoss, Capacity, balance_loss, chosen_mask, within_capacity
+from moe_dtensor.layers.balance import AddLoss, balance_loss, chosen_mask, within_capacity
 from moe_dtensor.model.balance import BalanceState
 from moe_dtensor.model.transformer import Transformer
 
@@ -50,13 +50,6 @@ def test_by_position_first_choices_come_before_second_ones() -> None:
     expert = torch.tensor([[[1, 0], [0, 1], [0, 1]]])
     kept = within_capacity(torch.zeros(1, 3, 2), expert, 2, 2, "position")
     assert kept.tolist() == [[[True, False], [True, True], [True, False]]]
-
-
-def test_a_factor_is_meant_as_it_is_written() -> None:
-    """In binary 1.1 times 10 is above 11, and an expert would take one copy more."""
-    assert Capacity(1.1, choices=1, experts=8)(80) == 11
-    assert Capacity(1.25, choices=2, experts=8)(8) == 3
-    assert Capacity(0.01, choices=1, experts=8)(8) == 1
 
 
 @pytest.mark.parametrize("router", ["sinkhorn", "topk"])

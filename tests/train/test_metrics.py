@@ -117,6 +117,7 @@ def test_peak_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_ranks_keep_nothing() -> None:
     meter = Meter(config_of(), CPU, [])
     meter.add(1, values_of(1))
+    assert meter._steps == []
     meter.close()
 
 

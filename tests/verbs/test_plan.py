@@ -19,7 +19,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.activations import block_bytes
 from moe_dtensor.model.counts import flops_per_token, parameters
-from moe_dtensor.model.rows import allocated_rows, distinct_ranks, expert_rows, expert_takes, tokens_at_experts
+from moe_dtensor.model.rows import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
 from moe_dtensor.parallel.dispatch_cost import LATENCY, READ, choose_dispatch, dispatch_costs
 from moe_dtensor.parallel.memory import fullest_rank, rank_memory
 from moe_dtensor.parallel.schedule_costs import SOURCES, bubble, in_flight
@@ -216,14 +216,6 @@ def test_collectives_of_a_dispatch(compiled: bool, mode: str, gathers: int, exch
     assert (costs["all_gather"].collectives, costs["all_to_all"].collectives) == (gathers, exchanges)
     whole = preset("debug", "2x1x2", mesh__sequence_parallel=False, mesh__experts="dp_tp")
     assert [cost.collectives for cost in dispatch_costs(whole).values()] == [3 + 7, 7 + 3]
-
-
-def test_a_capacity_is_the_routers() -> None:
-    from moe_dtensor.layers.router import Capacity
-
-    for factor in (0.3, 1.0, 1.1, 1.25):
-        config = preset("debug", "1x1x2", moe__capacity_factor=factor)
-        assert expert_takes(config) == Capacity(factor, 2, 8)(tokens=3 * 128)
 
 
 def test_the_dispatch_is_told_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

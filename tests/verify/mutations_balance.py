@@ -87,7 +87,9 @@ def capacity_of_own_tokens() -> Iterator[None]:
     right = Router.keep
 
     def wrong(self: Router, gate: Tensor, expert: Tensor) -> Tensor:
-        with mock.patch.object(self, "gather_positions", _same), mock.patch.object(self, "own_positions", _same):
+        parts = self.gather_positions(expert).shape[1] // expert.shape[1]
+        changes = {"gather_positions": _same, "own_positions": _same, "takes": -(-(self.takes or 0) // parts)}
+        with mock.patch.multiple(self, **changes):
             return right(self, gate, expert)
 
     with mock.patch.object(Router, "keep", wrong):
