@@ -4,6 +4,7 @@ E experts, K choices, T tokens."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
-from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
 
 
@@ -53,16 +54,17 @@ class Experts(nn.Module):
         )
 
 
-Dispatch = Callable[[Experts, FeedForward | None, Tensor, Tensor, Tensor], Tensor]
+Route = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Waits for what the choice goes by, and makes it: gates and ids ``(T, K)``, and the record. To be called once."""
+Dispatch = Callable[[Experts, FeedForward | None, Tensor, Route], tuple[Tensor, Tensor]]
+"""Experts, the shared expert, tokens ``(T, D)`` in any order, and their route, to output ``(T, D)`` and record."""
 
 
-def run_experts(
-    experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
-) -> Tensor:
+def run_experts(experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route) -> tuple[Tensor, Tensor]:
     """Experts and shared expert on the tokens at hand: all there is to dispatch on one device."""
-    y_TD = experts(x_BSD.flatten(0, 1), gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1))
-    y_BSD = y_TD.view(x_BSD.shape)
-    return y_BSD if shared is None else y_BSD + shared(x_BSD)
+    gate_TK, expert_TK, record_R = route()
+    y_TD = experts(x_TD, gate_TK, expert_TK)
+    return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
 class MoE(nn.Module):
@@ -85,5 +87,11 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""
-        gate_BSK, expert_BSK, record_R = self.router(x_BSD, tokens)
-        return self.dispatch(self.experts, self.shared, x_BSD, gate_BSK, expert_BSK), record_R
+        route = partial(self._route, self.router.score(x_BSD, tokens), tokens)
+        lead = x_BSD.shape[:2]
+        y_TD, record_R = self.dispatch(self.experts, self.shared, x_BSD.flatten(0, 1), route)
+        return y_TD.unflatten(0, lead), record_R
+
+    def _route(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        gate_BSK, expert_BSK, record_R = self.router.choose(scores, tokens)
+        return gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1), record_R

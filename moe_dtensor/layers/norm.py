@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +19,7 @@ def build_norm(config: Config) -> nn.Module:
 class HeadsNorm(nn.Module):
     """RMSNorm over the whole width of all heads (OLMoE), of which this module may hold a part.
 
-    ``sum_parts`` adds a tensor over the holders of the other parts and is the identity when
-    this module holds the whole width.
+    In two halves, so that whoever holds a part can add up the squares of all parts in between.
 
     Args:
         dim: the whole width, heads x head_dim.
@@ -34,14 +31,13 @@ class HeadsNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
         self.dim = dim
         self.eps = eps
-        self.sum_parts: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., held width)`` in, the same shape and dtype out."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = self.sum_parts(wide.square().sum(-1, keepdim=True)) / self.dim
-        return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+    @staticmethod
+    def squares(x: Tensor) -> Tensor:
+        """``(..., held width)`` to the sum of its squares ``(..., 1)``, in at least float32."""
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)
 
-
-def _identity(x: Tensor) -> Tensor:
-    return x
+    def forward(self, x: Tensor, squares: Tensor) -> Tensor:
+        """``(..., held width)`` in, the same shape and dtype out, given the squares' sum over the whole width."""
+        wide = x.to(squares.dtype)
+        return (wide * torch.rsqrt(squares / self.dim + self.eps)).to(x.dtype) * self.weight

@@ -29,6 +29,15 @@ NOISE_STREAM = 1 << 40
 """Where the streams of the router's noise begin, far from those of forced assignments."""
 
 
+class Scores(NamedTuple):
+    """What the router thinks of a rank's tokens."""
+
+    logits_TE: Tensor
+    whole: Callable[[], Tensor] | None
+    """Waits for the logits of whole sequences ``(B, S, E)``, without gradient; to be called once. None: the choice
+    needs no others than those at hand."""
+
+
 class Routing(NamedTuple):
     """What the router decided for a rank's tokens."""
 
@@ -43,9 +52,9 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores every token against every expert, chooses K, and weights them.
 
-    Scores are computed in at least float32. ``gather_positions`` brings the positions of a sequence
-    together and ``own_positions`` takes this module's part back; both are the identity where whole
-    sequences are at hand.
+    Scores are computed in at least float32. ``gather_positions`` begins to bring the positions of a sequence
+    together, and gives what waits for them; ``own_positions`` takes this module's part back. Both leave things as they
+    are where whole sequences are at hand.
 
     Args:
         config: resolved.
@@ -69,16 +78,27 @@ class Router(nn.Module):
         self.takes = expert_takes(config)
         self.noise_stream = NOISE_STREAM + 1_000_003 * training.seed + layer
         self.step_tokens = training.global_batch_size * training.seq_len
-        self.gather_positions: Callable[[Tensor], Tensor] = _identity
+        self.gather_positions: Callable[[Tensor], Callable[[], Tensor]] = _at_hand
         self.own_positions: Callable[[Tensor], Tensor] = _identity
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> Routing:
         """Route ``x_BSD``, the held part of the sequences that ``tokens`` are."""
-        lead, moe = x_BSD.shape[:2], self.moe
-        if self.training and moe.jitter > 0:
+        return self.choose(self.score(x_BSD, tokens), tokens)
+
+    def score(self, x_BSD: Tensor, tokens: Tokens) -> Scores:
+        """Score every token; what the choice needs of other ranks is under way then."""
+        if self.training and self.moe.jitter > 0:
             x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
         logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
-        ranking_BSE, error = self.rank(logits_TE.detach().unflatten(0, lead), tokens)
+        if not (self.assignment.over_groups and (self.training or self.assignment.forced)):
+            return Scores(logits_TE, None)
+        return Scores(logits_TE, self.gather_positions(logits_TE.detach().unflatten(0, x_BSD.shape[:2])))
+
+    def choose(self, scores: Scores, tokens: Tokens) -> Routing:
+        """K experts for each token, and their weights."""
+        logits_TE, moe = scores.logits_TE, self.moe
+        lead = (len(tokens.id_BS), -1)
+        ranking_BSE, error = self.rank(scores, tokens)
         gate_TK, expert_TK = self._choose(logits_TE, ranking_BSE.flatten(0, 1))
         gate_BSK, expert_BSK = gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
         chosen_BSE = chosen_mask(expert_BSK, moe.num_experts)
@@ -93,26 +113,29 @@ class Router(nn.Module):
                 expert_BSK = expert_BSK.where(kept_BSK, -1)
         return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), statistics_4, sums))
 
-    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def rank(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error; None without it."""
-        error: Tensor | None = None
-        if not (self.training or self.assignment.forced):
-            ranking_BSE = self.plain.by_logits(logits_BSE)
-        elif self.assignment.over_groups:
-            groups_GTE = self._in_groups(self.gather_positions(logits_BSE))
-            of_groups = Tokens(*(self._in_groups(x[..., None]).squeeze(-1) for x in tokens))
-            whole_BSE = self.assignment(groups_GTE, of_groups).view(len(logits_BSE), -1, logits_BSE.shape[2])
-            ranking_BSE = self.own_positions(whole_BSE)
-            if isinstance(self.assignment, Sinkhorn):
-                error = self.assignment.row_error(ranking_BSE)
-        else:
+        if scores.whole is not None:
+            return self._rank_groups(scores.whole(), tokens)
+        logits_BSE = scores.logits_TE.detach().unflatten(0, (len(tokens.id_BS), -1))
+        if self.training or self.assignment.forced:
             ranking_BSE = self.assignment(logits_BSE, Tokens(*map(self.own_positions, tokens)))
+        else:
+            ranking_BSE = self.plain.by_logits(logits_BSE)
+        return self._limited(ranking_BSE), None
+
+    def _rank_groups(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The same for whole sequences, of which tokens compete in their group."""
+        of_groups = Tokens(*(self._in_groups(x[..., None]).squeeze(-1) for x in tokens))
+        whole_BSE = self.assignment(self._in_groups(logits_BSE), of_groups).view(logits_BSE.shape)
+        ranking_BSE = self.own_positions(whole_BSE)
+        error = self.assignment.row_error(ranking_BSE) if isinstance(self.assignment, Sinkhorn) else None
         return self._limited(ranking_BSE), error
 
     def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
         """Which copies are within the capacity of their expert in their routing group, ``(B, S, K)`` bool."""
-        gate_GTK = self._in_groups(self.gather_positions(gate_BSK))
-        expert_GTK = self._in_groups(self.gather_positions(expert_BSK))
+        gate_GTK = self._in_groups(self.gather_positions(gate_BSK)())
+        expert_GTK = self._in_groups(self.gather_positions(expert_BSK)())
         assert self.takes is not None
         kept_GTK = within_capacity(gate_GTK, expert_GTK, self.moe.num_experts, self.takes, self.moe.drop_by)
         return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
@@ -171,7 +194,7 @@ class Router(nn.Module):
         """Copies by expert in the set that each sequence belongs to, ``(B, E)``."""
         if self.moe.balance_over == "batch":
             return self.previous_load.expand(len(expert_BSK), -1)
-        load_BE = chosen_mask(self.gather_positions(expert_BSK), self.moe.num_experts).sum(1)
+        load_BE = chosen_mask(self.gather_positions(expert_BSK)(), self.moe.num_experts).sum(1)
         if self.moe.balance_over == "group":
             size = self.moe.group_sequences
             load_BE = load_BE.unflatten(0, (-1, size)).sum(1).repeat_interleave(size, dim=0)
@@ -180,6 +203,10 @@ class Router(nn.Module):
     def _in_groups(self, x_BSE: Tensor) -> Tensor:
         """Whole sequences ``(B, S, E)`` as routing groups ``(G, T, E)``."""
         return x_BSE.reshape(-1, self.moe.group_sequences * x_BSE.shape[1], x_BSE.shape[2])
+
+
+def _at_hand(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: x
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How tokens reach the experts of other ranks and come back.
 
-B sequences, S positions, D width, K choices, T tokens of this rank, R ranks that share the experts, N rows sent.
+D width, K choices, T tokens of this rank (in any order: nothing here depends on it), R ranks that share the experts,
+N rows sent.
 """
 
 from __future__ import annotations
@@ -13,33 +14,45 @@ from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.exchange import spread_rows, sum_rows
 from moe_dtensor.layers.feed_forward import FeedForward
-from moe_dtensor.layers.moe import Dispatch, Experts, run_experts
+from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
 from moe_dtensor.mesh import flat_dp_tp
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.borders import Borders, dp_borders, tp_borders
+from moe_dtensor.parallel.borders import Borders, token_borders
 from moe_dtensor.parallel.dispatch_cost import choose_dispatch
 
 
 class AllGather:
     """Bring all tokens to every rank, let each run its own experts on them, sum what comes back.
 
-    No counts are exchanged, and the K outputs of a token are summed before they travel.
+    No counts are exchanged, and the K outputs of a token are summed before they travel. Tokens come in while the
+    router chooses.
 
     Args:
         borders: of the axis that shares the experts.
         inner: what runs the experts on the tokens that are together then.
+        shared_inside: whether that runs the shared expert too. Else it works on the tokens at hand, while the others'
+            sums travel.
     """
 
-    def __init__(self, borders: Borders, inner: Dispatch = run_experts) -> None:
+    def __init__(self, borders: Borders, inner: Dispatch = run_experts, *, shared_inside: bool) -> None:
         self.borders = borders
         self.inner = inner
+        self.shared_inside = shared_inside
 
     def __call__(
-        self, experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
-    ) -> Tensor:
-        """``(B, S, D)`` of a rank's own tokens in and out."""
-        enter, enter_data = self.borders.enter, self.borders.enter_data
-        return self.borders.leave(self.inner(experts, shared, enter(x_BSD), enter(gate_BSK), enter_data(expert_BSK)))
+        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of a rank's own tokens in and out; and the record."""
+        borders, inside = self.borders, shared if self.shared_inside else None
+        all_TD = borders.enter(x_TD)
+        gate_TK, expert_TK, record_R = route()
+        gates, ids = borders.enter(gate_TK), borders.enter_data(expert_TK)
+        # Vectors are waited for first, so that on the way back gates go first: the router needs no more.
+        entered = all_TD(), gates(), ids(), record_R
+        y_TD, _ = self.inner(experts, inside, entered[0], lambda: entered[1:])
+        leaving = borders.leave(y_TD)
+        apart_TD = shared(x_TD) if shared is not None and not self.shared_inside else None
+        return leaving() if apart_TD is None else leaving() + apart_TD, record_R
 
 
 class SharedApart:
@@ -49,11 +62,11 @@ class SharedApart:
         self.inner = inner
 
     def __call__(
-        self, experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
-    ) -> Tensor:
-        """``(B, S, D)`` of a rank's own tokens in and out."""
-        y_BSD = self.inner(experts, None, x_BSD, gate_BSK, expert_BSK)
-        return y_BSD if shared is None else y_BSD + shared(x_BSD)
+        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of a rank's own tokens in and out; and the record."""
+        y_TD, record_R = self.inner(experts, None, x_TD, route)
+        return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
 class AllToAll:
@@ -70,10 +83,10 @@ class AllToAll:
         self.axis = axis
 
     def __call__(
-        self, experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
-    ) -> Tensor:
-        """``(B, S, D)`` of a rank's own tokens in and out."""
-        expert_TK = expert_BSK.flatten(0, 1)
+        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of a rank's own tokens in and out; and the record."""
+        gate_TK, expert_TK, record_R = route()
         position_TR, sent_R2 = self._plan(experts, expert_TK)
         received_R2 = torch.empty_like(sent_R2)
         collectives.exchange_counts(received_R2, sent_R2, self.axis)
@@ -81,18 +94,17 @@ class AllToAll:
         sent, received = ([tokens for tokens, _ in counts_R2] for counts_R2 in counts_2R2)
         copies = sum(copies for _, copies in counts_2R2[1])
 
-        def start(x_TC: Tensor) -> collectives.Travelling:
+        def start(x_TC: Tensor) -> collectives.Coming:
             return collectives.start_exchange(spread_rows(x_TC, position_TR, sum(sent)), self.axis, sent, received)
 
         # Ids travel beside the gates, in their dtype: whole numbers far below its precision.
-        choices_N2K = start(torch.cat([gate_BSK.flatten(0, 1), expert_TK.to(gate_BSK.dtype)], 1))
-        x_ND = start(x_BSD.flatten(0, 1))
-        shared_BSD = None if shared is None else shared(x_BSD)
-        gate_NK, expert_NK = collectives.finish_exchange(choices_N2K).chunk(2, 1)
-        y_ND = experts(collectives.finish_exchange(x_ND), gate_NK, expert_NK.detach().long(), rows=copies)
+        choices_N2K = start(torch.cat([gate_TK, expert_TK.to(gate_TK.dtype)], 1))
+        x_ND = start(x_TD)
+        shared_TD = None if shared is None else shared(x_TD)
+        gate_NK, expert_NK = choices_N2K().chunk(2, 1)
+        y_ND = experts(x_ND(), gate_NK, expert_NK.detach().long(), rows=copies)
         y_TD = sum_rows(collectives.exchange(y_ND, self.axis, received, sent), position_TR)
-        y_BSD = y_TD.view(x_BSD.shape)
-        return y_BSD if shared_BSD is None else y_BSD + shared_BSD
+        return y_TD if shared_TD is None else y_TD + shared_TD, record_R
 
     def _plan(self, experts: Experts, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Where each token's row for each rank lies, ``(T, R)`` int32, -1 for none; and how many tokens and copies
@@ -119,18 +131,20 @@ class Shares:
         self.inner = inner
 
     def __call__(
-        self, experts: Experts, shared: FeedForward | None, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor
-    ) -> Tensor:
-        """``(B, S, D)`` of all tokens in and out."""
-        tokens = x_BSD.shape[0] * x_BSD.shape[1]
+        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of all tokens in and out; and the record."""
+        tokens = len(x_TD)
         more = -tokens % self.axis.size()
 
-        def share(x_BSC: Tensor, fill: int = 0) -> Tensor:
-            padded_TC = torch.nn.functional.pad(x_BSC.flatten(0, 1), (0, 0, 0, more), value=fill)
-            return collectives.share(padded_TC, self.axis, 0)[None]
+        def share(x_TC: Tensor, fill: int = 0) -> Tensor:
+            padded_TC = torch.nn.functional.pad(x_TC, (0, 0, 0, more), value=fill)
+            return collectives.share(padded_TC, self.axis, 0)
 
-        y_1UD = self.inner(experts, shared, share(x_BSD), share(gate_BSK), share(expert_BSK, fill=-1))
-        return collectives.gather_alike(y_1UD[0], self.axis, 0)[:tokens].view(x_BSD.shape)
+        gate_TK, expert_TK, record_R = route()
+        shares = share(gate_TK), share(expert_TK, fill=-1), record_R
+        y_UD, _ = self.inner(experts, shared, share(x_TD), lambda: shares)
+        return collectives.gather_alike(y_UD, self.axis, 0)[:tokens], record_R
 
 
 def expert_axis(config: Config, mesh: DeviceMesh) -> DeviceMesh:
@@ -150,7 +164,8 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
         return SharedApart(Shares(tp, inner)) if repeated else inner, False
     if place == "dp":
-        return SharedApart(AllGather(dp_borders(dp))), False
+        return AllGather(Borders(dp, 0), shared_inside=False), False
     if place == "dp_tp":
-        return AllGather(tp_borders(config, tp), SharedApart(AllGather(dp_borders(dp)))), True
-    return AllGather(tp_borders(config, tp)), True
+        inside = AllGather(Borders(dp, 0), shared_inside=False)
+        return AllGather(token_borders(config, tp), inside, shared_inside=True), True
+    return AllGather(token_borders(config, tp), shared_inside=True), True

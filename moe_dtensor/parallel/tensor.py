@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -22,7 +23,7 @@ from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.norm import HeadsNorm
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.borders import tp_borders
+from moe_dtensor.parallel.borders import position_borders, token_borders
 from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.parallel.loss import build_token_loss
@@ -93,23 +94,26 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
     if tp.size() == 1:
         part.token_loss = build_token_loss(config, tp)
         return
-    borders = tp_borders(config, tp)
+    by_position, by_token = position_borders(config, tp), token_borders(config, tp)
     rank = tp.get_local_rank()
     for module in part.modules():
         if isinstance(module, Embedding):
             module.first_row = rank * (module.num_rows // tp.size())
-            module.register_forward_hook(lambda _module, _args, y: borders.leave(y))
+            module.register_forward_hook(lambda _module, _args, y: by_position.leave(y)())
         elif isinstance(module, Attention):
-            borders.wrap(module)
+            by_token.wrap(module)
             _split_heads(module, config, tp)
+            if config.mesh.sequence_parallel:
+                module.to_sequences = functools.partial(collectives.parts_to, ranks=tp.size(), dim=1)
+                module.from_sequences = functools.partial(collectives.parts_of, ranks=tp.size(), dim=1)
         elif isinstance(module, MoE) and config.mesh.sequence_parallel:
-            module.router.gather_positions = borders.enter_data
+            module.router.gather_positions = by_position.enter_data
             module.router.own_positions = functools.partial(collectives.own_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
-            borders.wrap(module)
+            by_token.wrap(module)
     if part.is_last:
-        part.before_head = borders.enter
+        part.before_head = lambda x: by_position.enter(x)()
         part.token_loss = build_token_loss(config, tp)
 
 
@@ -137,9 +141,7 @@ def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
         if isinstance(attention.k_norm if config.model.qk_norm != "none" else None, HeadsNorm):
             _show_rows(attention.k_norm, rows)
     if config.model.qk_norm == "full":
-        for norm, held_by in ((attention.q_norm, 1), (attention.k_norm, copies)):
-            assert isinstance(norm, HeadsNorm)
-            norm.sum_parts = _sum_over(tp, held_by)
+        attention.sum_heads = _sum_over(tp, copies)
 
 
 def _show_rows(module: nn.Module, rows: slice) -> None:
@@ -154,6 +156,11 @@ def _show_rows(module: nn.Module, rows: slice) -> None:
     module.__class__ = type(cls.__name__, (cls,), {"weight": property(view)})
 
 
-def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor], Tensor]:
-    """Sum parts over tp when each part is held by ``copies`` ranks."""
-    return lambda x: collectives.reduce_shares(x, tp) / copies
+def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Sum parts over tp, in one collective, when each part of the keys is held by ``copies`` ranks."""
+
+    def sum_heads(of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
+        of_queries, of_keys = collectives.reduce_shares(torch.stack([of_queries, of_keys / copies]), tp).unbind()
+        return of_queries, of_keys
+
+    return sum_heads

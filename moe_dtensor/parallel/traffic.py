@@ -117,10 +117,10 @@ def _block(config: Config, is_moe: bool) -> Steps:
 
 
 def _qk_norm(config: Config) -> Steps:
-    """Over the whole width: mean squares of q and k, an all-reduce each way."""
+    """Over the whole width: squares of q and k, an all-reduce each way."""
     at, tp = tokens(config), config.mesh.tp
-    each = 2 * at.whole * at.wide * (tp - 1) / tp
-    return [Move("tp", each, each, kept=True)] * 2 if config.model.qk_norm == "full" else []
+    both = 2 * 2 * at.whole * at.wide * (tp - 1) / tp
+    return [Move("tp", both, both, kept=True)] if config.model.qk_norm == "full" else []
 
 
 def _router(config: Config) -> Steps:

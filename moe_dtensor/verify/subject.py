@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
-from moe_dtensor.layers.router import Router
+from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
 from moe_dtensor.parallel.pipeline import Runner
 from moe_dtensor.train.build import Trainer, build
@@ -151,8 +151,11 @@ class Replay:
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.kept_BSK: Tensor | None = None
 
-    def rank(self, logits_BSE: Tensor, tokens: Tokens) -> tuple[Tensor, None]:
+    def rank(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, None]:
         """A ranking ``(B, S held here, E)`` in which the choices come first, in their order, and no other comes."""
+        logits_BSE = scores.logits_TE.detach().unflatten(0, (len(tokens.id_BS), -1))
+        if scores.whole is not None:
+            scores.whole()  # nobody needs it, but it is under way
         for logits, ranking, kept in self.seen:
             if torch.equal(logits, logits_BSE):
                 self.kept_BSK = kept

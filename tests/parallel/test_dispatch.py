@@ -75,6 +75,13 @@ def gathered(trainer: Trainer) -> MoE:
     return block.moe
 
 
+def dispatched(moe: MoE, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
+    """What the block's experts make of tokens that go where the ids say."""
+    route = gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1), torch.empty(0)
+    y_TD, _ = moe.dispatch(moe.experts, None, x_BSD.flatten(0, 1), lambda: route)
+    return y_TD.view(x_BSD.shape)
+
+
 # Routes of a microbatch on each of dp ranks: ids (dp, S, K).
 
 
@@ -132,7 +139,7 @@ def _outputs(keys: Keys) -> list[tuple[float, float, float]]:
         results = []
         for trainer in trainers.values():
             moe, (x, gate, expert) = gathered(trainer), inputs(trainer, route)
-            y = moe.dispatch(moe.experts, None, x, gate, expert)
+            y = dispatched(moe, x, gate, expert)
             gradients = torch.autograd.grad(y.square().sum(), (x, gate))
             results.append((y.detach(), gradients))
         (gather, gather_gradients), (exchange, exchange_gradients) = results
@@ -174,7 +181,7 @@ def _sent_rows(expert_TK: list[list[int]]) -> tuple[int, int]:
     moe.experts.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
     expert_BSK = torch.tensor(expert_TK)[None]
     with BytesSent(trainer.mesh) as sent, torch.no_grad():
-        moe.dispatch(moe.experts, None, torch.ones(1, 2, D).double(), torch.ones(1, 2, K).double(), expert_BSK)
+        dispatched(moe, torch.ones(1, 2, D).double(), torch.ones(1, 2, K).double(), expert_BSK)
     assert set(sent.by_collective()) == {("dp", "all_to_all")}
     return sent.by_axis()["dp"], rows[0]
 
@@ -203,7 +210,7 @@ def _no_tokens(keys: Keys, backend: str) -> list[bool]:
     dtypes = FLOAT32 if backend == "torch" else {}
     trainer = start(keys | dtypes | {"moe.backend": backend, "moe.hidden_dim": 16})
     moe, (x, gate, expert) = gathered(trainer), inputs(trainer, "to one rank")
-    moe.dispatch(moe.experts, None, x.to(moe.experts.w_up.dtype), gate, expert).square().sum().backward()
+    dispatched(moe, x.to(moe.experts.w_up.dtype), gate, expert).square().sum().backward()
     gradients = [param.grad.to_local() for param in moe.experts.parameters()]
     assert all(gradient.isfinite().all() for gradient in gradients)
     return [not gradient.any() for gradient in gradients]

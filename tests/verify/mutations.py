@@ -106,13 +106,13 @@ def norm_of_own_stage() -> Iterator[None]:
 @contextmanager
 def router_term_per_microbatch() -> Iterator[None]:
     """What reaches the router alone, as an auxiliary loss does, is counted once for each of four microbatches."""
-    right = Router.forward
+    right = Router.choose
 
-    def wrong(self: Router, x: Tensor, tokens: Any) -> Any:
-        routing = right(self, x, tokens)
+    def wrong(self: Router, scores: Any, tokens: Any) -> Any:
+        routing = right(self, scores, tokens)
         return routing._replace(gate_BSK=ScaleGradient.apply(routing.gate_BSK, 4.0))
 
-    with mock.patch.object(Router, "forward", wrong):
+    with mock.patch.object(Router, "choose", wrong):
         yield
 
 
@@ -125,13 +125,13 @@ def microbatch_dropped() -> Iterator[None]:
 
 @contextmanager
 def gates_detached() -> Iterator[None]:
-    right = Router.forward
+    right = Router.choose
 
-    def wrong(self: Router, x: Tensor, tokens: Any) -> Any:
-        routing = right(self, x, tokens)
+    def wrong(self: Router, scores: Any, tokens: Any) -> Any:
+        routing = right(self, scores, tokens)
         return routing._replace(gate_BSK=routing.gate_BSK.detach())
 
-    with mock.patch.object(Router, "forward", wrong):
+    with mock.patch.object(Router, "choose", wrong):
         yield
 
 
@@ -191,7 +191,7 @@ def routing_over_own_tokens() -> Iterator[None]:
         right(part, config, tp)
         for module in part.modules():
             if isinstance(module, Router):
-                module.gather_positions = module.own_positions = lambda x: x
+                module.gather_positions, module.own_positions = lambda x: lambda: x, lambda x: x
 
     from moe_dtensor.parallel import apply
 

@@ -1,0 +1,127 @@
+"""The order in which a compiled block computes and communicates.
+
+The compiler takes what does not depend on each other in any order, joins kernels of runs that should follow one
+another, and puts what begins a collective beside what waits for it. This pass over its graph gives it the order that
+the layers were written in, with three changes: a collective begins as soon as what it sends is there, it is waited for
+where what it brings is needed, and what the next collective does not send (a weight's gradient) gives way until that
+has begun.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Set
+from itertools import pairwise
+from operator import getitem
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch.fx import Graph, Node
+from torch.utils._ordered_set import OrderedSet
+
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "aten::_grouped_mm", "moe_dtensor::")
+"""How the names of operators begin that are kernels of their own, to be kept in order. The compiler places what it
+makes kernels of between them."""
+
+
+class OrderForOverlap(CustomGraphPass):
+    """Makes :func:`order` one of dependencies, in a graph that has collectives."""
+
+    def __call__(self, graph: Graph) -> None:
+        """In place."""
+        first = {later: _tensor_of(before) for before, later in order(graph)}
+        after = {node: OrderedSet([before]) for node, before in first.items() if before is not None}
+        preserve_node_ordering(graph, after)
+
+    def uuid(self) -> bytes:
+        """For the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+
+def order(graph: Graph) -> list[tuple[Node, Node]]:
+    """Pairs of nodes of which the second comes after the first; none in a graph without collectives."""
+    work = [node for node in graph.nodes if _is_start(node) or _named(node, KERNELS)]
+    waits = [node for node in graph.nodes if _is_wait(node)]
+    if not waits:
+        return []
+    needs = _needs(graph, {*work, *waits})
+    run = _starts_early(work, needs)
+    place = {node: i for i, node in enumerate(run)}
+    pairs = list(pairwise(run))
+    for wait in waits:
+        use = min((place[node] for node in run if wait in needs[node]), default=len(run))
+        pairs.append((run[use - 1], wait))
+    return pairs
+
+
+def _needs(graph: Graph, marked: Set[Node]) -> dict[Node, set[Node]]:
+    """The marked nodes that each node takes its inputs from, if only through others; through a wait, its start too."""
+    needs: dict[Node, set[Node]] = {}
+    for node in graph.nodes:
+        needs[node] = set()
+        for source in node.all_input_nodes:
+            needs[node] |= {source} if source in marked else needs[source]
+            if _is_wait(source):
+                needs[node] |= needs[source]
+    return needs
+
+
+def _starts_early(work: list[Node], needs: dict[Node, set[Node]]) -> list[Node]:
+    """Kernels and collectives, each kind in its order: a collective as soon as it can begin, and before it, of the
+    kernels up to where it stood, those that it needs."""
+    starts = deque(node for node in work if _is_start(node))
+    run: dict[Node, None] = {}
+    later: deque[Node] = deque()
+
+    def can_run(node: Node) -> bool:
+        return all(source in run for source in needs[node] if not _is_wait(source))
+
+    def begin() -> set[Node]:
+        """All collectives that can, then what gave way; what the next one needs."""
+        while starts and can_run(starts[0]):
+            run[starts.popleft()] = None
+            while later and can_run(later[0]):
+                run[later.popleft()] = None
+        return _sources(starts[0], needs) if starts else set(work)
+
+    wanted = begin()
+    for node in work:
+        if node in run:
+            continue
+        if node in wanted:
+            run[node] = None
+            wanted = begin()
+        else:
+            later.append(node)
+    return [*run, *later]
+
+
+def _sources(node: Node, needs: dict[Node, set[Node]]) -> set[Node]:
+    """All that a node needs, however far back."""
+    found: set[Node] = set()
+    new = [node]
+    while new:
+        more = needs[new.pop()] - found
+        found |= more
+        new += more
+    return found
+
+
+def _named(node: Node, beginnings: tuple[str, ...]) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.name().startswith(beginnings)
+
+
+def _is_wait(node: Node) -> bool:
+    return node.target is torch.ops._c10d_functional.wait_tensor.default
+
+
+def _is_start(node: Node) -> bool:
+    return _named(node, ("_c10d_functional::",)) and not _is_wait(node)
+
+
+def _tensor_of(node: Node) -> Node | None:
+    """The node, or of one that gives several tensors the first."""
+    parts = [node, *(user for user in node.users if user.target is getitem)]
+    return next((part for part in parts if isinstance(part.meta.get("val"), torch.Tensor)), None)
