@@ -53,6 +53,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _mesh(config_as_given, world_size)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
+    yield from _async_tp(config)
     yield from _data_parallel(config)
     yield from _batches(config)
     yield from _pipeline(config)
@@ -135,6 +136,18 @@ def _tensor_parallel(config: Config) -> Broken:
         yield (
             f"model.num_kv_heads = {kv_heads} and mesh.tp = {tp}: neither divides the other.",
             "Key/value heads are split over tp or repeated on it: make one a multiple of the other.",
+        )
+
+
+def _async_tp(config: Config) -> Broken:
+    if not config.compile.async_tp:
+        return
+    if not config.compile.enable:
+        yield "compile.async_tp = true needs compile.enable = true.", "Set both, or neither."
+    if not config.mesh.sequence_parallel:
+        yield (
+            "compile.async_tp = true needs mesh.sequence_parallel = true: it cuts all-gathers and reduce-scatters.",
+            "Set mesh.sequence_parallel = true, or compile.async_tp = false.",
         )
 
 

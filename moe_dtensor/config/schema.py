@@ -163,7 +163,8 @@ class Fsdp:
     """FSDP2 over dp."""
 
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free gathered weights after the forward. auto: always for pp = 1, never for pp > 1 (where always is refused)."""
+    """Free gathered weights after the forward, and gather them again for the backward. never: keep them for a step.
+    auto: never for dp = 1, where what is kept is the copy in param_dtype, and for pp > 1, where always is refused."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
 
@@ -270,6 +271,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
+    async_tp: bool = False
+    """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
+    while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     if config.activation_checkpoint.mode == "full":
         # Around the compiled block: what is recomputed is all of it, and torch 2.13 cannot compile the other way round
         # where a block's collectives are inside.
-        apply_compile(part, config)
+        apply_compile(part, config, mesh["tp"])
         apply_recompute(part, config)
     else:
         apply_recompute(part, config)
-        apply_compile(part, config)
+        apply_compile(part, config, mesh["tp"])
     apply_fsdp(part, config, mesh["dp"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+import logging
 
+import torch
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.ordering import OrderForOverlap
 
 
-def apply_compile(part: Transformer, config: Config) -> None:
+def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
     """Compile each block's forward. Blocks of one kind share one compilation."""
     if not config.compile.enable:
         return
@@ -22,5 +27,15 @@ def apply_compile(part: Transformer, config: Config) -> None:
     if config.mesh.tp > 1 or expert_ranks(config) > 1:
         torch._inductor.config.reorder_for_locality = False
         torch._inductor.config.post_grad_custom_post_pass = OrderForOverlap()
+    torch._inductor.config._micro_pipeline_tp = config.compile.async_tp and tp.size() > 1
+    if torch._inductor.config._micro_pipeline_tp:
+        if tp.device_type == "cpu":
+            raise ConfigError(
+                "compile.async_tp = true needs GPUs that reach each other's memory; these ranks are on CPUs.",
+                "Set compile.async_tp = false.",
+            )
+        # It warns of each collective that stands next to no product, as those of the experts do.
+        logging.getLogger("torch._inductor.fx_passes.micro_pipeline_tp").setLevel(logging.ERROR)
+        enable_symm_mem_for_group(tp.get_group().group_name)
     for block in part.layers.values():
         block.forward = torch.compile(block.forward)

@@ -46,8 +46,16 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(part: nn.Module, sync: bool) -> None:
-    """Whether the next backward reduces gradients over dp, or only accumulates them."""
+def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:
+    """Whether the next backward reduces gradients over dp and gives gathered weights back, or only accumulates."""
     assert isinstance(part, FSDPModule)
-    part.set_is_last_backward(sync)
-    part.set_requires_gradient_sync(sync)
+    part.set_is_last_backward(last)
+    part.set_requires_gradient_sync(last)
+    part.set_reshard_after_backward(last or config.fsdp.reshard_after_forward == "always")
+
+
+def give_back(part: nn.Module) -> None:
+    """Free gathered weights that no backward pass will free."""
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -17,10 +17,20 @@ from operator import getitem
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+from torch._inductor.fx_utils import get_fake_args_kwargs
+from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 from torch.utils._ordered_set import OrderedSet
 
-KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "aten::_grouped_mm", "moe_dtensor::")
+KERNELS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product",
+    "aten::_grouped_mm",
+    "moe_dtensor::",
+    "symm_mem::",
+)
 """How the names of operators begin that are kernels of their own, to be kept in order. The compiler places what it
 makes kernels of between them."""
 
@@ -30,9 +40,8 @@ class OrderForOverlap(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """In place."""
-        first = {later: _tensor_of(before) for before, later in order(graph)}
-        after = {node: OrderedSet([before]) for node, before in first.items() if before is not None}
-        preserve_node_ordering(graph, after)
+        _describe(graph)
+        preserve_node_ordering(graph, {later: OrderedSet([_tensor_of(before)]) for before, later in order(graph)})
 
     def uuid(self) -> bytes:
         """For the compiler's cache."""
@@ -121,7 +130,17 @@ def _is_start(node: Node) -> bool:
     return _named(node, ("_c10d_functional::",)) and not _is_wait(node)
 
 
-def _tensor_of(node: Node) -> Node | None:
-    """The node, or of one that gives several tensors the first."""
-    parts = [node, *(user for user in node.users if user.target is getitem)]
-    return next((part for part in parts if isinstance(part.meta.get("val"), torch.Tensor)), None)
+def _tensor_of(node: Node) -> Node:
+    """The node, or of one that gives several tensors one of them."""
+    part = next((user for user in node.users if user.target is getitem), None)
+    return node if part is None else _tensor_of(part)
+
+
+def _describe(graph: Graph) -> None:
+    """Say of nodes that an earlier pass has put in what they give."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            known, args, kwargs = get_fake_args_kwargs(node)
+            if known:
+                with V.fake_mode:
+                    node.meta["val"] = node.target(*args, **kwargs)

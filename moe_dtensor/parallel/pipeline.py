@@ -17,7 +17,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.expert_copies import WithOwnExperts
-from moe_dtensor.parallel.fsdp import sync_gradients
+from moe_dtensor.parallel.fsdp import next_microbatch
 from moe_dtensor.parallel.runner import Runner
 
 FIRST_TORCH_TO_SPLIT = (2, 13)
@@ -29,7 +29,7 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     """Accumulation for pp = 1, else the pipeline schedule."""
     runner: Runner
     if config.mesh.pp == 1:
-        runner = Accumulation(parts[0], config.training.microbatch_size)
+        runner = Accumulation(parts[0], config)
     else:
         check_torch(config, torch.__version__)
         runner = Pipeline(parts, config, mesh, device)
@@ -58,16 +58,17 @@ def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
 class Accumulation:
     """pp = 1: one microbatch after the other, gradients reduced with the last."""
 
-    def __init__(self, part: Transformer, microbatch_size: int) -> None:
+    def __init__(self, part: Transformer, config: Config) -> None:
         self.part = part
-        self.microbatch_size = microbatch_size
+        self.config = config
+        self.microbatch_size = config.training.microbatch_size
 
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward; the summed loss times ``scale``, a scalar."""
         chunks = split(batch, self.microbatch_size)
         losses = []
         for i, arguments in enumerate(chunks):
-            sync_gradients(self.part, i == len(chunks) - 1)
+            next_microbatch(self.part, self.config, last=i == len(chunks) - 1)
             loss = self.part(*arguments).sum() * scale
             loss.backward()
             losses.append(loss.detach())

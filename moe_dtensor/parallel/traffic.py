@@ -60,16 +60,15 @@ def traffic(config: Config) -> Traffic:
 def fsdp_bytes(config: Config, stages: tuple[int, ...]) -> int:
     """FSDP over the blocks of a rank's stages, over dp.
 
-    Weights that are freed after use are gathered for each microbatch's forward and backward, weights that stay
-    until after the backward once for each microbatch, and under a pipeline once for the step (up to three stages on
-    a rank; torch swaps more). Gradients are reduced with the last microbatch. Where dp does not divide a dimension,
-    parts are padded to the same size. Experts outside of FSDP take no part.
+    Weights that are freed after use are gathered for each microbatch's forward and backward, weights that stay once for
+    the step (under a pipeline up to three stages on a rank; torch swaps more). Gradients are reduced with the last
+    microbatch. Where dp does not divide a dimension, parts are padded to the same size. Experts outside of FSDP take no
+    part.
     """
     training, dp, count = config.training, config.mesh.dp, microbatches(config)
     shares = [share for stage in stages for share in stage_shares(config, stage)]
     local = sum(share.local_size for share in shares if share.row.fsdp)
-    again = 2 if config.fsdp.reshard_after_forward == "always" else 1
-    gathers = 1 if config.mesh.pp > 1 else again * count
+    gathers = 2 * count if config.fsdp.reshard_after_forward == "always" else 1
     return local * (gathers * BYTES[training.param_dtype] + BYTES[training.reduce_dtype]) * (dp - 1)
 
 

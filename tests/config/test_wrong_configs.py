@@ -164,6 +164,12 @@ WRONG = [
         "activation_checkpoint.mode = selective with pipeline.schedule = InterleavedZeroBubble",
         "full or none",
     ),
+    ("--compile.async_tp true", "compile.async_tp = true needs compile.enable = true", "Set both"),
+    (
+        "--compile.async_tp true --compile.enable true --mesh.sequence_parallel false",
+        "needs mesh.sequence_parallel = true",
+        "compile.async_tp = false",
+    ),
     ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
     ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
     (
