@@ -25,7 +25,7 @@ class _Spread(Function):
     @staticmethod
     def forward(ctx, x_TC, position_TR, rows):
         ctx.save_for_backward(position_TR)
-        return gather_rows(x_TC, position_TR, rows, 0)
+        return gather_rows(x_TC, position_TR, rows)
 
     @staticmethod
     def backward(ctx, grad_NC):
@@ -43,4 +43,4 @@ class _Sum(Function):
     @staticmethod
     def backward(ctx, grad_TC):
         (position_TR,) = ctx.saved_tensors
-        return gather_rows(grad_TC, position_TR, ctx.rows, 1), None
+        return gather_rows(grad_TC, position_TR, ctx.rows), None

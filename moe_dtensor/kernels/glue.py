@@ -15,7 +15,7 @@ from .library import define, launches_triton, triton_kernels
 # ---- gather_rows: x_TD, position_TK -> (rows, D) --------------------------------------------------------------------
 
 
-def _gather_rows(x_TD: Tensor, position_TK: Tensor, rows: int, phase: int) -> Tensor:
+def _gather_rows(x_TD: Tensor, position_TK: Tensor, rows: int, after: Tensor | None = None) -> Tensor:
     out_ND = x_TD.new_empty(rows, x_TD.shape[1])
     if out_ND.numel() == 0:
         return out_ND
@@ -27,14 +27,14 @@ def _gather_rows(x_TD: Tensor, position_TK: Tensor, rows: int, phase: int) -> Te
 
 
 gather_rows = define(
-    "gather_rows(Tensor x, Tensor position, SymInt rows, int phase) -> Tensor",
+    "gather_rows(Tensor x, Tensor position, SymInt rows, Tensor? after=None) -> Tensor",
     _gather_rows,
-    lambda x_TD, position_TK, rows, phase: x_TD.new_empty(rows, x_TD.shape[1]),
+    lambda x_TD, position_TK, rows, after=None: x_TD.new_empty(rows, x_TD.shape[1]),
 )
 """``out[position[t, k]] = x[t]``. Each token is read once and its rows written from registers.
 
-``phase`` (0 forward, 1 backward) changes nothing: it keeps a compiler from recognising backward's gather as the
-forward's and keeping its (N, D) result alive in between.
+``after`` is not looked at. A gather of the backward pass names a gradient there: else a compiler makes it with the
+forward pass, which has all that it needs, and keeps its (N, D) rows alive in between.
 """
 
 # ---- combine_rows: y_ND, position_TK, gate_TK -> (T, D) -------------------------------------------------------------

@@ -21,7 +21,7 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(y_TD, h_NP)``: the output, and what the backward needs of what came in between."""
-    x_ND = gather_rows(x_TD, route.position, num_rows, 0)
+    x_ND = gather_rows(x_TD, route.position, num_rows)
     h_NP = rows_times_weight(x_ND, w_up_EGFD.flatten(1, 2), route.ends, plan, True, backend)
     del x_ND
     a_NF = activate_rows(h_NP, route.ends, activation)
@@ -52,7 +52,7 @@ def backward(
     dx_TD = dw_up_EGFD = dw_down_EDF = None
     h_NP = saved.pop()
     num_rows = h_NP.shape[0]
-    do_ND = gather_rows(dy_TD, position_TK, num_rows, 1)
+    do_ND = gather_rows(dy_TD, position_TK, num_rows)
     da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, backend)
     dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, *route, activation)
     del da_NF, h_NP
@@ -60,7 +60,7 @@ def backward(
         dw_down_EDF = weight_gradient(do_ND, weighted_NF, ends_E, plan, backend)
     del do_ND, weighted_NF
     if wanted[1]:
-        x_ND = gather_rows(x_TD, position_TK, num_rows, 1)
+        x_ND = gather_rows(x_TD, position_TK, num_rows, dh_NP)
         dw_up_EGFD = weight_gradient(dh_NP, x_ND, ends_E, plan, backend).view(w_up_EGFD.shape)
         del x_ND
     if wanted[0]:

@@ -88,7 +88,7 @@ class _UpWeight(Function):
     @staticmethod
     def backward(ctx, dh_NP):
         x_TD, position_TK, ends_E, plan = ctx.saved_tensors
-        x_ND = gather_rows(x_TD, position_TK, ctx.num_rows, 1)
+        x_ND = gather_rows(x_TD, position_TK, ctx.num_rows, dh_NP)
         return weight_gradient(dh_NP, x_ND, ends_E, plan, ctx.backend), None, None, None, None, None
 
 
@@ -135,7 +135,7 @@ class _Down(Function):
     def backward(ctx, dy_TD):
         h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, plan = ctx.saved_tensors
         route = Route(position_TK, copy_N, ends_E)
-        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0], 1)
+        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0])
         if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
             weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
             return None, None, do_ND, weighted_NF, None, None, None, None, None

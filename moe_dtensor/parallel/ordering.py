@@ -3,8 +3,8 @@
 The compiler takes what does not depend on each other in any order, joins kernels of runs that should follow one
 another, and puts what begins a collective beside what waits for it. This pass over its graph gives it the order that
 the layers were written in, with three changes: a collective begins as soon as what it sends is there, it is waited for
-where what it brings is needed, and what the next collective does not send (a weight's gradient) gives way until that
-has begun.
+where what it brings is needed, and what the next collective does not send (a weight's gradient) gives way, to run
+beside it and those after it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def order(graph: Graph) -> list[tuple[Node, Node]]:
     pairs = list(pairwise(run))
     for wait in waits:
         use = min((place[node] for node in run if wait in needs[node]), default=len(run))
-        pairs.append((run[use - 1], wait))
+        pairs += [(run[use - 1], wait)] if use > 0 else []
     return pairs
 
 
@@ -87,11 +87,13 @@ def _starts_early(work: list[Node], needs: dict[Node, set[Node]]) -> list[Node]:
         return all(source in run for source in needs[node] if not _is_wait(source))
 
     def begin() -> set[Node]:
-        """All collectives that can, then what gave way; what the next one needs."""
+        """All collectives that can, beside each the first of what gave way, beside the last all of it; what the next
+        one needs."""
         while starts and can_run(starts[0]):
             run[starts.popleft()] = None
-            while later and can_run(later[0]):
-                run[later.popleft()] = None
+            for _ in range(min(1, len(later)) if starts else len(later)):
+                if can_run(later[0]):
+                    run[later.popleft()] = None
         return _sources(starts[0], needs) if starts else set(work)
 
     wanted = begin()

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="expert kernels; default: the config's in bfloat16, else auto"
     )
+    parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
     parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
     options, config = parser.load(argv)
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     for name, variant in variants.items():
         chosen = _with_backend(variant, options)
         layouts, refused = choose_layouts(chosen, options.meshes, options.schedules)
-        miniature = shrink(chosen, layouts, options.dtype)
+        miniature = shrink(chosen, layouts, options.dtype, options.compiled)
         cases += [(name, Case(layout, miniature, steps=steps_to_show(miniature))) for layout in layouts]
         for mesh, reason in refused.items():
             print(f"{f'{name} ' if name else ''}{mesh} not run: {reason}")

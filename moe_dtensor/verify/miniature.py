@@ -63,11 +63,12 @@ def legal(config: Config, layouts: Iterable[Layout]) -> bool:
     return True
 
 
-def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64") -> Config:
+def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", compiled: bool = False) -> Config:
     """The miniature of a config (not resolved) for all ``layouts`` at once, so that one oracle serves them all.
 
     Args:
         dtype: computation in this dtype; master weights and sums in it too, float32 for half precision.
+        compiled: blocks compiled, as the config says how. Else nothing is.
 
     Raises:
         ConfigError: a layout does not accept the config at its full size, or verify cannot judge it.
@@ -82,7 +83,8 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64") ->
             "training.dtype": wide,
             "training.param_dtype": dtype,
             "training.reduce_dtype": wide,
-            "compile.enable": False,
+            "compile.enable": compiled,
+            "compile.async_tp": compiled and config.compile.async_tp,
             "fsdp.cpu_offload": False,
             "checkpoint.enable": False,
             # Where a second step is taken: the oracle knows no way down.

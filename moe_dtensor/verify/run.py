@@ -136,6 +136,8 @@ def judge(task: Task, device: torch.device) -> list[Deviation]:
 
 def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     replayed = () if task.config.training.param_dtype == "float64" else task.answers
+    if task.config.compile.enable:
+        torch.compiler.reset()  # what the case before compiled is not to be mistaken for this one's
     trainer, recorder = build_subject(task.config, task.initial, device, replayed)
     for number, (batch, answer) in enumerate(zip(task.batches, task.answers, strict=True), 1):
         result = train_step(trainer, own_share(trainer, batch))

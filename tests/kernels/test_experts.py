@@ -227,17 +227,31 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_rows_read_from_the_device_stay_in_the_compiled_graph(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     case = Case(48, 16, 32, 8, 2, "swiglu", held=4)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     compiled = torch.compile(
-        lambda *tensors: run(case, "torch", list(tensors[:4]), tensors[4]), backend="aot_eager", fullgraph=True
+        lambda *tensors: run(case, "torch", list(tensors[:4]), tensors[4]),
+        backend="aot_eager_decomp_partition",
+        fullgraph=True,
     )
+    kept: list[tuple[int, ...]] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
     for seed in range(2):
         torch.manual_seed(seed)
+        kept.clear()
         routed_TK = expert_TK[torch.randperm(len(expert_TK))]
         expected = torch.autograd.grad(run(case, "torch", leaves, routed_TK), leaves, dy_TD)
-        got = torch.autograd.grad(compiled(*leaves, routed_TK), leaves, dy_TD)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            y_TD = compiled(*leaves, routed_TK)
+        got = torch.autograd.grad(y_TD, leaves, dy_TD)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+        rows = int((routed_TK < case.held).sum())
+        assert [shape for shape in kept if len(shape) == 2 and shape[0] == rows] == [(rows, 2 * case.F)]

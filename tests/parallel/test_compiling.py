@@ -35,6 +35,6 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # Ranks are forked with this. What is traced is the same, and inductor's code for a CPU takes a minute to build.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    miniature = shrink(override(load(DEBUG), changes), [layout])
-    (verdict,) = prove([Case(layout, override(miniature, {"compile.enable": True}))])
+    miniature = shrink(override(load(DEBUG), changes), [layout], compiled=True)
+    (verdict,) = prove([Case(layout, miniature)])
     assert verdict.ok, f"{verdict.worst} {verdict.failure}"

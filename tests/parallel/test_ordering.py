@@ -1,0 +1,97 @@
+"""The order that a compiled block is given, on graphs written by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_dtensor.parallel.ordering import order
+
+MM, ADD = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
+GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+
+class Written:
+    """A graph whose nodes are called as they are named here."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.names: dict[Node, str] = {}
+
+    def __call__(self, name: str, target: Any, *args: Any) -> Node:
+        node = self.graph.call_function(target, args)
+        self.names[node] = name
+        return node
+
+    def gather(self, name: str, x: Node) -> Node:
+        return self(name, GATHER, x, 2, "0")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        self.graph.output(None)
+        return [(self.names[before], self.names[after]) for before, after in order(self.graph)]
+
+    def run(self) -> list[str]:
+        """Kernels and collectives in their order; where each wait stands is checked apart."""
+        chain = [(a, b) for a, b in self.pairs() if not b.startswith("wait")]
+        assert all(b == c for (_, b), (c, _) in itertools.pairwise(chain))
+        return [chain[0][0], *(b for _, b in chain)]
+
+
+def test_a_collective_begins_as_soon_as_what_it_sends_is_there() -> None:
+    new = Written()
+    x = new.graph.placeholder("x")
+    sent = new("sent", MM, x, x)
+    new("work", MM, x, x)
+    new("wait", WAIT, new.gather("gather", new("pointwise", ADD, sent, x)))
+    assert new.run() == ["sent", "gather", "work"]
+
+
+def test_what_it_does_not_send_gives_way() -> None:
+    """One kernel beside each collective, and all that is left beside the last."""
+    new = Written()
+    x = new.graph.placeholder("x")
+    weights = [new(f"weight {i}", MM, x, x) for i in range(3)]
+    first = new("wait 1", WAIT, new.gather("gather 1", new("sent 1", MM, x, x)))
+    second = new("wait 2", WAIT, new.gather("gather 2", new("sent 2", MM, first, x)))
+    new("use", MM, second, weights[0])
+    assert new.run() == ["sent 1", "gather 1", "weight 0", "sent 2", "gather 2", "weight 1", "weight 2", "use"]
+
+
+def test_it_is_waited_for_where_it_is_needed() -> None:
+    new = Written()
+    x = new.graph.placeholder("x")
+    come = new("wait", WAIT, new.gather("gather", x))
+    new("work", MM, x, x)
+    new("use", MM, new("pointwise", ADD, come, x), x)
+    never = new("wait for nobody", WAIT, new.gather("gather 2", x))
+    pairs = new.pairs()
+    assert never in new.names
+    assert ("work", "wait") in pairs
+    assert ("use", "wait for nobody") in pairs
+
+
+def test_collectives_keep_their_order() -> None:
+    """All ranks must begin them alike, so none overtakes one that is not ready."""
+    new = Written()
+    x = new.graph.placeholder("x")
+    new("wait 1", WAIT, new.gather("gather 1", new("sent", MM, x, x)))
+    new("wait 2", WAIT, new.gather("gather 2", x))
+    assert new.run() == ["sent", "gather 1", "gather 2"]
+
+
+def test_what_is_under_way_when_the_graph_begins() -> None:
+    """The other half of a graph that was broken in between."""
+    new = Written()
+    new("use", MM, new("wait", WAIT, new.graph.placeholder("coming")), new.graph.placeholder("x"))
+    assert new.pairs() == []
+
+
+def test_without_collectives_nothing_is_ordered() -> None:
+    new = Written()
+    x = new.graph.placeholder("x")
+    new("b", MM, new("a", MM, x, x), x)
+    assert new.pairs() == []
