@@ -79,8 +79,10 @@ def test_cuda_graph(backend):
         assert torch.equal(a, b)
 
 
-# torch's own compiler instantiates one, and hides the warning only where it is no error.
+# What torch's own compiler does, and hides only where warnings are no errors.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_compiled_without_a_graph_break(backend):
     case = Case(512, 256, 256, 8, 2, "swiglu")
