@@ -87,13 +87,14 @@ def _starts_early(work: list[Node], needs: dict[Node, set[Node]]) -> list[Node]:
         return all(source in run for source in needs[node] if not _is_wait(source))
 
     def begin() -> set[Node]:
-        """All collectives that can, beside each the first of what gave way, beside the last all of it; what the next
-        one needs."""
+        """All collectives that can, beside each the first of what gave way with what needs it, beside the last all of
+        it; what the next one needs."""
         while starts and can_run(starts[0]):
             run[starts.popleft()] = None
-            for _ in range(min(1, len(later)) if starts else len(later)):
-                if can_run(later[0]):
-                    run[later.popleft()] = None
+            last = None
+            while later and can_run(later[0]) and (not starts or last is None or last in needs[later[0]]):
+                last = later.popleft()
+                run[last] = None
         return _sources(starts[0], needs) if starts else set(work)
 
     wanted = begin()

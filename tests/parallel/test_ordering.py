@@ -51,14 +51,21 @@ def test_a_collective_begins_as_soon_as_what_it_sends_is_there() -> None:
 
 
 def test_what_it_does_not_send_gives_way() -> None:
-    """One kernel beside each collective, and all that is left beside the last."""
+    """Beside each collective one kernel, with what only needs it, and all that is left beside the last."""
     new = Written()
     x = new.graph.placeholder("x")
-    weights = [new(f"weight {i}", MM, x, x) for i in range(3)]
+    weights = [new("weight 0", MM, x, x), new("rows", MM, x, x)]
+    weights += [new("weight 1", MM, weights[1], x), new("weight 2", MM, x, x), new("weight 3", MM, x, x)]
     first = new("wait 1", WAIT, new.gather("gather 1", new("sent 1", MM, x, x)))
     second = new("wait 2", WAIT, new.gather("gather 2", new("sent 2", MM, first, x)))
     new("use", MM, second, weights[0])
-    assert new.run() == ["sent 1", "gather 1", "weight 0", "sent 2", "gather 2", "weight 1", "weight 2", "use"]
+    third = new("wait 3", WAIT, new.gather("gather 3", new("sent 3", MM, second, x)))
+    new("use 3", MM, third, x)
+    beside = [["weight 0"], ["rows", "weight 1"], ["weight 2", "weight 3", "use"]]
+    assert new.run() == [
+        *("sent 1", "gather 1", *beside[0], "sent 2", "gather 2", *beside[1], "sent 3", "gather 3", *beside[2]),
+        "use 3",
+    ]
 
 
 def test_it_is_waited_for_where_it_is_needed() -> None:
