@@ -93,5 +93,5 @@ class MoE(nn.Module):
         return y_TD.unflatten(0, lead), record_R
 
     def _route(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        gate_BSK, expert_BSK, record_R = self.router.choose(scores, tokens)
+        gate_BSK, expert_BSK, record_R = self.router(scores, tokens)
         return gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1), record_R

@@ -81,12 +81,9 @@ class Router(nn.Module):
         self.gather_positions: Callable[[Tensor], Callable[[], Tensor]] = _at_hand
         self.own_positions: Callable[[Tensor], Tensor] = _identity
 
-    def forward(self, x_BSD: Tensor, tokens: Tokens) -> Routing:
-        """Route ``x_BSD``, the held part of the sequences that ``tokens`` are."""
-        return self.choose(self.score(x_BSD, tokens), tokens)
-
     def score(self, x_BSD: Tensor, tokens: Tokens) -> Scores:
-        """Score every token; what the choice needs of other ranks is under way then."""
+        """Score ``x_BSD``, the held part of the sequences that ``tokens`` are. What the choice needs of other ranks is
+        under way then."""
         if self.training and self.moe.jitter > 0:
             x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
         logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
@@ -94,8 +91,8 @@ class Router(nn.Module):
             return Scores(logits_TE, None)
         return Scores(logits_TE, self.gather_positions(logits_TE.detach().unflatten(0, x_BSD.shape[:2])))
 
-    def choose(self, scores: Scores, tokens: Tokens) -> Routing:
-        """K experts for each token, and their weights."""
+    def forward(self, scores: Scores, tokens: Tokens) -> Routing:
+        """K experts for each token that was scored, and their weights."""
         logits_TE, moe = scores.logits_TE, self.moe
         lead = (len(tokens.id_BS), -1)
         ranking_BSE, error = self.rank(scores, tokens)

@@ -1,8 +1,9 @@
 """The collectives that a forward pass needs over one mesh axis, each with its exact gradient.
 
-Each ``start_…`` begins one and returns the function that waits for it: what is computed in between runs beside it, and
-in the backward pass the same lies beside the gradient's way back. The gradient of what every rank computes alike is
-alike on every rank; of what each rank computes a share of, it is a share. On an axis of size 1 each is the identity.
+Each ``start_…`` begins one and returns the function that waits for it: what is computed in between runs beside it (on a
+GPU), and in the backward pass the same lies beside the gradient's way back. The gradient of what every rank computes
+alike is alike on every rank; of what each rank computes a share of, it is a share. On an axis of size 1 each is the
+identity.
 """
 
 from __future__ import annotations
@@ -185,7 +186,13 @@ class _Finish(torch.autograd.Function):
 
 
 def _begin(x: Tensor, kind: Kind, way: Way) -> Tensor:
-    collectives, x = torch.ops._c10d_functional, x.contiguous()
+    begun = _call(x.contiguous(), kind, way)
+    # Two of gloo's all-gathers at a time on one group corrupt its heap (torch 2.13): on CPUs each ends where it begins.
+    return _end(begun, kind) if x.device.type == "cpu" else begun
+
+
+def _call(x: Tensor, kind: Kind, way: Way) -> Tensor:
+    collectives = torch.ops._c10d_functional
     if kind == "all_gather":
         return collectives.all_gather_into_tensor(x, way.ranks, way.group)
     if kind == "reduce_scatter":

@@ -24,7 +24,7 @@ def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
     if config.mesh.pp > 1:
         # A pipeline keeps several microbatches' graphs alive, so a backward must not reuse their buffers.
         torch._functorch.config.donated_buffer = False
-    if config.mesh.tp > 1 or expert_ranks(config) > 1:
+    if tp.device_type != "cpu" and (config.mesh.tp > 1 or expert_ranks(config) > 1):
         torch._inductor.config.reorder_for_locality = False
         torch._inductor.config.post_grad_custom_post_pass = OrderForOverlap()
     torch._inductor.config._micro_pipeline_tp = config.compile.async_tp and tp.size() > 1

@@ -39,7 +39,11 @@ def tokens(sequences: int = SEQUENCES, length: int = LENGTH) -> Tokens:
 
 def route(router: Router, x_BSD: Tensor | None = None) -> Routing:
     x_BSD = vectors() if x_BSD is None else x_BSD
-    return router(x_BSD, tokens(*x_BSD.shape[:2]))
+    return route_tokens(router, x_BSD, tokens(*x_BSD.shape[:2]))
+
+
+def route_tokens(router: Router, x_BSD: Tensor, tokens: Tokens) -> Routing:
+    return router(router.score(x_BSD, tokens), tokens)
 
 
 def load(expert: Tensor, experts: int = EXPERTS) -> Tensor:

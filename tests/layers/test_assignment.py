@@ -8,7 +8,7 @@ import torch
 from moe_dtensor.layers.assignment import round_to_ties
 from moe_dtensor.layers.tokens import build_tokens, uniform_noise
 
-from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, tokens, vectors
+from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, route_tokens, tokens, vectors
 
 
 def many(router: str, **keys: object) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_chance_is_another_in_each_layer_run_and_step(router: str) -> None:
     assert not torch.equal(expert, many(router, training__seed=1))
     module, x = build_router(router=router), vectors()
     later = build_tokens(tokens().id_BS, torch.arange(SEQUENCES) + SEQUENCES)
-    assert not torch.equal(route(module, x).expert_BSK, module(x, later).expert_BSK)
+    assert not torch.equal(route(module, x).expert_BSK, route_tokens(module, x, later).expert_BSK)
 
 
 def test_noise_is_splitmix64() -> None:

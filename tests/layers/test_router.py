@@ -13,7 +13,7 @@ from moe_dtensor.layers.assignment import Assignment
 from moe_dtensor.layers.record import Record, unpack
 from moe_dtensor.layers.tokens import Tokens
 
-from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, tokens, vectors
+from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, route_tokens, tokens, vectors
 
 TOKENS = SEQUENCES * LENGTH
 
@@ -113,7 +113,7 @@ def test_jitter_changes_the_choice_but_not_what_experts_see() -> None:
     assert torch.equal(first.expert_BSK, route(router, x).expert_BSK)
     assert not torch.equal(first.expert_BSK, plain.expert_BSK)
     later = tokens()._replace(number_BS=tokens().number_BS + TOKENS)
-    assert not torch.equal(first.expert_BSK, router(x, later).expert_BSK)
+    assert not torch.equal(first.expert_BSK, route_tokens(router, x, later).expert_BSK)
     noise = router._noise(tokens(), x.shape[2])
     assert 0.7 < noise.min() < 0.71 < 1.29 < noise.max() < 1.3
     assert noise.mean().item() == pytest.approx(1.0, abs=0.01)

@@ -106,13 +106,13 @@ def norm_of_own_stage() -> Iterator[None]:
 @contextmanager
 def router_term_per_microbatch() -> Iterator[None]:
     """What reaches the router alone, as an auxiliary loss does, is counted once for each of four microbatches."""
-    right = Router.choose
+    right = Router.forward
 
     def wrong(self: Router, scores: Any, tokens: Any) -> Any:
         routing = right(self, scores, tokens)
         return routing._replace(gate_BSK=ScaleGradient.apply(routing.gate_BSK, 4.0))
 
-    with mock.patch.object(Router, "choose", wrong):
+    with mock.patch.object(Router, "forward", wrong):
         yield
 
 
@@ -125,13 +125,13 @@ def microbatch_dropped() -> Iterator[None]:
 
 @contextmanager
 def gates_detached() -> Iterator[None]:
-    right = Router.choose
+    right = Router.forward
 
     def wrong(self: Router, scores: Any, tokens: Any) -> Any:
         routing = right(self, scores, tokens)
         return routing._replace(gate_BSK=routing.gate_BSK.detach())
 
-    with mock.patch.object(Router, "choose", wrong):
+    with mock.patch.object(Router, "forward", wrong):
         yield
 
 
