@@ -24,18 +24,23 @@ def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
     if config.mesh.pp > 1:
         # A pipeline keeps several microbatches' graphs alive, so a backward must not reuse their buffers.
         torch._functorch.config.donated_buffer = False
-    if tp.device_type != "cpu" and (config.mesh.tp > 1 or expert_ranks(config) > 1):
-        torch._inductor.config.reorder_for_locality = False
-        torch._inductor.config.post_grad_custom_post_pass = OrderForOverlap()
-    torch._inductor.config._micro_pipeline_tp = config.compile.async_tp and tp.size() > 1
-    if torch._inductor.config._micro_pipeline_tp:
-        if tp.device_type == "cpu":
-            raise ConfigError(
-                "compile.async_tp = true needs GPUs that reach each other's memory; these ranks are on CPUs.",
-                "Set compile.async_tp = false.",
-            )
-        # It warns of each collective that stands next to no product, as those of the experts do.
-        logging.getLogger("torch._inductor.fx_passes.micro_pipeline_tp").setLevel(logging.ERROR)
-        enable_symm_mem_for_group(tp.get_group().group_name)
+    travels = tp.device_type != "cpu" and (tp.size() > 1 or expert_ranks(config) > 1)
+    torch._inductor.config.post_grad_custom_post_pass = OrderForOverlap() if travels else None
+    torch._inductor.config.reorder_for_locality = not travels  # it would undo the order before the pass sees it
+    _apply_async_tp(config.compile.async_tp, tp)
     for block in part.layers.values():
         block.forward = torch.compile(block.forward)
+
+
+def _apply_async_tp(wanted: bool, tp: DeviceMesh) -> None:
+    torch._inductor.config._micro_pipeline_tp = wanted and tp.size() > 1
+    if not wanted or tp.size() == 1:
+        return
+    if tp.device_type == "cpu":
+        raise ConfigError(
+            "compile.async_tp = true needs GPUs that reach each other's memory; these ranks are on CPUs.",
+            "Set compile.async_tp = false.",
+        )
+    # It warns of each collective that stands next to no product, as those of the experts do.
+    logging.getLogger("torch._inductor.fx_passes.micro_pipeline_tp").setLevel(logging.ERROR)
+    enable_symm_mem_for_group(tp.get_group().group_name)

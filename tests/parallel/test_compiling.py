@@ -38,3 +38,12 @@ def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monk
     miniature = shrink(override(load(DEBUG), changes), [layout], compiled=True)
     (verdict,) = prove([Case(layout, miniature)])
     assert verdict.ok, f"{verdict.worst} {verdict.failure}"
+
+
+def test_asynchronous_products_need_gpus() -> None:
+    layout = Layout(1, 1, 2)
+    miniature = shrink(
+        override(load(DEBUG), {"compile.enable": True, "compile.async_tp": True}), [layout], "float64", True
+    )
+    (verdict,) = prove([Case(layout, miniature)])
+    assert "needs GPUs that reach each other's memory" in verdict.failure
