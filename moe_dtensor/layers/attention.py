@@ -45,6 +45,7 @@ class Attention(nn.Module):
         order that ``from_sequences`` gives."""
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
         if self.qk_norm == "full":
+            q, k = HeadsNorm.widen(q), HeadsNorm.widen(k)
             q_squares, k_squares = self.sum_heads(HeadsNorm.squares(q), HeadsNorm.squares(k))
             q, k = self.q_norm(q, q_squares), self.k_norm(k, k_squares)
         q, k, v = (self.to_sequences(t).unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))

@@ -33,11 +33,15 @@ class HeadsNorm(nn.Module):
         self.eps = eps
 
     @staticmethod
-    def squares(x: Tensor) -> Tensor:
-        """``(..., held width)`` to the sum of its squares ``(..., 1)``, in at least float32."""
-        return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)
+    def widen(x: Tensor) -> Tensor:
+        """In at least float32, as both halves want it."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def forward(self, x: Tensor, squares: Tensor) -> Tensor:
-        """``(..., held width)`` in, the same shape and dtype out, given the squares' sum over the whole width."""
-        wide = x.to(squares.dtype)
-        return (wide * torch.rsqrt(squares / self.dim + self.eps)).to(x.dtype) * self.weight
+    @staticmethod
+    def squares(wide: Tensor) -> Tensor:
+        """``(..., held width)`` to the sum of its squares ``(..., 1)``."""
+        return wide.square().sum(-1, keepdim=True)
+
+    def forward(self, wide: Tensor, squares: Tensor) -> Tensor:
+        """``(..., held width)``, given the squares' sum over the whole width; in the dtype of the weight."""
+        return (wide * torch.rsqrt(squares / self.dim + self.eps)).to(self.weight.dtype) * self.weight

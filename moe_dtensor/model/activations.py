@@ -84,13 +84,21 @@ def head_bytes(config: Config) -> tuple[int, int]:
 
 
 def _attention(config: Config, at: Tokens) -> int:
-    """The projections' input; q, k, v as attention reads them, its output and row sums; q and k before their norm."""
+    """The projections' input; q, k, v as attention reads them, its output and row sums; q and k before their norm.
+
+    Where tp brings ranks' tokens together also the output in their order, and, compiled, q and k between norm and
+    weight.
+    """
     model, tp = config.model, config.mesh.tp
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     width, kv_width = heads * model.head_dim, kv_heads * model.head_dim
     per_token = (model.dim + 2 * width + 2 * kv_width) * at.compute + 4 * heads + _norm_statistics(config, at)
+    together = tp > 1 and config.mesh.sequence_parallel
+    if together:
+        per_token += width * at.compute
     if model.qk_norm == "full":
-        per_token += (width + kv_width) * (at.compute if config.compile.enable else at.wide + at.compute) + 2 * at.wide
+        compiled = at.compute * (2 if together else 1)
+        per_token += (width + kv_width) * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
     elif model.qk_norm == "head":
         per_token += (width + kv_width) * at.compute + (heads + kv_heads) * at.wide
     # The mask of documents becomes a bias in the compute dtype, in each attention by itself.
