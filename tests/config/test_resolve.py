@@ -34,6 +34,23 @@ def test_derived_fields() -> None:
     assert microbatches(config) == 6
 
 
+@pytest.mark.parametrize(
+    ("keys", "world", "expected"),
+    [
+        ({}, 1, "never"),
+        ({"mesh.tp": 2}, 2, "never"),
+        ({}, 2, "always"),
+        ({"fsdp.cpu_offload": True}, 1, "always"),
+        ({"fsdp.reshard_after_forward": "always"}, 1, "always"),
+        ({"mesh.pp": 2}, 4, "never"),
+    ],
+)
+def test_gathered_weights_stay_where_nothing_is_gained_by_freeing_them(
+    keys: dict[str, object], world: int, expected: str
+) -> None:
+    assert resolve(override(Config(), keys), world).fsdp.reshard_after_forward == expected
+
+
 def test_plain_activation_has_four_times_the_width() -> None:
     assert resolve(override(Config(), {"model.activation": "gelu"}), 1).model.hidden_dim == 1024
 

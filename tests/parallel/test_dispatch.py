@@ -324,6 +324,25 @@ def test_copies_follow_the_weights(tmp_path: Path) -> None:
     assert run_on_ranks(_copies, 2, tmp_path, timeout=600) == [[False, True, False, True]] * 2
 
 
+def _loaded_between_evaluations(folder: Path) -> tuple[float, float, float]:
+    """Losses of one batch: after one step, after two, and with the first step's weights loaded again."""
+    trainer = start(on("1x1x1", optimizer__lr=0.1) | MIXED)
+    assert trainer.config.fsdp.reshard_after_forward == "never"
+    batch, checkpoints, losses = batch_of(trainer), manager(trainer, folder), []
+    for step in (1, 2):
+        train_step(trainer, batch)
+        checkpoints.save(step)
+        losses.append(evaluate(trainer, batch).item())
+    checkpoints.load(1)
+    return losses[0], losses[1], evaluate(trainer, batch).item()
+
+
+def test_weights_that_stay_gathered_follow_a_load(tmp_path: Path) -> None:
+    """An evaluation has no backward pass that would free them."""
+    ((first, second, again),) = run_on_ranks(_loaded_between_evaluations, 1, tmp_path, timeout=600)
+    assert again == first != second
+
+
 def _whole(trainer: Trainer) -> dict[str, Tensor]:
     state = dict(trainer.parts[0].named_parameters()) | trainer.optimizers.state_dict()
     return {key: x.full_tensor().clone() if isinstance(x, DTensor) else x.clone() for key, x in state.items()}
