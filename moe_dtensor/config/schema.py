@@ -164,8 +164,8 @@ class Fsdp:
 
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Free gathered weights after the forward, and gather them again for the backward. never: keep them for a step.
-    auto: never for pp > 1, where always is refused, and for dp = 1 without cpu_offload, where the copy in param_dtype is
-    kept."""
+    auto: never for pp > 1, where always is refused, and for dp = 1 without cpu_offload, where the copy in param_dtype
+    is kept."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
 

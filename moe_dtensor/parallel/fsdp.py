@@ -52,10 +52,3 @@ def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:
     part.set_is_last_backward(last)
     part.set_requires_gradient_sync(last)
     part.set_reshard_after_backward(last or config.fsdp.reshard_after_forward == "always")
-
-
-def give_back(part: nn.Module) -> None:
-    """Free gathered weights that no backward pass will free."""
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -12,7 +12,6 @@ from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
-from moe_dtensor.parallel.fsdp import give_back
 from moe_dtensor.train.build import Trainer
 
 
@@ -79,7 +78,6 @@ def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
     loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
-        give_back(part)
     return sum_over_ranks(trainer, loss, take_record(trainer))[0]
 
 

@@ -338,7 +338,7 @@ def _loaded_between_evaluations(folder: Path) -> tuple[float, float, float]:
 
 
 def test_weights_that_stay_gathered_follow_a_load(tmp_path: Path) -> None:
-    """An evaluation has no backward pass that would free them."""
+    """An evaluation has no backward pass that would free them; FSDP does when a state is loaded."""
     ((first, second, again),) = run_on_ranks(_loaded_between_evaluations, 1, tmp_path, timeout=600)
     assert again == first != second
 
