@@ -37,13 +37,8 @@ class Way(NamedTuple):
     """And rows from each."""
 
 
-def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """All-gather along ``dim``; each rank then uses the whole for a share of the work. Backward: reduce-scatter."""
-    return start_gather(x, mesh, dim)()
-
-
 def start_gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
-    """Begin to :func:`gather`."""
+    """All-gather along ``dim``; each rank then uses the whole for a share of the work. Backward: reduce-scatter."""
     return _gather(x, mesh, dim, "reduce_scatter")
 
 
@@ -57,23 +52,13 @@ def start_gather_alike(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
     return _gather(x, mesh, dim, "own_part")
 
 
-def copy(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The identity for what every rank holds and uses for a share of the work. Backward: all-reduce."""
-    return start_copy(x, mesh)()
-
-
 def start_copy(x: Tensor, mesh: DeviceMesh) -> Coming:
-    """:func:`copy`, of which only the way back takes time."""
+    """The identity for what every rank holds and uses for a share of the work. Backward: all-reduce."""
     return _start(x, mesh, "nothing", "all_reduce")
 
 
-def reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Sum the ranks' shares; every rank then computes the same. Backward: the identity."""
-    return start_reduce(x, mesh)()
-
-
 def start_reduce(x: Tensor, mesh: DeviceMesh) -> Coming:
-    """Begin to :func:`reduce`."""
+    """Sum the ranks' shares; every rank then computes the same. Backward: the identity."""
     return _start(x, mesh, "all_reduce", "nothing")
 
 
@@ -82,13 +67,8 @@ def reduce_shares(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return _start(x, mesh, "all_reduce", "all_reduce")()
 
 
-def reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """Sum the ranks' shares and keep one slice of ``dim`` each. Backward: all-gather."""
-    return start_reduce_scatter(x, mesh, dim)()
-
-
 def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
-    """Begin to :func:`reduce_scatter`."""
+    """Sum the ranks' shares and keep one slice of ``dim`` each. Backward: all-gather."""
     return _start(parts_of(x, mesh.size(), dim), mesh, "reduce_scatter", "all_gather")
 
 

@@ -55,20 +55,6 @@ class AllGather:
         return leaving() if apart_TD is None else leaving() + apart_TD, record_R
 
 
-class SharedApart:
-    """The shared expert on the tokens at hand, beside a dispatch of the others."""
-
-    def __init__(self, inner: Dispatch) -> None:
-        self.inner = inner
-
-    def __call__(
-        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
-    ) -> tuple[Tensor, Tensor]:
-        """``(T, D)`` of a rank's own tokens in and out; and the record."""
-        y_TD, record_R = self.inner(experts, None, x_TD, route)
-        return y_TD if shared is None else y_TD + shared(x_TD), record_R
-
-
 class AllToAll:
     """Send each token once to every rank that holds one of its experts, and each rank's sum for it back.
 
@@ -121,6 +107,8 @@ class AllToAll:
 class Shares:
     """Where all ranks of an axis hold the same tokens: each dispatches its share of them, and gathers the results.
 
+    The shared expert works on all of them, by borders of its own.
+
     Args:
         axis: whose ranks hold the same.
         inner: dispatch of a share.
@@ -143,8 +131,9 @@ class Shares:
 
         gate_TK, expert_TK, record_R = route()
         shares = share(gate_TK), share(expert_TK, fill=-1), record_R
-        y_UD, _ = self.inner(experts, shared, share(x_TD), lambda: shares)
-        return collectives.gather_alike(y_UD, self.axis, 0)[:tokens], record_R
+        y_UD, _ = self.inner(experts, None, share(x_TD), lambda: shares)
+        y_TD = collectives.gather_alike(y_UD, self.axis, 0)[:tokens]
+        return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
 def expert_axis(config: Config, mesh: DeviceMesh) -> DeviceMesh:
@@ -162,7 +151,7 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         inner: Dispatch = AllToAll(expert_axis(config, mesh))
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
-        return SharedApart(Shares(tp, inner)) if repeated else inner, False
+        return Shares(tp, inner) if repeated else inner, False
     if place == "dp":
         return AllGather(Borders(dp, 0), shared_inside=False), False
     if place == "dp_tp":

@@ -22,8 +22,8 @@ def _by_hand() -> Sent:
     dp, tp, flat = mesh["dp"], mesh["tp"], flat_dp_tp(mesh)
     x = torch.ones(4, 10, dtype=torch.float64, requires_grad=True)
     with BytesSent(mesh) as sent:
-        collectives.gather(x, tp, 0).sum().backward()
-        collectives.reduce(x, dp)
+        collectives.start_gather(x, tp, 0)().sum().backward()
+        collectives.start_reduce(x, dp)()
         # This rank keeps its own part: three rows of four leave it, and come back.
         counts = [1] * 4
         collectives.exchange(x, flat, counts, counts).sum().backward()

@@ -32,16 +32,18 @@ def _on_rank() -> dict[str, tuple[Tensor, Tensor]]:
         results[name] = (loss.detach(), leaf.grad.clone())
         leaf.grad = None
 
+    def total(share: Tensor) -> Tensor:
+        return collectives.start_reduce(share, mesh)().sum()
+
     # A share of the work, then the sum of all ranks' shares: the loss is the same on every rank.
-    record(
-        "gather, reduce", part, collectives.reduce(_share_of_work(rank, collectives.gather(part, mesh, 1)), mesh).sum()
-    )
-    record("copy, reduce", whole, collectives.reduce(_share_of_work(rank, collectives.copy(whole, mesh)), mesh).sum())
-    scattered = collectives.reduce_scatter(_share_of_work(rank, collectives.copy(whole, mesh)), mesh, 1)
+    record("gather, reduce", part, total(_share_of_work(rank, collectives.start_gather(part, mesh, 1)())))
+    record("copy, reduce", whole, total(_share_of_work(rank, collectives.start_copy(whole, mesh)())))
+    shares = _share_of_work(rank, collectives.start_copy(whole, mesh)())
+    scattered = collectives.start_reduce_scatter(shares, mesh, 1)()
     record("copy, reduce_scatter", whole, collectives.gather_alike(scattered, mesh, 1).square().sum())
     record("gather_alike", part, collectives.gather_alike(part, mesh, 1).pow(3).sum())
-    total = collectives.reduce_shares(part.sum(), mesh)
-    record("reduce_shares", part, collectives.reduce(_share_of_work(rank, total * part), mesh).sum())
+    of_all = collectives.reduce_shares(part.sum(), mesh)
+    record("reduce_shares", part, total(_share_of_work(rank, of_all * part)))
     return results
 
 
