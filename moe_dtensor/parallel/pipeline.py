@@ -61,11 +61,10 @@ class Accumulation:
     def __init__(self, part: Transformer, config: Config) -> None:
         self.part = part
         self.config = config
-        self.microbatch_size = config.training.microbatch_size
 
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward; the summed loss times ``scale``, a scalar."""
-        chunks = split(batch, self.microbatch_size)
+        chunks = split(batch, self.config.training.microbatch_size)
         losses = []
         for i, arguments in enumerate(chunks):
             next_microbatch(self.part, self.config, last=i == len(chunks) - 1)
@@ -77,7 +76,8 @@ class Accumulation:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Forward only; the summed loss."""
-        return torch.stack([self.part(*arguments).sum() for arguments in split(batch, self.microbatch_size)]).sum()
+        chunks = split(batch, self.config.training.microbatch_size)
+        return torch.stack([self.part(*arguments).sum() for arguments in chunks]).sum()
 
 
 class Pipeline:
