@@ -38,6 +38,7 @@ from study_settings import (
 )
 from torch import Tensor
 
+from moe_dtensor.bench.provenance import provenance
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import split_overrides
@@ -45,17 +46,16 @@ from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
+from moe_dtensor.estimate.counts import parameters
+from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.layers.record import unpack
 from moe_dtensor.layers.router import Routing
-from moe_dtensor.model.counts import parameters
-from moe_dtensor.parallel.bytes_sent import BytesSent
-from moe_dtensor.parallel.ranks import run_on_ranks
-from moe_dtensor.parallel.traffic import traffic
+from moe_dtensor.testing.bytes_sent import BytesSent
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.loop import end_ranks, start_ranks
 from moe_dtensor.train.step import count_targets, read_batch, train_step
 from moe_dtensor.verbs import train
-from moe_dtensor.verbs.bench_provenance import provenance
 
 
 @dataclass(frozen=True, eq=False)

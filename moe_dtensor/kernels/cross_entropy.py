@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .library import launches_triton, triton_kernels
+from moe_dtensor.kernels.library import launches_triton, triton_kernels
 
 IGNORED = -100
 _BLOCK_ELEMENTS = 1 << 22

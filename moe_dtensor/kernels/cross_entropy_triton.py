@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, ceil_div
+from moe_dtensor.kernels.launch import Launcher, ceil_div
 
 _BLOCK = 4096
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import GATED
-from moe_dtensor.kernels.activation import activate, activate_pair
+from moe_dtensor.kernels.experts.activation import activate, activate_pair
 
 
 class FeedForward(nn.Module):

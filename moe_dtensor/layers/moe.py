@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.experts import expert_mlp
+from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.router import router_logits, top_k_gates
-from moe_dtensor.kernels.statistics import router_statistics
+from moe_dtensor.kernels.router.gates import router_logits, top_k_gates
+from moe_dtensor.kernels.router.statistics import router_statistics
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,

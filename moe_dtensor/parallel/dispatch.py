@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.exchange import spread_rows, sum_rows
+from moe_dtensor.estimate.dispatch import choose_dispatch
+from moe_dtensor.kernels.experts.exchange import spread_rows, sum_rows
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
 from moe_dtensor.mesh import flat_dp_tp
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.borders import Borders, token_borders
-from moe_dtensor.parallel.dispatch_cost import choose_dispatch
 
 
 class AllGather:

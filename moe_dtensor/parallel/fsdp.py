@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.plan import build_plan, find_row
+from moe_dtensor.placement import build_plan, find_row
 
 
 def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:

@@ -27,7 +27,7 @@ from moe_dtensor.parallel.borders import position_borders, token_borders
 from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.parallel.loss import build_token_loss
-from moe_dtensor.parallel.plan import Row, build_plan, find_row
+from moe_dtensor.placement import Row, build_plan, find_row
 
 
 def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:

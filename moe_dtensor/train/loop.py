@@ -16,7 +16,7 @@ from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
-from moe_dtensor.model.counts import flops_per_token, parameters
+from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.display import Display
 from moe_dtensor.train.metrics import Meter, Value

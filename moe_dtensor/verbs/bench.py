@@ -38,7 +38,7 @@ def _layer(argv: list[str]) -> int:
     parser.add_argument("--skew", default="0", choices=("0", "zipf"), help="of the routing")
     parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
     options = parser.parse_args(argv)
-    from moe_dtensor.verbs.bench_layer import bench_layer
+    from moe_dtensor.bench.layer import bench_layer
 
     try:
         results = bench_layer(options.shapes, options.backends, options.skew, options.json)
@@ -61,7 +61,7 @@ def _train(argv: list[str]) -> int:
     variants = load_variants(options.variants, config) if options.variants else {"": config}
     for variant in variants.values():
         check(variant, world_size)
-    from moe_dtensor.verbs.bench_train import Options, bench_train
+    from moe_dtensor.bench.train import Options, bench_train
 
     resolved = {name: resolve(variant, world_size) for name, variant in variants.items()}
     return bench_train(resolved, Options(options.warmup, options.measure, options.breakdown, options.json))

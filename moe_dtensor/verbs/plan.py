@@ -18,13 +18,13 @@ from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.counts import flops_per_token, parameters
-from moe_dtensor.model.rows import allocated_rows, expert_rows, tokens_at_experts
-from moe_dtensor.parallel.dispatch_cost import DispatchCost, Name, cheaper, dispatch_costs, settle
-from moe_dtensor.parallel.memory import Memory, fullest_rank
-from moe_dtensor.parallel.schedule_costs import SOURCES, bubble
-from moe_dtensor.parallel.shares import Folded, all_shares, fold
-from moe_dtensor.parallel.traffic import Traffic, traffic
+from moe_dtensor.estimate.counts import flops_per_token, parameters
+from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
+from moe_dtensor.estimate.memory import Memory, fullest_rank
+from moe_dtensor.estimate.schedule import SOURCES, bubble
+from moe_dtensor.estimate.shards import Folded, all_shares, fold
+from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
+from moe_dtensor.estimate.traffic import Traffic, traffic
 
 HELP = "placement, memory, FLOPs and bytes moved on any mesh (no torch, no GPU)"
 GIB, MIB = 2**30, 2**20

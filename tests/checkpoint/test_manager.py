@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moe_dtensor.checkpoint.folder import step_folder, whole_steps
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 
 from .runs import Stage, assert_same, config_of, full_state, run_of, shard, train_step, trained
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dtensor.kernels.activation import num_up_projections
-from moe_dtensor.kernels.experts import expert_mlp
+from moe_dtensor.kernels.experts.activation import num_up_projections
+from moe_dtensor.kernels.experts.mlp import expert_mlp
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from torch.autograd import gradcheck
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_dtensor.kernels import mlp_operators, mlp_split
-from moe_dtensor.kernels.experts import choose_backend, expert_mlp
+from moe_dtensor.kernels.experts import sequence, split_nodes
+from moe_dtensor.kernels.experts.mlp import choose_backend, expert_mlp
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
 
@@ -79,7 +79,7 @@ def test_no_gemm_runs_twice(order, monkeypatch):
     """Zero-bubble schedules take input gradients first and weight gradients later."""
     calls = []
     for name in ("rows_times_weight", "weight_gradient"):
-        monkeypatch.setattr(mlp_split, name, _counted(getattr(mlp_split, name), name, calls))
+        monkeypatch.setattr(split_nodes, name, _counted(getattr(split_nodes, name), name, calls))
     case = Case(37, 16, 24, 5, 2, "swiglu", split=True)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     whole = torch.autograd.grad(run(case, "torch", leaves, expert_TK), leaves, dy_TD)
@@ -138,7 +138,7 @@ def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch
     case = Case(37, 16, 24, 5, 2, "swiglu")
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     alive, freed = [], []
-    rows_times_weight, weight_gradient = mlp_operators.rows_times_weight, mlp_operators.weight_gradient
+    rows_times_weight, weight_gradient = sequence.rows_times_weight, sequence.weight_gradient
 
     def watched(*args):
         out = rows_times_weight(*args)
@@ -149,8 +149,8 @@ def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch
         freed.append(alive[0].expired())
         return weight_gradient(*args)
 
-    monkeypatch.setattr(mlp_operators, "rows_times_weight", watched)
-    monkeypatch.setattr(mlp_operators, "weight_gradient", checked)
+    monkeypatch.setattr(sequence, "rows_times_weight", watched)
+    monkeypatch.setattr(sequence, "weight_gradient", checked)
     y_TD = run(case, "torch", leaves, expert_TK)
     assert not alive[0].expired()
     y_TD.backward(dy_TD)
@@ -199,7 +199,7 @@ def test_sizes_and_devices_a_backend_cannot_take_are_refused_by_name(backend, si
 
 
 def test_missing_package_says_how_to_get_it():
-    from moe_dtensor.kernels.grouped import backend_module
+    from moe_dtensor.kernels.experts.grouped import backend_module
 
     with pytest.raises(ValueError, match="pip install"):
         backend_module("grouped_gemm").rows_times_weight(*[torch.ones(1, 1, dtype=torch.int64)] * 4, True)
@@ -217,8 +217,8 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
     case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
     leaves, expert_TK, _ = make_inputs(case, torch.float32)
     made = []
-    gather_rows = mlp_operators.gather_rows
-    monkeypatch.setattr(mlp_operators, "gather_rows", lambda *args: made.append(args[2]) or gather_rows(*args))
+    gather_rows = sequence.gather_rows
+    monkeypatch.setattr(sequence, "gather_rows", lambda *args: made.append(args[2]) or gather_rows(*args))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
     run(case, "torch", leaves, expert_TK)
     assert made == [70]

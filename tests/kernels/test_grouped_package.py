@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_dtensor.kernels import grouped_package, grouped_torch
+from moe_dtensor.kernels.experts import grouped_package, grouped_torch
 
 COUNTS = [3, 0, 5, 0]
 

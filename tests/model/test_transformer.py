@@ -14,7 +14,7 @@ from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 
 SMALL = {
     "model.dim": 32,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 
 RANKS = 3
 

@@ -20,10 +20,10 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
-from moe_dtensor.kernels import reference
+from moe_dtensor.kernels.experts import reference
 from moe_dtensor.layers.moe import MoE
-from moe_dtensor.parallel.bytes_sent import BytesSent
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.bytes_sent import BytesSent
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import evaluate, read_batch, train_step
 

@@ -11,7 +11,7 @@ import torch
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.data import Loader, build_corpus
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build, set_vocabulary
 from moe_dtensor.train.step import read_batch, train_step
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.config.schema import Config, Optimizer
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.optimizer import build_optimizers, is_decayed
 
 CONFIG = Config(optimizer=Optimizer(lr=0.01, weight_decay=0.5))

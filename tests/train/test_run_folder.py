@@ -12,7 +12,7 @@ import pytest
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.schema import Config, Run
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.run_folder import open_run_folder
 
 

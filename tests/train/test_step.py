@@ -15,7 +15,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.step import evaluate, read_batch, train_step
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from moe_dtensor.config.build import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import build_corpus
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.loop import Run
 from moe_dtensor.train.run_folder import open_run_folder

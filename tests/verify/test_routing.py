@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dtensor.config.build import override
 from moe_dtensor.config.schema import Config
-from moe_dtensor.parallel.ranks import run_on_ranks
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
 from moe_dtensor.train.step import evaluate, train_step
 from moe_dtensor.verify import inputs

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels import routing_triton
-from moe_dtensor.kernels.router import top_k_gates
-from moe_dtensor.kernels.router_triton import split_halves
-from moe_dtensor.kernels.routing import sort_by_expert
+from moe_dtensor.kernels.experts import sort_triton
+from moe_dtensor.kernels.experts.sort import sort_by_expert
+from moe_dtensor.kernels.router.gates import top_k_gates
+from moe_dtensor.kernels.router.gates_triton import split_halves
 from tests.kernels.router_cases import CASES, check_gates, check_tiny_scores
 
 
@@ -33,9 +33,9 @@ def test_choices_are_distinct_ids_whatever_the_logits(device):
 @pytest.mark.parametrize(("first", "held"), [(0, 7), (2, 3), (6, 1)])
 @pytest.mark.parametrize(("T", "max_chunks"), [(1, 128), (300, 128), (300, 2), (300, 3)])
 def test_counting_sort_is_the_stable_sort(T, max_chunks, first, held, device, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(routing_triton, "_MAX_CHUNKS", max_chunks)
-    monkeypatch.setattr(routing_triton, "_ELEMENTS", 32)
-    routing_triton.launchers.cache_clear()
+    monkeypatch.setattr(sort_triton, "_MAX_CHUNKS", max_chunks)
+    monkeypatch.setattr(sort_triton, "_ELEMENTS", 32)
+    sort_triton.launchers.cache_clear()
     torch.manual_seed(0)
     expert_TK = torch.rand(T, 7).topk(3, 1).indices
     expert_TK[::4, 1] = -1
@@ -46,7 +46,7 @@ def test_counting_sort_is_the_stable_sort(T, max_chunks, first, held, device, mo
     assert torch.equal(by_triton[0], position)
     assert torch.equal(by_triton[1][:rows], copy[:rows])
     assert torch.equal(by_triton[2], ends)
-    routing_triton.launchers.cache_clear()
+    sort_triton.launchers.cache_clear()
 
 
 @pytest.mark.parametrize("D", [3, 500])

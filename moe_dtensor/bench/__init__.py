@@ -1,0 +1,1 @@
+"""Timing: the expert layer alone, and whole training steps."""

@@ -1,0 +1,203 @@
+"""``bench layer``: one MoE layer, forward and backward, timed beside its error.
+
+The layer is the router's linear, top-k and gates, the expert MLP and the combine, with autograd around all of it.
+T tokens, D model width, F expert hidden width, E experts, K choices, G up-projections.
+
+FLOPs of a forward and backward: ``6 * T * K * (G + 1) * D * F`` for the experts (G + 1 is 3 for gated activations, 2
+for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sums count as none.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dtensor.bench.measure import graph_milliseconds, kernel_times, measure_memory, peak_mib, several, wait
+from moe_dtensor.bench.peers import installed_peers
+from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.shapes import Layer, parse_shape
+from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
+
+MAX_ERROR = 2e-2
+"""Relative error in bf16 above which a time is not reported."""
+_ROUNDS = 6
+
+
+@dataclass
+class Result:
+    """One backend (or peer) on one shape."""
+
+    shape: dict[str, Any]
+    backend: str
+    skew: str
+    error: dict[str, float] = field(default_factory=dict)
+    """Relative error against float32, of the output and of each gradient: ``norm(a - b) / norm(b)``."""
+    milliseconds: float | None = None
+    """Median of a forward and backward; None if the answer was wrong or the backend failed."""
+    milliseconds_spread: tuple[float, float] | None = None
+    tflops: float | None = None
+    graph_tflops: float | None = None
+    """The same step captured in a CUDA graph and replayed: without the host's part."""
+    kept_mib: float = 0.0
+    """What autograd holds between forward and backward, parameters aside."""
+    kept_mib_formula: float = 0.0
+    peak_mib: float = 0.0
+    """Highest memory of a forward and backward, above parameters and input; gradients included."""
+    first_call_seconds: float = 0.0
+    load_max_over_mean: float = 0.0
+    kernels: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a step by kernel name."""
+    failure: str = ""
+
+
+def _installed_backends() -> tuple[str, ...]:
+    return ("torch", "triton", "grouped_gemm") if find_spec("grouped_gemm") else ("torch", "triton")
+
+
+def bench_layer(
+    shapes: Sequence[str] = ("mixtral", "olmoe", "qwen3_30b", "neox125m"),
+    backends: Sequence[str] = (),
+    skew: str = "0",
+    json_path: str | None = None,
+) -> list[Result]:
+    """Time one MoE layer per shape and backend; print a table, and write JSON if asked.
+
+    Times come from CUDA events (the host's clock on a CPU): medians of rounds that alternate between the backends,
+    since a card under load slows down and separate runs do not compare.
+
+    Args:
+        shapes: names, or ``T,D,F,E,K,activation``.
+        backends: names. Empty: torch, triton and, if it is installed, grouped_gemm on CUDA, reference elsewhere; and
+            the peers that are installed.
+        skew: ``0`` near-uniform routing; ``zipf``: odds of expert e proportional to ``1 / (e + 1)``.
+        json_path: file for the results with commit, versions and device.
+
+    Returns:
+        One :class:`Result` for each pair.
+
+    Raises:
+        ValueError: an unknown shape, backend or skew.
+    """
+    if skew not in ("0", "zipf"):
+        raise ValueError(f"--skew {skew!r} is not known. Use 0 or zipf.")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    peers = installed_peers() if cuda and not backends else {}
+    names = tuple(backends) or (_installed_backends() if cuda else ("reference",))
+    for name in names:
+        if name not in (*BACKENDS, "auto"):
+            raise ValueError(f"--backends {name!r} is not known. Use auto or some of {', '.join(BACKENDS)}.")
+    results: list[Result] = []
+    for shape in [parse_shape(text) for text in shapes]:
+        layer = Layer(shape, skew, device, dtype)
+        runs: dict[str, Callable[[], None]] = {name: partial(layer.step, name) for name in names}
+        found = {name: Result(asdict(shape), _label(name, layer), skew) for name in names}
+        expected = _reference_gradients(layer)
+        for name in names:
+            _check(layer, name, expected, found[name])
+        del expected
+        for name, build in peers.items():
+            found[name] = Result(asdict(shape), name, skew)
+            runs[name] = build(shape, layer)
+            found[name].peak_mib = peak_mib(runs[name])
+        _time(runs, found, layer, cuda)
+        for result in found.values():
+            print(_line(result), flush=True)
+        results += found.values()
+    if json_path:
+        _write_json(Path(json_path), results)
+    return results
+
+
+def _label(name: str, layer: Layer) -> str:
+    return name if name != "auto" else f"auto ({choose_backend(name, layer.x_TD, layer.w_up_EGFD)})"
+
+
+def _reference_gradients(layer: Layer) -> dict[str, Any]:
+    """The choice of experts, and output and gradients in float32 for that choice."""
+    with torch.no_grad():
+        _, expert_TK = layer.route()
+    whole = layer.as_float32()
+    y_TD = whole("reference", expert_TK)
+    y_TD.backward(layer.dy_TD.float())
+    counts_E = expert_TK.flatten().bincount(minlength=layer.shape.experts).float()
+    answers = {"y": y_TD.detach()} | {name: leaf.grad for name, leaf in whole.leaves.items()}
+    return {"answers": answers, "load": (counts_E.max() / counts_E.mean()).item()}
+
+
+def _check(layer: Layer, name: str, expected: dict[str, Any], result: Result) -> None:
+    """First call, then errors against the reference and the memory of a step."""
+    result.load_max_over_mean = expected["load"]
+    result.kept_mib_formula = layer.shape.kept_bytes / 2**20
+    try:
+        start = time.perf_counter()
+        layer.step(name)
+        wait(layer.x_TD)
+        result.first_call_seconds = time.perf_counter() - start
+        layer.clear()
+        y_TD = layer(name)
+        y_TD.backward(layer.dy_TD)
+    except (RuntimeError, ValueError, ImportError) as error:
+        result.failure = f"{type(error).__name__}: {error}"[:500]
+        return
+    for what, right in expected["answers"].items():
+        got = y_TD.detach() if what == "y" else layer.leaves[what].grad
+        assert got is not None
+        result.error[what] = ((got.float() - right).norm() / right.norm()).item()
+    layer.clear()
+    del y_TD, got, right
+    parameters = {leaf.untyped_storage().data_ptr() for key, leaf in layer.leaves.items() if key != "x"}
+    result.kept_mib, result.peak_mib = measure_memory(lambda: layer(name), layer.dy_TD, parameters)
+    layer.clear()
+    # Comparisons with NaN are false: a NaN fails too.
+    if not all(error < MAX_ERROR for error in result.error.values()):
+        result.failure = f"wrong: {result.error}"
+
+
+def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: Layer, cuda: bool) -> None:
+    """Alternate between the runs; medians into the results, and where a step's time goes."""
+    times: dict[str, list[float]] = {name: [] for name in runs if not found[name].failure}
+    for _ in range(_ROUNDS):
+        for name in times:
+            runs[name]()
+            times[name] += several(runs[name], cuda)
+            layer.clear()
+    for name, taken in times.items():
+        result = found[name]
+        result.milliseconds = statistics.median(taken)
+        result.milliseconds_spread = (min(taken), max(taken))
+        result.tflops = layer.shape.flops / result.milliseconds / 1e9
+        if cuda:
+            result.kernels = kernel_times(runs[name])
+        if cuda and name in ("torch", "triton"):
+            result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
+
+
+def _line(result: Result) -> str:
+    head = f"{result.shape['name']:>12} {result.backend:>12} skew {result.skew:>4}"
+    if result.milliseconds is None:
+        return f"{head}  {result.failure}"
+    worst = f"{max(result.error.values()):.1e}" if result.error else "not checked"
+    graph = f" ({result.graph_tflops:.1f} as a CUDA graph)" if result.graph_tflops else ""
+    return (
+        f"{head} {result.milliseconds:9.3f} ms {result.tflops:7.1f} TFLOP/s{graph}  error {worst}  "
+        f"kept {result.kept_mib:7.1f} MiB  peak {result.peak_mib:8.1f} MiB  first {result.first_call_seconds:5.1f} s  "
+        f"load {result.load_max_over_mean:4.2f}"
+    )
+
+
+def _write_json(path: Path, results: list[Result]) -> None:
+    what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
+    record = what | provenance() | {"results": [asdict(result) for result in results]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""What a run costs, by arithmetic: shards, memory, traffic, dispatch, pipeline, FLOPs. Loads no torch."""

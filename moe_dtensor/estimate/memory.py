@@ -1,0 +1,178 @@
+"""Peak memory of a rank's GPU, by arithmetic. Loads no torch.
+
+The peak of a step is in the backward pass of a microbatch, while activations of others in flight wait. Nothing here
+is fitted: every term is a tensor that exists, and their sum is within 5 % of what ``bench train`` measured on an
+H100 (``docs/plan.md``). Not counted: NCCL's buffers, the CUDA context, what the allocator holds and does not use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers
+from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.activations import block_bytes, head_bytes
+from moe_dtensor.estimate.dispatch import settle
+from moe_dtensor.estimate.schedule import in_flight
+from moe_dtensor.estimate.shards import Share, accumulates, stage_shares
+from moe_dtensor.estimate.sizes import BYTES, tokens
+
+CUBLAS_WORKSPACE = 32 * 2**20
+"""Bytes that torch gives cuBLAS on Hopper, for each thread that calls it: forward, and autograd's backward (torch's
+notes on CUDA semantics, "cuBLAS workspaces"; about 8 MiB on older cards)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. The peak is the sum of all but the moments, of which the largest counts."""
+
+    weights: int
+    """Master weights in ``training.dtype``."""
+    gradients: int
+    """Gradients. While microbatches accumulate they are whole over dp, in ``reduce_dtype``; else a rank's share. Those
+    of experts outside of FSDP are a rank's share, in ``training.dtype``."""
+    moments: int
+    """AdamW's two."""
+    compute_copy: int
+    """Weights in ``param_dtype``, whole over dp: of all blocks if they stay gathered, else of two (one is fetched
+    ahead), the embedding and the head."""
+    expert_copy: int
+    """The same of experts outside of FSDP: a rank's share, for good; none where both dtypes are one."""
+    activations: int
+    """Kept by autograd, of all microbatches in flight."""
+    buffers: int
+    """Receive buffers of the pipeline, one for each microbatch and direction."""
+    workspaces: int
+    """cuBLAS."""
+    at_loss: int
+    """Moment: logits, and the head's two gradients. On the last stage."""
+    at_block: int
+    """Moment: a block's backward pass: what it recomputes, gradients of activations and weights (of experts outside of
+    FSDP one of them in both dtypes, on its way into the sum)."""
+    at_reduce: int
+    """Moment: a block's gradients on their way into the reduce-scatter, its activations just freed."""
+
+    @property
+    def peak(self) -> int:
+        """Highest sum of all."""
+        lasting = self.weights + self.gradients + self.moments + self.compute_copy + self.expert_copy
+        lasting += self.activations + self.buffers + self.workspaces
+        return lasting + max(self.at_loss, self.at_block, self.at_reduce)
+
+
+def fullest_rank(config: Config, skewed: bool = False) -> tuple[int, Memory]:
+    """The pipeline rank with the highest peak, and its memory. ``config`` is resolved and knows its vocabulary."""
+    ranks = [rank_memory(config, pp_rank, skewed) for pp_rank in range(config.mesh.pp)]
+    highest = max(range(config.mesh.pp), key=lambda i: ranks[i].peak)
+    return highest, ranks[highest]
+
+
+def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
+    """Memory of a pipeline rank: of the dp and tp rank that holds most, if parameters do not split evenly.
+
+    Args:
+        config: resolved, with ``model.vocab_size``.
+        pp_rank: which.
+        skewed: all tokens prefer this rank's experts, in every block.
+    """
+    config = settle(config)
+    alive = in_flight(config, pp_rank)
+    shares = [share for stage in alive for share in stage_shares(config, stage)]
+    training, on_gpu = config.training, not config.fsdp.cpu_offload
+    compute = BYTES[training.param_dtype]
+    stored = sum(share.local_size for share in shares) * BYTES[training.dtype] * on_gpu
+    own = sum(share.local_size for share in shares if not share.row.fsdp)
+    own_stored = own * BYTES[training.dtype]
+    whole = sum(share.used_size for share in shares if share.row.fsdp)
+    at_loss, at_block, at_reduce = _moments(config, shares, alive, skewed)
+    return Memory(
+        weights=stored,
+        gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
+        moments=2 * stored,
+        compute_copy=_gathered(config, shares) * compute,
+        expert_copy=own * compute if _cast_bytes(config) else 0,
+        activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
+        buffers=_receive_buffers(config, alive),
+        workspaces=2 * CUBLAS_WORKSPACE,
+        at_loss=at_loss,
+        at_block=at_block,
+        at_reduce=at_reduce,
+    )
+
+
+def _gathered(config: Config, shares: list[Share]) -> int:
+    """Elements of gathered weights that are alive at once."""
+    if config.fsdp.reshard_after_forward == "never":
+        return sum(share.used_size for share in shares if share.row.fsdp)
+    return sum(_root_sizes(shares)) + sum(sorted(_block_sizes(shares).values())[-2:])
+
+
+def _block_sizes(shares: list[Share]) -> dict[int, int]:
+    """Elements of each block that FSDP gathers."""
+    sizes: dict[int, int] = {}
+    for share in shares:
+        if share.name.startswith("layers.") and share.row.fsdp:
+            layer = int(share.name.split(".")[1])
+            sizes[layer] = sizes.get(layer, 0) + share.used_size
+    return sizes
+
+
+def _own_sizes(shares: list[Share]) -> dict[int, list[int]]:
+    """Elements of each weight of experts outside of FSDP, by block."""
+    sizes: dict[int, list[int]] = {}
+    for share in shares:
+        if not share.row.fsdp:
+            sizes.setdefault(int(share.name.split(".")[1]), []).append(share.local_size)
+    return sizes
+
+
+def _root_sizes(shares: list[Share]) -> list[int]:
+    """Elements of each parameter outside the blocks: FSDP's outermost group."""
+    return [share.used_size for share in shares if not share.name.startswith("layers.")]
+
+
+def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
+    """Bytes that a stage keeps of one microbatch. A later stage's input lies in its receive buffer."""
+    at, with_experts = tokens(config), moe_layers(config)
+    stream = at.own * config.model.dim * at.compute
+    blocks = sum(block_bytes(config, layer in with_experts, skewed).kept for layer in stage_layers(config, stage))
+    head = head_bytes(config)[0] if stage == num_stages(config) - 1 else 0
+    return blocks + head + (stream if stage == 0 else 0)
+
+
+def _receive_buffers(config: Config, alive: dict[int, int]) -> int:
+    """torch.distributed.pipelining makes one for each microbatch of a step: inputs, and gradients of outputs."""
+    at, last = tokens(config), num_stages(config) - 1
+    ends = sum((stage > 0) + (stage < last) for stage in alive)
+    return ends * microbatches(config) * at.own * config.model.dim * at.compute
+
+
+def _cast_bytes(config: Config) -> int:
+    """Bytes of an element in ``training.dtype`` where that is not the dtype of the computation, else 0."""
+    training = config.training
+    return BYTES[training.dtype] if training.dtype != training.param_dtype else 0
+
+
+def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed: bool) -> tuple[int, int, int]:
+    """``(at_loss, at_block, at_reduce)`` of :class:`Memory`."""
+    at, with_experts, last = tokens(config), moe_layers(config), num_stages(config) - 1
+    reduce_bytes = BYTES[config.training.reduce_dtype]
+    at_loss = waiting = head_gradient = 0
+    if last in alive:
+        head, logits = head_bytes(config)
+        head_gradient = max(_root_sizes(shares), default=0) * at.compute
+        # Only GPipe has run all forwards by then: their logits wait.
+        waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
+        at_loss = logits + waiting + head + head_gradient
+    own = _own_sizes(shares)
+    at_block = at_reduce = 0
+    for layer, size in _block_sizes(shares).items():
+        block = block_bytes(config, layer in with_experts, skewed)
+        # The head's gradient waits for the end of the backward pass, where its group is reduced.
+        gradients = size * at.compute + head_gradient + waiting
+        of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)
+        at_block = max(at_block, block.backward + gradients + of_own)
+        flight = size * reduce_bytes + math.ceil(size * reduce_bytes / config.mesh.dp)
+        at_reduce = max(at_reduce, flight + gradients - block.kept)
+    return at_loss, at_block, at_reduce

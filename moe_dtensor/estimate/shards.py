@@ -1,0 +1,135 @@
+"""What one rank holds of every parameter, by arithmetic: names, shapes, placements. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_dtensor.config.resolve import GATED, microbatches, moe_layers, num_stages, padded_vocab, stage_layers
+from moe_dtensor.config.schema import Config
+from moe_dtensor.placement import Row, build_plan, find_row
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One parameter and a rank's part of it."""
+
+    name: str
+    """As in a checkpoint, such as ``layers.3.attention.wq.weight``."""
+    shape: Shape
+    """Of the whole parameter."""
+    row: Row
+    """Its line of the placement table."""
+    used: Shape
+    """What a rank computes with: after tp, as FSDP gathers it; of what FSDP leaves alone the local part."""
+    local: Shape
+    """After tp and dp: what the first rank stores. Where dp does not divide the dimension, later ranks hold less."""
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def used_size(self) -> int:
+        """Elements that a rank computes with."""
+        return math.prod(self.used)
+
+    @property
+    def local_size(self) -> int:
+        """Elements that the first rank stores."""
+        return math.prod(self.local)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Parameters of the same name in all blocks alike."""
+
+    pattern: str
+    """``layers.*.attention.wq.weight``, or a whole name."""
+    count: int
+    share: Share
+    """One of them."""
+
+
+def all_shares(config: Config) -> list[Share]:
+    """Every parameter of the model, in the order of its stages; ``config`` is resolved and knows its vocabulary."""
+    return [share for stage in range(num_stages(config)) for share in stage_shares(config, stage)]
+
+
+def stage_shares(config: Config, stage: int) -> list[Share]:
+    """The parameters of one pipeline stage: embedding, blocks, norm and head, as far as it has them."""
+    dim, rows = config.model.dim, padded_vocab(config)
+    shapes: dict[str, Shape] = {}
+    if stage == 0:
+        shapes["tok_embeddings.weight"] = (rows, dim)
+    for layer in stage_layers(config, stage):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _block(config, layer).items()}
+    if stage == num_stages(config) - 1:
+        shapes["norm.weight"] = (dim,)
+        if not config.model.tie_embeddings:
+            shapes["output.weight"] = (rows, dim)
+    plan = build_plan(config)
+    return [_share(config, plan, name, shape) for name, shape in shapes.items()]
+
+
+def accumulates(config: Config) -> bool:
+    """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
+    which it reduces as the backward pass goes."""
+    return microbatches(config) > 1 or config.mesh.pp > 1
+
+
+def fold(shares: Iterable[Share]) -> list[Folded]:
+    """One entry for all blocks alike, in the order of their first."""
+    groups: dict[tuple[str, Shape], list[Share]] = {}
+    for share in shares:
+        pattern = re.sub(r"^layers\.\d+\.", "layers.*.", share.name)
+        groups.setdefault((pattern, share.local), []).append(share)
+    return [Folded(pattern, len(group), group[0]) for (pattern, _), group in groups.items()]
+
+
+def _share(config: Config, plan: tuple[Row, ...], name: str, shape: Shape) -> Share:
+    row = find_row(plan, name)
+    after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
+    local = _cut(after_tp, row.dp, config.mesh.dp)
+    return Share(name, shape, row, after_tp if row.fsdp else local, local)
+
+
+def _cut(shape: Shape, dim: int, parts: int) -> Shape:
+    return tuple(-(-size // parts) if i == dim else size for i, size in enumerate(shape))
+
+
+def _block(config: Config, layer: int) -> dict[str, Shape]:
+    model, moe = config.model, config.moe
+    dim, heads, kv_heads = model.dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes: dict[str, Shape] = {
+        "attention_norm.weight": (dim,),
+        "attention.wq.weight": (heads, dim),
+        "attention.wk.weight": (kv_heads, dim),
+        "attention.wv.weight": (kv_heads, dim),
+        "attention.wo.weight": (dim, heads),
+        "ffn_norm.weight": (dim,),
+    }
+    if model.qk_norm != "none":
+        whole = model.qk_norm == "full"
+        shapes["attention.q_norm.weight"] = (heads if whole else model.head_dim,)
+        shapes["attention.k_norm.weight"] = (kv_heads if whole else model.head_dim,)
+    if layer not in moe_layers(config):
+        return shapes | _feed_forward(config, "feed_forward", model.hidden_dim)
+    gates = 2 if model.activation in GATED else 1
+    shapes["moe.router.weight"] = (moe.num_experts, dim)
+    shapes["moe.experts.w_up"] = (moe.num_experts, gates, moe.hidden_dim, dim)
+    shapes["moe.experts.w_down"] = (moe.num_experts, dim, moe.hidden_dim)
+    if moe.num_shared_experts:
+        shapes |= _feed_forward(config, "moe.shared", moe.num_shared_experts * moe.hidden_dim)
+    return shapes
+
+
+def _feed_forward(config: Config, prefix: str, hidden: int) -> dict[str, Shape]:
+    dim = config.model.dim
+    gate: dict[str, Shape] = {f"{prefix}.gate.weight": (hidden, dim)} if config.model.activation in GATED else {}
+    return gate | {f"{prefix}.up.weight": (hidden, dim), f"{prefix}.down.weight": (dim, hidden)}

@@ -1,0 +1,1 @@
+"""The expert MLP: sort tokens by expert, permute, grouped GEMMs, unpermute."""

@@ -1,0 +1,134 @@
+"""The expert MLP, one signature over several backends."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_dtensor.kernels.experts import autograd, reference
+from moe_dtensor.kernels.experts.activation import num_up_projections
+
+_LOGGER = logging.getLogger(__name__)
+_LOGGED: set[tuple[str, str]] = set()
+
+BACKENDS = ("reference", "torch", "triton", "grouped_gemm")
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    activation: str,
+    backend: str = "auto",
+    first_expert: int = 0,
+    rows: str | int = "exact",
+    num_experts: int | None = None,
+    split_backward: bool = False,
+) -> Tensor:
+    """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
+
+    ``y_t = sum_k gate_tk * W_down[e_tk] act(W_up[e_tk] x_t)``, over those k whose expert is held here.
+
+    Args:
+        x_TD: tokens ``(T, D)``; T may be 0.
+        w_up_EGFD: up-projections ``(E, G, F, D)`` of the experts ``first_expert .. first_expert + E - 1``.
+        w_down_EDF: down-projections ``(E, D, F)`` of the same experts.
+        gate_TK: weight of each choice ``(T, K)``, any floating dtype.
+        expert_TK: global expert ids ``(T, K)``, int64. An id of -1 stands for no copy: a choice that was dropped, or
+            that a token does not have. Such choices, and those for experts outside the held range, take up no row,
+            contribute nothing and give their gate a gradient of 0, whatever the gate is (NaN too).
+        activation: swiglu, geglu, gelu, silu or relu2.
+        backend: ``auto`` or one of :data:`BACKENDS`.
+        first_expert: global id of the first expert held here.
+        rows: how many rows of copies to allocate. A number is taken as it is: the caller knows that the copies held
+            here are no more (nothing checks it on a GPU). Else, for a rank that holds only a part of the experts,
+            ``exact`` reads the count from the device once, and ``worst`` takes the static bound ``T * min(K, E)``; a
+            rank that holds them all takes T * K rows, without reading anything.
+        num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
+        split_backward: weights' gradients as nodes of their own, for schedules that run them apart; else one node.
+
+    Returns:
+        ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or sizes that the backend cannot take.
+    """
+    check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation)
+    if isinstance(rows, str) and rows not in ("exact", "worst"):
+        raise ValueError(f"rows = {rows!r} is not known. Use exact, worst or a number of rows.")
+    chosen = choose_backend(backend, x_TD, w_up_EGFD)
+    _log_once(backend, chosen, x_TD)
+    run = reference.expert_mlp if chosen == "reference" else partial(autograd.expert_mlp, backend=chosen)
+    return run(
+        x_TD,
+        w_up_EGFD,
+        w_down_EDF,
+        gate_TK,
+        expert_TK,
+        activation=activation,
+        first_expert=first_expert,
+        rows=rows,
+        num_experts=num_experts,
+        split_backward=split_backward,
+    )
+
+
+def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor) -> str:
+    """The backend in use: the one named, or for ``auto`` the fastest measured one that takes these sizes.
+
+    ``auto`` is ``reference`` off CUDA, in float64, and where D or F are no multiple of 16 bytes. Elsewhere it is
+    ``triton`` in bf16 and fp16 on Hopper, where it beat ``torch`` on every shape measured (``docs/log.md``), and
+    ``torch`` on other GPUs and in float32.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"moe.backend = {backend!r} is not known. Use auto or one of {', '.join(BACKENDS)}.")
+        return backend
+    hidden, width = w_up_EGFD.shape[2:]
+    aligned = width * x_TD.dtype.itemsize % 16 == 0 and hidden * x_TD.dtype.itemsize % 16 == 0
+    if not x_TD.is_cuda or x_TD.dtype == torch.float64 or not aligned:
+        return "reference"
+    return "triton" if x_TD.dtype.itemsize == 2 and _is_hopper(x_TD.device.index) else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _log_once(backend: str, chosen: str, x_TD: Tensor) -> None:
+    if torch.compiler.is_compiling() or (backend, chosen) in _LOGGED:
+        return
+    _LOGGED.add((backend, chosen))
+    _LOGGER.info("experts: moe.backend = %s runs as %s (%s on %s)", backend, chosen, x_TD.dtype, x_TD.device)
+
+
+def check_shapes(
+    x_TD: Tensor, w_up_EGFD: Tensor, w_down_EDF: Tensor, gate_TK: Tensor, expert_TK: Tensor, activation: str
+) -> None:
+    """Raise ValueError unless the five tensors fit each other and the activation."""
+    experts, groups, hidden, width = w_up_EGFD.shape
+    if groups != num_up_projections(activation):
+        raise ValueError(
+            f"{activation} takes {num_up_projections(activation)} up-projection(s), but w_up is (E, G, F, D) = "
+            f"{tuple(w_up_EGFD.shape)}."
+        )
+    if tuple(w_down_EDF.shape) != (experts, width, hidden):
+        raise ValueError(
+            f"w_down is {tuple(w_down_EDF.shape)}, but w_up asks for (E, D, F) = {(experts, width, hidden)}."
+        )
+    if x_TD.dim() != 2 or x_TD.shape[1] != width:
+        raise ValueError(f"x is {tuple(x_TD.shape)}, but the weights ask for (T, {width}).")
+    if gate_TK.shape != expert_TK.shape or gate_TK.dim() != 2 or gate_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(
+            f"gate {tuple(gate_TK.shape)} and expert {tuple(expert_TK.shape)} must both be (T, K) with T = "
+            f"{x_TD.shape[0]}."
+        )
+    if expert_TK.dtype != torch.int64:
+        raise ValueError(f"expert ids must be int64, not {expert_TK.dtype}.")

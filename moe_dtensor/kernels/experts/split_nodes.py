@@ -1,0 +1,152 @@
+"""The expert MLP as several autograd nodes, for schedules that run weight gradients apart from input gradients.
+
+The same operators and the same bytes kept as in :mod:`.mlp`, but a node for each weight's gradient stands beside the
+path from y to x and not on it, so that a zero-bubble schedule, which runs the two apart, computes neither twice. It
+takes more of the host's time: nodes cost some ten microseconds each.
+
+A weight's node stands in the graph by a *handle*: a tensor without storage, of the shape of what that node needs to be
+told. ``w_down``'s is told dO and A', ``w_up``'s is told dH. Nodes created later run earlier; the order in
+:func:`expert_mlp` therefore lets each weight's gradient be complete before the input's (FSDP reduces a block's
+gradients once its input's is there), and frees dO and A' first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from moe_dtensor.kernels.experts.exchange import spread_rows
+from moe_dtensor.kernels.experts.grouped import rows_times_weight, weight_gradient
+from moe_dtensor.kernels.experts.permute import (
+    activate_rows,
+    activation_backward,
+    combine_rows,
+    gather_rows,
+    weighted_activation,
+)
+from moe_dtensor.kernels.experts.sort import Route
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    route: Route,
+    plan: Tensor,
+    num_rows: int,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """See :func:`.mlp.expert_mlp`; ``route``, ``plan`` and ``num_rows`` as in :mod:`.autograd`."""
+    # Apart from _Up, so that dH is gone when its backward sums.
+    x_ND = spread_rows(x_TD, route.position, num_rows)
+    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
+    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
+    h_NP = _Join.apply(h_NP, handle_NP)
+    do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
+    return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, plan, activation, backend)
+
+
+def _handle(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of this shape over a single element: its gradient is all that matters."""
+    return like.new_empty(()).expand(shape)
+
+
+def _wanted(ctx: Function, index: int) -> bool:
+    """Whether this backward pass goes on to the node behind an input. Tracing and unusual callers: yes."""
+    if torch.compiler.is_compiling():
+        return True
+    node = ctx.next_functions[index][0]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
+class _Up(Function):
+    """H = x w_up^T; backward gives dX of the rows."""
+
+    @staticmethod
+    def forward(ctx, x_ND, w_up_EPD, route, plan, backend):
+        ctx.save_for_backward(w_up_EPD, route.ends, plan)
+        ctx.backend = backend
+        return rows_times_weight(x_ND, w_up_EPD, route.ends, plan, True, backend)
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        w_up_EPD, ends_E, plan = ctx.saved_tensors
+        return rows_times_weight(dh_NP, w_up_EPD, ends_E, plan, False, ctx.backend), None, None, None, None
+
+
+class _UpWeight(Function):
+    """The handle of w_up: told dH, its gradient is ``dH^T gather(x)``."""
+
+    @staticmethod
+    def forward(ctx, w_up_EPD, x_TD, route, plan, num_rows, backend):
+        ctx.save_for_backward(x_TD, route.position, route.ends, plan)
+        ctx.num_rows, ctx.backend = num_rows, backend
+        return _handle(x_TD, num_rows, w_up_EPD.shape[1])
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        x_TD, position_TK, ends_E, plan = ctx.saved_tensors
+        x_ND = gather_rows(x_TD, position_TK, ctx.num_rows, dh_NP)
+        return weight_gradient(dh_NP, x_ND, ends_E, plan, ctx.backend), None, None, None, None, None
+
+
+class _Join(Function):
+    """The value, as the output of two nodes: both get its gradient."""
+
+    @staticmethod
+    def forward(ctx, value, handle):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class _DownWeight(Function):
+    """The handles of w_down: told dO and A', its gradient is ``dO^T A'``."""
+
+    @staticmethod
+    def forward(ctx, w_down_EDF, route, plan, num_rows, backend):
+        ctx.save_for_backward(route.ends, plan)
+        ctx.backend = backend
+        _, width, hidden = w_down_EDF.shape
+        return _handle(w_down_EDF, num_rows, width), _handle(w_down_EDF, num_rows, hidden)
+
+    @staticmethod
+    def backward(ctx, do_ND, weighted_NF):
+        ends_E, plan = ctx.saved_tensors
+        return weight_gradient(do_ND, weighted_NF, ends_E, plan, ctx.backend), None, None, None, None
+
+
+class _Down(Function):
+    """y = sum over choices of gate * (act(H) w_down^T); backward gives dH, dgate, and what w_down's node needs."""
+
+    @staticmethod
+    def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, plan, activation, backend):
+        a_NF = activate_rows(h_NP, route.ends, activation)
+        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, plan, True, backend)
+        ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, plan)
+        ctx.activation, ctx.backend = activation, backend
+        return combine_rows(y_ND, route.position, gate_TK)
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, plan = ctx.saved_tensors
+        route = Route(position_TK, copy_N, ends_E)
+        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0])
+        if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
+            weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
+            return None, None, do_ND, weighted_NF, None, None, None, None, None
+        da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, ctx.backend)
+        dh_NP, weighted_NF, dgate_TK = activation_backward(
+            h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, ctx.activation
+        )
+        return dh_NP, dgate_TK.to(gate_TK.dtype), do_ND, weighted_NF, None, None, None, None, None

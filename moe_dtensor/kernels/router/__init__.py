@@ -1,0 +1,1 @@
+"""Router arithmetic: gates, Sinkhorn, statistics."""

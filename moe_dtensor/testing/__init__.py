@@ -1,0 +1,1 @@
+"""Tools of the tests and of `verify`: many ranks by forking, and counting what they send."""

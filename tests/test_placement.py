@@ -1,0 +1,67 @@
+"""The placement table: every parameter has exactly one row, every row a parameter."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.counts import parameters
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.placement import build_plan, find_row
+
+VARIANTS = {
+    "plain": {},
+    "every second block, shared expert": {"moe.every": 2, "moe.num_shared_experts": 1, "model.qk_norm": "head"},
+    "plain activation, whole-width norm": {"model.activation": "gelu", "model.qk_norm": "full", "moe.every": 3},
+    "fewer key/value heads than tp": {"model.num_kv_heads": 2, "mesh.tp": 8, "model.qk_norm": "full"},
+    "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
+}
+
+
+def build(overrides: dict[str, object]) -> tuple[Config, Transformer]:
+    config = resolve(override(Config(), {"model.vocab_size": 257, **overrides}), 8)
+    with torch.device("meta"):
+        return config, Transformer(config, range(config.model.num_layers))
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_one_row_for_every_parameter(overrides: dict[str, object]) -> None:
+    config, model = build(overrides)
+    plan = build_plan(config)
+    for name, param in model.named_parameters():
+        row = find_row(plan, name)
+        assert row.dp != row.tp or param.ndim == 1, f"{name}: dp and tp split the same dimension"
+        if row.tp is not None:
+            assert param.shape[row.tp] % config.mesh.tp == 0
+        if param.ndim > 1:
+            assert param.shape[row.dp] == config.model.dim, f"{name}: dp must split the model width"
+
+
+def test_one_parameter_for_every_row() -> None:
+    seen: set[str] = set()
+    rows: set[str] = set()
+    for overrides in VARIANTS.values():
+        config, model = build(overrides)
+        plan = build_plan(config)
+        rows |= {row.pattern for row in plan}
+        seen |= {find_row(plan, name).pattern for name, _ in model.named_parameters()}
+    assert rows == seen
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="matches 0 rows"):
+        find_row(build_plan(build({})[0]), "layers.0.attention.wz.weight")
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_counts_are_those_of_the_model(overrides: dict[str, object]) -> None:
+    config, model = build(overrides)
+    total, active = parameters(config)
+    assert total == sum(param.numel() for param in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if re.search(r"\.experts\.", name))
+    assert active == total - experts + experts * config.moe.top_k // config.moe.num_experts
