@@ -161,7 +161,7 @@ class Router(nn.Module):
     def _limited(self, ranking_BSE: Tensor) -> Tensor:
         """With the experts' bias, and within the groups of experts that a token may choose from."""
         moe = self.moe
-        if moe.bias_rate > 0:
+        if moe.selection_bias:
             ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
         return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept) if moe.expert_groups else ranking_BSE
 

@@ -18,9 +18,12 @@ from typing import Any, Literal
 
 from moe_dtensor.checkpoint.folder import remove_all, whole_steps
 from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump
+from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import tables
 from moe_dtensor.train.profile import PROFILE_FOLDER
 from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
 
@@ -96,6 +99,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
 
 
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that came after ``old`` was written, at the values that an older version meant."""
+    known = {t: {k: v for k, v in old.get(t, {}).items() if k in tables()[t].fields} for t in tables()}
+    defaults = asdict(resolve(build(known), 1))
+    return {t: {k: _toml(v) for k, v in defaults[t].items()} | old.get(t, {}) for t in defaults}
+
+
 def _open(config: Config, fingerprint: str) -> RunFolder:
     path = Path(config.run.folder)
     checkpoints = path / config.checkpoint.folder
@@ -131,7 +141,7 @@ def _open_new(path: Path, checkpoints: Path, config: Config, fingerprint: str) -
 
 
 def _check_same_run(path: Path, config: Config, old_data: str, data: str) -> None:
-    old = tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    old = _completed(tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
     new = asdict(config)
     found = differences(old, new)
     if old_data != data:

@@ -11,6 +11,7 @@ import pytest
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
+from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config, Run
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.run_folder import open_run_folder
@@ -54,6 +55,22 @@ def test_unfinished_resumes_with_another_mesh(folder: Path) -> None:
     assert (run.state, run.run_id) == ("unfinished", first.run_id)
     assert "after step 40 of 50" in run.message
     assert load(folder / "config.toml") == config
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_a_folder_older_than_a_key_resumes(folder: Path, rate: float) -> None:
+    """A key that the folder's config lacked once read as another value, so that each new key ended every older run."""
+    config = resolve(config_of(folder, moe={"bias_rate": rate}), 1)
+    open_run_folder(config, "text")
+    save_checkpoint(folder, 40)
+    path = folder / "config.toml"
+    old = [line for line in path.read_text().splitlines() if not line.startswith(("selection_bias", "document_mask"))]
+    path.write_text("\n".join(old))
+    assert open_run_folder(config, "text").state == "unfinished"
+    changed = replace(config, moe=replace(config.moe, selection_bias=rate == 0))
+    path.write_text("\n".join(old))
+    with pytest.raises(ConfigError, match=r"moe.selection_bias = (True|False) there"):
+        open_run_folder(changed, "text")
 
 
 def test_unfinished_without_checkpoint_starts_again(folder: Path) -> None:
