@@ -57,22 +57,6 @@ def test_unfinished_resumes_with_another_mesh(folder: Path) -> None:
     assert load(folder / "config.toml") == config
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.01])
-def test_a_folder_older_than_a_key_resumes(folder: Path, rate: float) -> None:
-    """A key that the folder's config lacked once read as another value, so that each new key ended every older run."""
-    config = resolve(config_of(folder, moe={"bias_rate": rate}), 1)
-    open_run_folder(config, "text")
-    save_checkpoint(folder, 40)
-    path = folder / "config.toml"
-    old = [line for line in path.read_text().splitlines() if not line.startswith(("selection_bias", "document_mask"))]
-    path.write_text("\n".join(old))
-    assert open_run_folder(config, "text").state == "unfinished"
-    changed = replace(config, moe=replace(config.moe, selection_bias=rate == 0))
-    path.write_text("\n".join(old))
-    with pytest.raises(ConfigError, match=r"moe.selection_bias = (True|False) there"):
-        open_run_folder(changed, "text")
-
-
 def test_unfinished_without_checkpoint_starts_again(folder: Path) -> None:
     open_run_folder(config_of(folder), "text")
     run = open_run_folder(config_of(folder), "text")
@@ -123,6 +107,36 @@ def test_another_run_is_refused_by_name(folder: Path, table: str, field: str, va
         open_run_folder(config_of(folder, **{table: {field: value}}), "text")
     assert "--run.fresh true" in error.value.remedy
     assert (folder / "config.toml").read_text() == before
+
+
+def test_a_key_younger_than_the_run_counts_as_its_default(folder: Path) -> None:
+    """A new key in [model] or [moe] used to make every older run another run."""
+    first = open_run_folder(config_of(folder), "text")
+    text = (folder / "config.toml").read_text()
+    younger = ('qk_norm = "none"\n', "jitter = 0.0\n", "layers = []\n")
+    for line in younger:
+        assert line in text
+        text = text.replace(line, "")
+    (folder / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"moe.jitter = 0.0 there, 0.1 here"):
+        open_run_folder(config_of(folder, moe={"jitter": 0.1}), "text")
+    assert open_run_folder(config_of(folder), "text").run_id == first.run_id
+
+
+def test_a_younger_key_counts_as_what_the_others_make_of_it(folder: Path) -> None:
+    """A run with a bias rate always had the bias, also before there was a key that says so."""
+    config = resolve(config_of(folder, moe={"bias_rate": 0.01}), 1)
+    assert config.moe.selection_bias
+    open_run_folder(config, "text")
+    path = folder / "config.toml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "selection_bias" not in line))
+    assert open_run_folder(config, "text").state == "unfinished"
+
+
+def test_what_changes_no_bit_may_change(folder: Path) -> None:
+    open_run_folder(config_of(folder), "text")
+    again = open_run_folder(config_of(folder, moe={"backend": "reference", "rows": "worst"}), "text")
+    assert again.state == "unfinished"
 
 
 def test_other_data_is_refused(folder: Path) -> None:
