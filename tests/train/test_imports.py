@@ -9,8 +9,9 @@ import torch
 
 from moe_dtensor.kernels.experts.mlp import _is_hopper
 
-UNNEEDED = ("torchtitan", "torch._dynamo", "torch._inductor", "torch.distributed.pipelining", "datasets", "transformers")
-UNNEEDED += ("tensorboard", "tokenizers", "rich", "triton", "matplotlib", "pandas", "pyarrow")
+COMPILER = ("torch._dynamo", "torch._inductor", "torch.distributed.pipelining", "triton")
+LIBRARIES = ("datasets", "matplotlib", "pandas", "pyarrow", "rich", "tensorboard", "tokenizers", "torchtitan")
+UNNEEDED = (*COMPILER, *LIBRARIES, "transformers")
 
 
 def test_what_training_imports() -> None:
