@@ -15,9 +15,10 @@ from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.layers.weights import Layer
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """The expert MLPs, as grouped GEMMs over stacked weights. May hold a run of all experts from ``first_expert``."""
 
     def __init__(self, config: Config) -> None:
@@ -41,8 +42,8 @@ class Experts(nn.Module):
         """
         return expert_mlp(
             x_TD,
-            self.w_up,
-            self.w_down,
+            self.local_weight("w_up"),
+            self.local_weight("w_down"),
             gate_TK,
             expert_TK,
             activation=self.activation,
