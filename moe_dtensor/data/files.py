@@ -106,9 +106,9 @@ def reason_against(
     if owner := owners.find(file):
         return f"written by a run or its cache ({owner})"
     stat = os.stat(file)
-    if same := seen.setdefault((stat.st_dev, stat.st_ino), file):
-        if same != file:
-            return f"the same file as {os.path.basename(same)}"
+    same = seen.setdefault((stat.st_dev, stat.st_ino), file)
+    if same != file:
+        return f"the same file as {os.path.basename(same)}"
     formats[file] = found = recognise(file)
     if found.kind == "empty":
         return "empty"

@@ -78,12 +78,12 @@ class BadRecords:
             )
 
 
-def read_records(path: str, format: Format, text_key: str, skip: int = 0, offset: int = 0) -> Iterator[Record]:
+def read_records(path: str, form: Format, text_key: str, skip: int = 0, offset: int = 0) -> Iterator[Record]:
     """The records of a file after the first ``skip``.
 
     Args:
         path: a file of text (``formats.TEXTS``).
-        format: what :func:`moe_dtensor.data.formats.recognise` told.
+        form: what :func:`moe_dtensor.data.formats.recognise` told.
         text_key: field of the text; not used for plain text.
         skip: records (for text files: lines) to pass over.
         offset: byte at which record ``skip + 1`` starts, if known.
@@ -92,14 +92,14 @@ def read_records(path: str, format: Format, text_key: str, skip: int = 0, offset
         ConfigError: the file ends early, is damaged, or has no such column.
     """
     try:
-        if format.kind in ("parquet", "arrow"):
-            yield from read_columns(path, format.kind, text_key, skip)
+        if form.kind in ("parquet", "arrow"):
+            yield from read_columns(path, form.kind, text_key, skip)
             return
-        with open_bytes(path, format.compression) as file:
-            if format.kind == "jsonl":
-                yield from read_lines(file, text_key, skip, 0 if format.compression else offset, not format.compression)
-            elif skip == 0 or format.kind != "text":
-                read = {"text": read_text, "json": read_json, "csv": read_table}[format.kind]
+        with open_bytes(path, form.compression) as file:
+            if form.kind == "jsonl":
+                yield from read_lines(file, text_key, skip, 0 if form.compression else offset, not form.compression)
+            elif skip == 0 or form.kind != "text":
+                read = {"text": read_text, "json": read_json, "csv": read_table}[form.kind]
                 yield from (record for number, record in enumerate(read(file, path, text_key)) if number >= skip)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise broken(path, error) from error

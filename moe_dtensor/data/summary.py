@@ -13,7 +13,7 @@ from moe_dtensor.data.pack import packed
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.tokens import TokensCorpus
 
-NAMED = 5  # left out files that are named
+NAMED = 3  # files left out for one reason that are named
 
 
 def describe(config: Config, corpus: Any) -> str:
@@ -78,6 +78,11 @@ def describe_left_out(corpus: Any) -> str:
     left_out: dict[str, str] = getattr(corpus, "left_out", None) or getattr(files, "left_out", {}) or {}
     if not left_out:
         return ""
-    named = ", ".join(f"{os.path.basename(file)} ({why})" for file, why in list(left_out.items())[:NAMED])
-    more = f" and {len(left_out) - NAMED:,} more" if len(left_out) > NAMED else ""
-    return f"left out {len(left_out):,}: {named}{more}"
+    by_reason: dict[str, list[str]] = {}
+    for file, why in left_out.items():
+        by_reason.setdefault(why, []).append(os.path.basename(file))
+    told = [
+        f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED:,} more' if len(names) > NAMED else ''} ({why})"
+        for why, names in by_reason.items()
+    ]
+    return f"left out {len(left_out):,}: {', '.join(told)}"

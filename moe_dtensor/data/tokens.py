@@ -157,7 +157,9 @@ def check_content(tokens: TokenRange, tokenizer: Tokenizer) -> Content:
         pieces = (ids_N for _, ids_N in tokens.scan())
     else:
         places = np.linspace(0, max(0, len(tokens) - LOOKED_AT_ONCE), SAMPLES, dtype=np.int64).tolist()
-        pieces = (ids_N for p in places for _, ids_N in tokens.whole.scan(tokens.start + p, tokens.start + p + LOOKED_AT_ONCE))
+        pieces = (
+            ids_N for p in places for _, ids_N in tokens.whole.scan(tokens.start + p, tokens.start + p + LOOKED_AT_ONCE)
+        )
     seen = ends = 0
     for ids_N in pieces:
         check_ids(ids_N, tokenizer)
