@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,8 @@ class NativeWeights:
         entry = self.entries[key]
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         table, _, name = key.partition(".")
-        dcp.load({table: {name: out}}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+        with _alone():
+            dcp.load({table: {name: out}}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
         return out
 
 
@@ -114,7 +117,16 @@ def write_native(
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}
     writer = AtomicWriter(folder, 0, keep_last=0)
-    dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
+    with _alone():
+        dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns where it runs in one process, as is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _OneByOne(DefaultSavePlanner):

@@ -65,12 +65,12 @@ def function_of(config: Config) -> Function:
 
 def has_selection_bias(config: Config) -> bool:
     """Whether the choice of experts sees a bias."""
-    return bool(config.moe.num_experts) and (config.moe.bias_rate > 0 or getattr(config.moe, "selection_bias", False))
+    return bool(config.moe.num_experts) and (config.moe.bias_rate > 0 or config.moe.selection_bias)
 
 
 def neutral_function() -> Function:
     """The values that a family's table starts from: the defaults, with plain top-k."""
-    return function_of(Config()) | {"moe.layers": (), "moe.num_experts": 0, "model.vocab_size": 0}
+    return function_of(Config()) | {"moe.layers": (), "moe.num_experts": 0, "moe.shared_hidden_dim": 0}
 
 
 def compared(function: Function) -> set[str]:

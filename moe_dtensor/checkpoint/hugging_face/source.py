@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.axes import Range, Row
-from moe_dtensor.checkpoint.hugging_face.function import function_of
+from moe_dtensor.checkpoint.hugging_face.function import differing, function_of
 from moe_dtensor.checkpoint.hugging_face.rows import build_rows, file_shapes, is_extra, native_shapes
 from moe_dtensor.checkpoint.hugging_face.safetensors_file import DTYPES
 from moe_dtensor.checkpoint.hugging_face.shards import Shards, some
@@ -18,6 +18,7 @@ from moe_dtensor.checkpoint.hugging_face.translate import Described, config_of, 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import show
 
 
 class HuggingFaceSource:
@@ -36,7 +37,9 @@ class HuggingFaceSource:
     def __init__(self, folder: str | Path, config: Config | None = None) -> None:
         self.folder = Path(folder)
         self.described: Described = read_config(folder)
-        self.own_config = resolve(config_of(self.described), 1)
+        self.written_config = config_of(self.described)
+        """As a TOML would have it."""
+        self.own_config = resolve(self.written_config, 1)
         self.config = config or self.own_config
         self.shards = Shards(folder)
         self.shards.refuse_quantized()
@@ -114,7 +117,4 @@ def same_function_problems(run: Config, folder: Config) -> list[str]:
         theirs["model.tie_embeddings"] = False
     if mine["moe.selection_bias"]:
         theirs["moe.selection_bias"] = True
-    from moe_dtensor.checkpoint.hugging_face.function import differing
-    from moe_dtensor.config.tables import show
-
     return [f"{key} = {show(theirs[key])} there, {show(mine[key])} here" for key in differing(theirs, mine)]

@@ -33,12 +33,14 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
-def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
-    """The tokenizer files of ``data.tokenizer`` and a generation_config.json.
+def write_tokenizer(name: str, vocab_size: int, folder: Path) -> dict[str, Any]:
+    """The tokenizer files of ``data.tokenizer`` and a generation_config.json; none for a vocabulary smaller than bytes.
 
     Returns:
         What config.json says of special tokens.
     """
+    if name == "bytes" and vocab_size < ByteTokenizer.vocab_size:
+        return {}
     if name == "bytes":
         _write_bytes(folder)
         tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ByteTokenizer.end_id, "pad_token_id": None}

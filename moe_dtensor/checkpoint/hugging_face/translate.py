@@ -77,23 +77,23 @@ def describe(content: Mapping[str, Any], where: str) -> Described:
 
 
 def config_of(described: Described) -> Config:
-    """A config of ours that computes this function; all else is default but the dtype of computation."""
+    """A config of ours, not resolved, that computes this function; all else is default but the dtype of computation."""
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
     for key, value in described.function.items():
         table, _, name = key.partition(".")
         (model if table == "model" else moe)[name] = value
-    blocks = tuple(range(model["num_layers"]))
-    if moe["layers"] == blocks or not moe["num_experts"]:
+    dense_blocks = model["num_layers"] - len(moe["layers"])
+    if not dense_blocks or not moe["num_experts"]:
         moe["layers"] = ()
+    if not dense_blocks:
+        del model["hidden_dim"]
     if moe["num_experts"]:
         width = moe.pop("shared_hidden_dim")
         number, rest = divmod(width, moe["hidden_dim"])
         moe |= {"num_shared_experts": 1, "shared_hidden_dim": width} if rest else {"num_shared_experts": number}
     else:
         moe = {"num_experts": 0}
-    if not hasattr(Config().moe, "selection_bias") and moe.pop("selection_bias", False):
-        moe["bias_rate"] = 1e-30
     config = build({"model": model, "moe": moe})
     dtype = COMPUTED_IN.get(described.dtype, "bfloat16")
     master = "float64" if dtype == "float64" else "float32"
