@@ -24,6 +24,7 @@ VARIANTS = {
         "moe.shared_hidden_dim": 96,
         "moe.shared_gate": True,
         "moe.router_bias": True,
+        "model.mtp_depth": 1,
     },
     "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
 }

@@ -115,6 +115,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         logits_BSV = self._logits(x)
         if labels_BS is None:
+            self._keep(records)
             return logits_BSV
         loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
         if self.mtp_depth and self.training:

@@ -125,7 +125,7 @@ def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
         logits = model.logits(microbatch)
         parts = [_cross_entropy(*pair) / targets for pair in zip(logits, labels, strict=True)]
         auxiliary = sum((r[-1].auxiliary for r in model.routed.values()), torch.zeros((), dtype=torch.float64)) / tokens
-        weights = [1.0] + [model.config.training.mtp_weight / depths] * depths
+        weights = [1.0] + [model.config.training.mtp_weight / max(1, depths)] * depths
         torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
         losses = [loss + float(part.detach()) for loss, part in zip(losses, parts, strict=True)]
     return losses
