@@ -33,7 +33,7 @@ VARIANTS = {
 def build(overrides: dict[str, object]) -> tuple[Config, Transformer]:
     config = resolve(override(Config(), {"model.vocab_size": 257, **overrides}), 8)
     with torch.device("meta"):
-        return config, Transformer(config, range(config.model.num_layers))
+        return config, Transformer(config, range(config.model.num_layers + config.model.mtp_depth))
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)

@@ -6,7 +6,7 @@ B sequences, S positions, D width, k from 1 to ``model.mtp_depth``.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from moe_dtensor.config.schema import Config
@@ -15,6 +15,7 @@ from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.norm import build_norm
 from moe_dtensor.layers.rope import Positions
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.layers.weights import Linear
 
 
 class MtpBlock(Block):
@@ -24,7 +25,7 @@ class MtpBlock(Block):
         super().__init__(config, layer)
         self.mtp_embedding_norm = build_norm(config)
         self.mtp_stream_norm = build_norm(config)
-        self.mtp_projection = nn.Linear(2 * config.model.dim, config.model.dim, bias=False)
+        self.mtp_projection = Linear(2 * config.model.dim, config.model.dim)
         self.mtp_norm = build_norm(config)
 
     def forward(  # type: ignore[override]

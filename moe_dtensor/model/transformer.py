@@ -12,11 +12,11 @@ from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
 from moe_dtensor.layers.rope import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
+from moe_dtensor.layers.weights import Embedding, Linear
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         if last:
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
-                self.output = nn.Linear(dim, rows, bias=False)
+                self.output = Linear(dim, rows)
         self.dim = dim
         self.seq_len, self.head_dim, self.rope_theta = (
             config.training.seq_len,
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
-        return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
+        return nn.functional.linear(x_BSD, self.tok_embeddings.local_weight("weight"))
 
     def take_record(self) -> Tensor | None:
         """The routing's record ``(L, R)`` since the last call, and start again; None without MoE blocks."""
