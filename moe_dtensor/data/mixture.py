@@ -158,8 +158,9 @@ class MixtureWindows:
 
     def read(self, count: int, first: int, last: int) -> np.ndarray:
         """See :class:`moe_dtensor.data.windows.Windows`; of arrays only the asked windows are touched."""
-        while self._next() is not None and self.position >= self._next().first:  # type: ignore[union-attr]
-            self._enter(self._next(), 0)  # type: ignore[arg-type]
+        for segment in self.segments:
+            if self.segment.first < segment.first <= self.position:
+                self._enter(segment, 0)
         taken = self.segment.turns.take(count)
         out = np.empty((last - first, self.segment.seq_len + 1), np.int64)
         for index, name in enumerate(self.mixture.names):
@@ -199,10 +200,6 @@ class MixtureWindows:
             self._streams[name].load_state(place)
         self._enter(segment, self.position - segment.first)
 
-    def _next(self) -> Segment | None:
-        following = [s for s in self.segments if s.first > self.segment.first]
-        return following[0] if following else None
-
     def _check_epochs(self, total: int) -> None:
         """Raise where an array is too small for what the run takes from it."""
         ends = [*(s.first for s in self.segments[1:]), total]
@@ -221,14 +218,10 @@ class MixtureWindows:
         for source in self.mixture.sources:
             limit = 1.0 if self.split == "validation" else source.epochs
             if limit and epochs.get(source.name, 0.0) > limit:
+                why = "held-out text is read once" if self.split == "validation" else f"epochs = {limit} allows less"
                 raise ConfigError(
                     f"data.sources.{source.name}: the run would read its {self.split} split "
-                    f"{epochs[source.name]:.2f} times; "
-                    + (
-                        "held-out text is read once."
-                        if self.split == "validation"
-                        else f"epochs = {limit} allows less."
-                    ),
+                    f"{epochs[source.name]:.2f} times; {why}.",
                     "Lower its weight, training.steps or training.validation_sequences, or give it more text"
                     + (", or raise epochs." if self.split == "train" else "."),
                 )

@@ -31,7 +31,7 @@ CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
 _FREE_KEYS = {"model": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
-    "data": ("document_mask",),
+    "data": ("document_mask", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 
@@ -99,6 +99,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     keys += [(table, key) for table, fixed in _FIXED_KEYS.items() for key in fixed]
     pairs = [(f"{table}.{key}", _toml(old[table][key]), _toml(new[table][key])) for table, key in keys]
     return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+
+
+def begun(stages: Sequence[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """The stages that the first ``steps`` steps have entered."""
+    return [stage for stage in stages if stage["from_step"] <= steps]
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
