@@ -4,13 +4,14 @@ R numbers of a routing record."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.cross_entropy import cross_entropy
+from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.norm import build_norm
@@ -18,7 +19,7 @@ from moe_dtensor.layers.rope import build_positions
 from moe_dtensor.layers.tokens import build_tokens
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
+"""``(logits (B, S, V) over the held, padded rows, labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
 
 
 class Transformer(nn.Module):
@@ -50,7 +51,10 @@ class Transformer(nn.Module):
             config.model.rope_theta,
         )
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
-        self.token_loss: TokenLoss = _cross_entropy
+        self.vocab_size = config.model.vocab_size
+        self.first_row = 0
+        """Global id of the head's first held row."""
+        self.token_loss: TokenLoss = partial(_cross_entropy, vocab_size=self.vocab_size)
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
         self.record_LR: Tensor | None = None
@@ -77,7 +81,7 @@ class Transformer(nn.Module):
 
         Returns:
             The stream ``(B, S, D)``; from the last part the summed loss of each sequence ``(B,)``,
-            or without labels the logits ``(B, S, V)``.
+            or without labels the logits ``(B, S, ids held)``, without those of padding.
         """
         if self.is_first:
             tokens_BS, x = x, self.tok_embeddings(x)
@@ -106,10 +110,12 @@ class Transformer(nn.Module):
         # The head's input, not the logits, which are many times as large.
         x = self.norm(x) if self.logit_scale == 1 else self.norm(x) * self.logit_scale
         logits_BSV = self.head(self.before_head(x))
-        return logits_BSV if labels_BS is None else self.token_loss(logits_BSV, labels_BS).sum(-1)
+        if labels_BS is None:
+            return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
+        return self.token_loss(logits_BSV, labels_BS).sum(-1)
 
     def head(self, x_BSD: Tensor) -> Tensor:
-        """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
+        """Logits ``(B, S, V)`` over the held rows of the vocabulary, padding included."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
         return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
@@ -120,8 +126,9 @@ class Transformer(nn.Module):
         return record_LR
 
 
-def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    return cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).view(labels_BS.shape)
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    loss_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size=vocab_size)
+    return loss_T.view(labels_BS.shape)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class _Transformer:
         self.routed: dict[int, list[Routed]] = {}
 
     def logits(self, microbatch: Microbatch) -> Tensor:
-        """``(T, V)`` of one microbatch."""
+        """``(T, V)`` of one microbatch; V is the vocabulary without padding."""
         model = self.config.model
         x_BSD = model.embedding_scale * self.weights["tok_embeddings.weight"][microbatch.tokens]
         for i in range(model.num_layers):
@@ -215,7 +215,7 @@ class _Transformer:
             y_TD = self._norm(block + "ffn_post_norm", y_TD)
             x_BSD = x_BSD + model.residual_scale * y_TD.view_as(x_BSD)
         head = "tok_embeddings.weight" if model.tie_embeddings else "output.weight"
-        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head].T * model.logit_scale
+        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head][: model.vocab_size].T * model.logit_scale
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """As it is where the config puts no norm."""
