@@ -49,7 +49,7 @@ def cross_entropy(
 
 
 def held_ids(vocab_size: int, first_row: int, rows: int) -> int:
-    """How many of a shard's ``rows`` from the global id ``first_row`` are ids of the vocabulary; the rest is padding."""
+    """How many of a shard's ``rows`` from the global id ``first_row`` are ids of the vocabulary, not padding."""
     return min(max(vocab_size - first_row, 0), rows)
 
 
