@@ -33,6 +33,7 @@ MINIMUM: dict[str, float] = {
     "moe.hidden_dim": 1,
     "moe.every": 1,
     "moe.num_shared_experts": 0,
+    "moe.shared_hidden_dim": 0,
     "moe.group_sequences": 0,
     "moe.sinkhorn_iterations": 1,
     "moe.expert_groups": 0,
@@ -70,6 +71,9 @@ ABOVE_ZERO = (
     "rope.low",
     "rope.beta_slow",
     "moe.gate_scale",
+    "model.embedding_scale",
+    "model.residual_scale",
+    "model.logit_scale",
     "mesh.link_bandwidth",
     "optimizer.eps",
 )

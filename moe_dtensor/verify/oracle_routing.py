@@ -186,7 +186,8 @@ def _limit(config: Config, rows: Rows, balance: Balance) -> Rows:
     size = moe.num_experts // moe.expert_groups
     limited = []
     for row in rows:
-        of_groups = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(moe.expert_groups)]
+        counted = 2 if moe.group_score == "top2" else 1
+        of_groups = [sum(sorted(row[g * size : (g + 1) * size])[-counted:]) for g in range(moe.expert_groups)]
         stay = _best(of_groups, moe.expert_groups_kept)
         limited.append([value if e // size in stay else -math.inf for e, value in enumerate(row)])
     return limited

@@ -47,6 +47,11 @@ GATES: dict[str, dict[str, Any]] = {
 LIMITS: dict[str, dict[str, Any]] = {
     "none": {},
     "expert groups": {"moe.expert_groups": 4, "moe.expert_groups_kept": 2},
+    "expert groups by their best": {
+        "moe.expert_groups": 4,
+        "moe.expert_groups_kept": 2,
+        "moe.group_score": "max",
+    },
     "capacity by score": {"moe.capacity_factor": 1.1, "moe.drop_by": "score"},
     "capacity by position": {"moe.capacity_factor": 1.1, "moe.drop_by": "position"},
 }
@@ -104,7 +109,7 @@ def possible(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> bool:
         return False
     if biased and router in ("expert_choice", *FORCED):
         return False
-    if s.get("limits") == "expert groups" and router in ("expert_choice", *FORCED):
+    if s.get("limits", "").startswith("expert groups") and router in ("expert_choice", *FORCED):
         return False
     return not (s.get("limits", "none").startswith("capacity") and router == "expert_choice")
 

@@ -108,6 +108,26 @@ def test_another_run_is_refused_by_name(folder: Path, table: str, field: str, va
     assert (folder / "config.toml").read_text() == before
 
 
+def test_a_key_younger_than_the_run_counts_as_its_default(folder: Path) -> None:
+    """A new key in [model] or [moe] used to make every older run another run."""
+    first = open_run_folder(config_of(folder), "text")
+    text = (folder / "config.toml").read_text()
+    younger = ('qk_norm = "none"\n', "jitter = 0.0\n", "layers = []\n")
+    for line in younger:
+        assert line in text
+        text = text.replace(line, "")
+    (folder / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"moe.jitter = 0.0 there, 0.1 here"):
+        open_run_folder(config_of(folder, moe={"jitter": 0.1}), "text")
+    assert open_run_folder(config_of(folder), "text").run_id == first.run_id
+
+
+def test_what_changes_no_bit_may_change(folder: Path) -> None:
+    open_run_folder(config_of(folder), "text")
+    again = open_run_folder(config_of(folder, moe={"backend": "reference", "rows": "worst"}), "text")
+    assert again.state == "unfinished"
+
+
 def test_other_data_is_refused(folder: Path) -> None:
     open_run_folder(config_of(folder, data={"corpus": "files", "path": "a.txt"}), "a")
     with pytest.raises(ConfigError, match=r"data.path = 'a.txt' there, 'b.txt' here"):
