@@ -12,10 +12,10 @@ from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import build_positions
+from moe_dtensor.layers.positions import build_positions
 from moe_dtensor.layers.tokens import build_tokens
+from moe_dtensor.layers.weights import Embedding, Linear
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
@@ -43,12 +43,8 @@ class Transformer(nn.Module):
         if last:
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
-                self.output = nn.Linear(dim, rows, bias=False)
-        self.seq_len, self.head_dim, self.rope_theta = (
-            config.training.seq_len,
-            config.model.head_dim,
-            config.model.rope_theta,
-        )
+                self.output = Linear(dim, rows)
+        self.config = config
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
         self.token_loss: TokenLoss = _cross_entropy
         self.before_head: Callable[[Tensor], Tensor] = _identity
@@ -85,11 +81,11 @@ class Transformer(nn.Module):
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
-            self.seq_len,
+            self.config,
+            map(int, self.layers),
+            (tokens_BS.shape[0], tokens_BS.shape[1]),
             positions_BS,
             documents_BS,
-            head_dim=self.head_dim,
-            theta=self.rope_theta,
             dtype=x.dtype,
             device=x.device,
         )
@@ -112,7 +108,7 @@ class Transformer(nn.Module):
         """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
-        return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
+        return nn.functional.linear(x_BSD, self.tok_embeddings.local_weight("weight"))
 
     def take_record(self) -> Tensor | None:
         """The routing's record ``(L, R)`` since the last call, and start again; None without MoE blocks."""
