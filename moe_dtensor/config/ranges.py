@@ -78,6 +78,7 @@ ABOVE_ZERO = (
     "optimizer.eps",
 )
 SHARES = (
+    "data.max_bad_records",
     "moe.jitter",
     "optimizer.beta1",
     "optimizer.beta2",

@@ -208,7 +208,10 @@ class Moe:
     """Coefficient of the router z-loss: the mean square of the logits' logsumexp (ST-MoE, eq. 5)."""
     bias_rate: float = 0.0
     """Balance without a loss: after each step an expert's bias, which only the choice sees, moves by this toward the
-    average load (arXiv:2408.15664). 0: no bias."""
+    average load (arXiv:2408.15664). 0: it stays as it is."""
+    selection_bias: bool = False
+    """Add a bias to what the choice goes by, and to no gate. It is 0 at the start or as loaded, and moves by bias_rate.
+    A bias_rate above 0 sets it to true."""
     rows: Literal["exact", "worst"] = "exact"
     """Rows of copies that a rank makes room for where it cannot know how many will come. exact: reads the number from
     the device once a layer. worst: as many as could come, without a read."""
@@ -266,10 +269,10 @@ class Data:
     """Where the tokens come from."""
 
     corpus: str = "stdlib"
-    """stdlib (the Python standard library's source), files (.txt, .jsonl), datasets (local or hub),
-    tokens (memory-mapped), random, or your own ``package.module:Name``."""
+    """stdlib (the Python standard library's source), files (text, JSON lines, tables: by content), datasets (local or
+    hub, read as training goes), tokens (memory-mapped), random, or your own ``package.module:Name``."""
     path: str = ""
-    """files: a path or glob; datasets: a folder or hub name; tokens: a .bin/.npy file."""
+    """files and tokens: a file, a folder or a glob; datasets: a file, a folder or a hub name."""
     validation_path: str = ""
     """The same for validation. Empty: a part of ``path`` is held out."""
     text_key: str = "text"
@@ -279,6 +282,9 @@ class Data:
     tokenizer: str = "bytes"
     """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
     (or a folder that has one)."""
+    max_bad_records: float = 0.0
+    """Share of records that may be skipped because they hold no text (broken JSON, a null); each is counted, the first
+    are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
 
