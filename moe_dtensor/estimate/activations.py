@@ -61,7 +61,7 @@ def at_experts(config: Config, skewed: bool) -> AtExperts:
 
 
 def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int = 0) -> BlockBytes:
-    """What block ``layer`` keeps and needs, for one microbatch on one rank of a resolved config, ``mesh.dispatch`` settled."""
+    """What block ``layer`` keeps and needs for one microbatch on a rank of a resolved config, its dispatch settled."""
     at = tokens(config)
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute

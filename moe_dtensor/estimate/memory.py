@@ -136,7 +136,9 @@ def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
     """Bytes that a stage keeps of one microbatch. A later stage's input lies in its receive buffer."""
     at, with_experts = tokens(config), moe_layers(config)
     stream = at.own * config.model.dim * at.compute
-    blocks = sum(block_bytes(config, layer in with_experts, skewed, layer).kept for layer in stage_layers(config, stage))
+    blocks = sum(
+        block_bytes(config, layer in with_experts, skewed, layer).kept for layer in stage_layers(config, stage)
+    )
     head = head_bytes(config)[0] if stage == num_stages(config) - 1 else 0
     return blocks + head + (stream if stage == 0 else 0)
 

@@ -103,7 +103,7 @@ def _flex(
     return (y_BHSV * share_BHS[..., None]).to(y_BHSV.dtype)
 
 
-def _flex_attention() -> Callable:
+def _flex_attention() -> Any:
     """The operator, compiled by itself unless a block around it is."""
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -61,7 +61,9 @@ def build_blocks(first_BS: Tensor) -> BlockMask:
     last_BR = first_BS[:, (block_R * BLOCK + BLOCK - 1).clamp(max=length - 1), None]
     before = block_R < block_R[:, None]
     whole = before & (block_R * BLOCK >= last_BR)
-    partial = (before | torch.eye(len(block_R), dtype=torch.bool, device=block_R.device)) & (block_R >= first_BR) & ~whole
+    partial = (
+        (before | torch.eye(len(block_R), dtype=torch.bool, device=block_R.device)) & (block_R >= first_BR) & ~whole
+    )
 
     def sees(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first_BS[b, query])
