@@ -24,6 +24,7 @@ VARIANTS = {
         "moe.shared_hidden_dim": 96,
         "moe.shared_gate": True,
         "moe.router_bias": True,
+        "model.mtp_depth": 1,
     },
     "biases, sinks, a gate": {"model.attention_bias": "all", "model.sinks": True, "model.attention_gate": True},
     "latent attention": {"model.kv_rank": 32, "model.nope_dim": 32, "model.rope_dim": 16, "model.v_dim": 24},
@@ -41,7 +42,7 @@ VARIANTS = {
 def build(overrides: dict[str, object]) -> tuple[Config, Transformer]:
     config = resolve(override(Config(), {"model.vocab_size": 257, **overrides}), 8)
     with torch.device("meta"):
-        return config, Transformer(config, range(config.model.num_layers))
+        return config, Transformer(config, range(config.model.num_layers + config.model.mtp_depth))
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)

@@ -102,6 +102,9 @@ class Model:
     """Multiply what attention and feed-forward add to the stream by this (Granite)."""
     logit_scale: float = 1.0
     """Multiply the logits by this (Granite: 1 / logits_scaling)."""
+    mtp_depth: int = 0
+    """Blocks after the last that predict a second, third, … next token (multi-token prediction, DeepSeek-V3). They
+    share embedding and head, are like the last block, and take no part in evaluation."""
     tie_embeddings: bool = False
     """Use the embedding as the output head. Only with mesh.pp = 1."""
     init_std: float = 0.02
@@ -303,6 +306,8 @@ class Training:
     """Sequences in one forward. A dp rank runs global_batch_size / (dp * microbatch_size) microbatches a step."""
     loss: str = "cross_entropy"
     """cross_entropy (vocabulary-parallel), or your own ``package.module:name``."""
+    mtp_weight: float = 0.3
+    """Weight of the mean loss of model.mtp_depth's predictions beside the loss of the next token."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this. 0: measure, do not clip."""
     norm_type: float = 2.0

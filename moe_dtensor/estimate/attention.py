@@ -63,14 +63,15 @@ def _latent_shapes(config: Config) -> dict[str, Shape]:
 
 
 def score_flops_per_token(config: Config) -> float:
-    """FLOPs of q k^T and of its product with v, forward and backward, of one token in all blocks.
+    """FLOPs of q k^T and of its product with v, forward and backward, of one token in all blocks, those of further
+    tokens too.
 
     A query sees half of the sequence on average, or of a window w of S positions w - w^2 / 2S. Documents, which the
     config does not know, are not subtracted.
     """
     model, length = config.model, config.training.seq_len
     query, value, _ = head_widths(config)
-    windows = [block_window(config, layer) or length for layer in range(model.num_layers)]
+    windows = [block_window(config, layer) or length for layer in range(model.num_layers + model.mtp_depth)]
     seen = sum(min(w, length) - min(w, length) ** 2 / (2 * length) for w in windows)
     return 6 * model.num_heads * (query + value) * seen
 

@@ -30,4 +30,6 @@ def flops_per_token(config: Config) -> float:
     model = config.model
     _, active = parameters(config)
     lookup = 0 if model.tie_embeddings else padded_vocab(config) * model.dim
+    # Multi-token prediction runs the head once more for each depth.
+    active += model.mtp_depth * padded_vocab(config) * model.dim
     return 6.0 * (active - lookup) + score_flops_per_token(config)

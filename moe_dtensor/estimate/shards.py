@@ -115,6 +115,9 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     dim = model.dim
     shapes: dict[str, Shape] = {f"{name}.weight": (dim,) for name in block_norms(config)}
     shapes |= {f"attention.{name}": shape for name, shape in attention_shapes(config).items()}
+    if layer >= model.num_layers:
+        shapes["mtp_projection.weight"] = (dim, 2 * dim)
+        shapes |= {f"mtp_{name}.weight": (dim,) for name in ("embedding_norm", "stream_norm", "norm")}
     if layer not in moe_layers(config):
         return shapes | _feed_forward(config, "feed_forward", model.hidden_dim)
     gates = 2 if model.activation in GATED else 1

@@ -92,7 +92,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     Fixed are ``[model]``, ``[rope]`` and ``[moe]`` but for how they are computed, and of ``[data]`` and ``[training]``
     what decides a step's tokens and the master weights' precision. A key that ``old``, written by an older version,
-    lacks counts as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved config.
+    lacks counts as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved
+    config.
     """
     old, new = with_defaults(old), with_defaults(new)
     keys = [(table, key) for table, free in _FREE_KEYS.items() for key in new[table] if key not in free]
