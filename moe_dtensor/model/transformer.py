@@ -4,13 +4,14 @@ R numbers of a routing record."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.cross_entropy import cross_entropy
+from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
@@ -19,7 +20,8 @@ from moe_dtensor.layers.tokens import Tokens, build_tokens
 from moe_dtensor.layers.weights import Embedding, Linear
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
+"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100. V are the held
+rows of the head, padding included."""
 
 
 class Transformer(nn.Module):
@@ -51,7 +53,10 @@ class Transformer(nn.Module):
         self.config = config
         self.dim = dim
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
-        self.token_loss: TokenLoss = _cross_entropy
+        self.vocab_size = config.model.vocab_size
+        self.first_row = 0
+        """Global id of the head's first held row."""
+        self.token_loss: TokenLoss = partial(_cross_entropy, vocab_size=self.vocab_size)
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
         self.record_LR: Tensor | None = None
@@ -81,7 +86,7 @@ class Transformer(nn.Module):
         Returns:
             The stream ``(B, S, D)``, beside it the embeddings of tokens ahead if multi-token prediction is to read
             them; from the last part the summed loss of each sequence ``(B,)``, or without labels the logits
-            ``(B, S, V)``.
+            ``(B, S, ids held)``, without those of padding.
         """
         if self.is_first:
             tokens_BS = x
@@ -112,7 +117,7 @@ class Transformer(nn.Module):
         logits_BSV = self._logits(x)
         if labels_BS is None:
             self._keep(records)
-            return logits_BSV
+            return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
         loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
         if self.mtp_depth and self.training:
             loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
@@ -158,7 +163,7 @@ class Transformer(nn.Module):
             self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
 
     def head(self, x_BSD: Tensor) -> Tensor:
-        """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
+        """Logits ``(B, S, V)`` over the held rows of the vocabulary, padding included."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
         return nn.functional.linear(x_BSD, self.tok_embeddings.local_weight("weight"))
@@ -174,8 +179,9 @@ class Transformer(nn.Module):
         return loss_K
 
 
-def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    return cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).view(labels_BS.shape)
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    loss_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size=vocab_size)
+    return loss_T.view(labels_BS.shape)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.resolve import expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
@@ -105,6 +105,7 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             by_token.wrap(module)
     if part.is_last:
+        part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
         part.token_loss = build_token_loss(config, tp)
 

@@ -208,7 +208,7 @@ class _Transformer:
         self.routed: dict[int, list[Routed]] = {}
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
-        """``(T, V)`` of one microbatch: of the next token, then of each further one."""
+        """``(T, V)`` of one microbatch, V without padding: of the next token, then of each further one."""
         model = self.config.model
         embedding = model.embedding_scale * self.weights["tok_embeddings.weight"]
         x_BSD = embedding[microbatch.tokens]
@@ -229,7 +229,8 @@ class _Transformer:
 
     def _head(self, x_BSD: Tensor) -> Tensor:
         head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
-        return x_BSD.flatten(0, 1) @ self.weights[head].T * self.config.model.logit_scale
+        weight_VD = self.weights[head][: self.config.model.vocab_size]
+        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale
 
     def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         block, scale = f"layers.{index}.", self.config.model.residual_scale
