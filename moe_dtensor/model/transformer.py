@@ -15,7 +15,7 @@ from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import Positions, build_positions
+from moe_dtensor.layers.positions import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
 from moe_dtensor.layers.weights import Embedding, Linear
 
@@ -50,12 +50,8 @@ class Transformer(nn.Module):
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
                 self.output = Linear(dim, rows)
+        self.config = config
         self.dim = dim
-        self.seq_len, self.head_dim, self.rope_theta = (
-            config.training.seq_len,
-            config.model.head_dim,
-            config.model.rope_theta,
-        )
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
         self.vocab_size = config.model.vocab_size
         self.first_row = 0
@@ -103,11 +99,11 @@ class Transformer(nn.Module):
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
-            self.seq_len,
+            self.config,
+            map(int, self.layers),
+            (tokens_BS.shape[0], tokens_BS.shape[1]),
             positions_BS,
             documents_BS,
-            head_dim=self.head_dim,
-            theta=self.rope_theta,
             dtype=x.dtype,
             device=x.device,
         )
