@@ -12,22 +12,22 @@ from moe_dtensor.kernels.launch import ceil_div
 _BLOCK = 4096
 
 
-def row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exponentials above it, and the target's logit (0 where it is elsewhere), of each row."""
+def row_statistics(logits_TV: Tensor, columns: int, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first ``columns`` of each row the maximum (a very low number where there are none) and the sum of the
+    exponentials above it; and the target's logit, 0 where it is elsewhere."""
     made = [torch.empty(logits_TV.shape[0], dtype=torch.float32, device=logits_TV.device) for _ in range(3)]
-    tokens, columns = logits_TV.shape
-    _row_statistics[(tokens,)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
+    _row_statistics[(len(logits_TV),)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
     return made[0], made[1], made[2]
 
 
 def write_gradient(
-    logits_TV: Tensor, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
+    logits_TV: Tensor, columns: int, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
 ) -> None:
-    """Write ``(softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
-    tokens, columns = logits_TV.shape
-    _write_gradient[(tokens, ceil_div(columns, _BLOCK))](
+    """Write ``(softmax - one_hot) * grad``, 0 from ``columns`` on; ``out_TV`` may be ``logits_TV``."""
+    tokens, width = logits_TV.shape
+    _write_gradient[(tokens, ceil_div(width, _BLOCK))](
         *(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV),
-        *(logits_TV.stride(0), out_TV.stride(0), columns),
+        *(logits_TV.stride(0), out_TV.stride(0), width, columns),
         BLOCK=_BLOCK,
     )
 
@@ -65,6 +65,7 @@ def _write_gradient(
     out_ptr,
     stride,
     out_stride,
+    width,
     columns,
     BLOCK: tl.constexpr,
 ):
@@ -75,4 +76,4 @@ def _write_gradient(
     here = tl.load(here_ptr + row)
     hit = (column == tl.load(column_ptr + row)) & here
     grad = (softmax - tl.where(hit, 1.0, 0.0)) * tl.load(grad_ptr + row)
-    tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=column < columns)
+    tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=column < width)

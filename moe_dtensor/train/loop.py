@@ -166,6 +166,7 @@ class Run:
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
