@@ -35,9 +35,17 @@ PLAN: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
     Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
-    Row(r"attention\.wq\.weight", dp=1, tp=0),
+    Row(r"attention\.(wq|gate)\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
+    Row(r"attention\.wq\.bias", dp=0, tp=0),
+    Row(r"attention\.w[kv]\.bias", dp=0, tp=0),
     Row(r"attention\.wo\.weight", dp=0, tp=1),
+    Row(r"attention\.output_bias", dp=0, tp=None, gradient="tokens"),
+    Row(r"attention\.sinks", dp=0, tp=0),
+    # Every tp rank makes the whole latents, and of them its own heads: its gradient is a share.
+    Row(r"attention\.w(q|kv)_a\.weight", dp=1, tp=None, gradient="heads"),
+    Row(r"attention\.(q|kv)_a_norm\.weight", dp=0, tp=None, gradient="heads"),
+    Row(r"attention\.w(q|kv)_b\.weight", dp=1, tp=0),
     Row(r"attention\.[qk]_norm\.weight", dp=0, tp=0),
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
@@ -69,7 +77,7 @@ def build_plan(config: Config) -> tuple[Row, ...]:
     """The table for one config: its experts' rows, and heads that cannot be split over tp held whole."""
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
-        whole |= {r"attention\.w[kv]\.weight"}
+        whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
     rows = []
     for row in (*PLAN, *EXPERTS[config.mesh.experts]):
         if row.pattern in whole:
@@ -83,7 +91,7 @@ def _qk_norm_rows(config: Config) -> list[Row]:
     if config.model.qk_norm == "none":
         return []
     shared = Row(r"attention\.[qk]_norm\.weight", dp=0, tp=None, gradient="heads")
-    if config.model.qk_norm == "head":
+    if config.model.qk_norm != "full":
         return [shared]
     split_kv = config.model.num_kv_heads % config.mesh.tp == 0
     return [

@@ -67,8 +67,9 @@ def parse_text(field: Field, text: str) -> Any:
             return {"true": True, "false": False}.get(word.lower(), text)
         if field.type is int or field.type is float:
             return field.type(word)
-        if get_origin(field.type) is tuple:
-            return tuple(int(part) for part in word.strip("[]()").split(",") if part.strip())
+        if field.item:
+            read = field.item if field.item in (int, float) else lambda part: part.strip("'\"")
+            return tuple(read(part.strip()) for part in word.strip("[]()").split(",") if part.strip())
     except ValueError:
         pass
     return text
@@ -76,6 +77,10 @@ def parse_text(field: Field, text: str) -> Any:
 
 def typed_value(field: Field, value: Any) -> Any:
     """``value`` if it has the field's type; integers serve as numbers, lists as tuples."""
+    if field.item and isinstance(value, list | tuple):
+        single = replace(field, type=field.item, default=(field.default or [""])[0])
+        if get_origin(field.item) is Literal or all(_fits(field.item, item) for item in value):
+            return tuple(typed_value(single, item) for item in value)
     if get_origin(field.type) is Literal:
         if value in get_args(field.type):
             return value
@@ -89,10 +94,12 @@ def typed_value(field: Field, value: Any) -> Any:
         return float(value)
     if type(value) is field.type and not (field.type is float and math.isnan(value)):
         return value
-    if get_origin(field.type) is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
-        return tuple(value)
     remedy = f"Give {field.key} {field.expects}, such as {show(field.default)}."
     raise ConfigError(f"{field.key} = {_show(value)} has the wrong type: it takes {field.expects}.", remedy)
+
+
+def _fits(kind: type, value: Any) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _unknown_table(table: str, content: Any) -> ConfigError:

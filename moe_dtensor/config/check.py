@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_experts
+from moe_dtensor.config import check_attention, check_experts
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
@@ -47,7 +47,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     config_as_given, config = config, resolve(config, world_size)
     yield from _names(config)
     yield from _model(config_as_given)
-    yield from _heads(config)
+    yield from check_attention.attention(config)
     yield from check_experts.experts(config)
     yield from check_experts.routing(config)
     yield from _mesh(config_as_given, world_size)
@@ -76,24 +76,10 @@ def _names(config: Config) -> Broken:
 
 def _model(config: Config) -> Broken:
     model = config.model
-    if model.head_dim == 0 and model.dim % model.num_heads:
+    if model.head_dim == 0 and not model.kv_rank and model.dim % model.num_heads:
         yield (
             f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
             "Change one of them, or set model.head_dim.",
-        )
-
-
-def _heads(config: Config) -> Broken:
-    model = config.model
-    if model.head_dim % 2:
-        yield (
-            f"model.head_dim = {model.head_dim} is odd, but the rotary embedding turns pairs.",
-            f"Set model.head_dim = {model.head_dim + 1}, or change model.dim or model.num_heads.",
-        )
-    if model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}.",
-            f"Set model.num_kv_heads to a divisor of {model.num_heads}.",
         )
 
 

@@ -22,7 +22,7 @@ class Field:
     table: str
     name: str
     type: Any
-    """``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, or ``tuple[int, ...]``."""
+    """``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, or a ``tuple`` of any number of one of these."""
     default: Any
     help: str
 
@@ -32,20 +32,28 @@ class Field:
         return f"{self.table}.{self.name}"
 
     @property
+    def item(self) -> Any:
+        """The type of a list's items; None if the field is no list."""
+        return get_args(self.type)[0] if get_origin(self.type) is tuple else None
+
+    @property
     def metavar(self) -> str:
         """The type as ``--help`` writes it."""
         short = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
-        return (
-            "|".join(get_args(self.type)) if get_origin(self.type) is Literal else short.get(self.type, "INT,INT,...")
-        )
+        one = self.item or self.type
+        word = "|".join(get_args(one)) if get_origin(one) is Literal else short[one]
+        return f"{word},{word},..." if self.item else word
 
     @property
     def expects(self) -> str:
         """The type in words, for errors and help."""
-        if get_origin(self.type) is Literal:
-            return " | ".join(get_args(self.type))
-        words = {bool: "true | false", int: "an integer", float: "a number", str: "a string"}
-        return words.get(self.type, "a list of integers")
+        one = self.item or self.type
+        if get_origin(one) is Literal:
+            choices = " | ".join(get_args(one))
+            return f"a list of {choices}" if self.item else choices
+        if self.item:
+            return {int: "a list of integers", float: "a list of numbers", str: "a list of strings"}[one]
+        return {bool: "true | false", int: "an integer", float: "a number", str: "a string"}[one]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLD
 
 CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
-_FREE_KEYS = {"model": set[str](), "moe": {"backend", "rows"}}
+_FREE_KEYS = {"model": {"attention_backend"}, "rope": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
     "data": ("document_mask",),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
@@ -90,9 +90,10 @@ def open_run_folder(config: Config, fingerprint: str) -> RunFolder:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that make ``new`` another run than ``old``, as ``table.key = old there, new here``.
 
-    Fixed are ``[model]``, ``[moe]`` but for how it is computed, and of ``[data]`` and ``[training]`` what decides
-    a step's tokens and the master weights' precision. A key that ``old``, written by an older version, lacks counts
-    as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved config.
+    Fixed are ``[model]``, ``[rope]`` and ``[moe]`` but for how they are computed, and of ``[data]`` and ``[training]``
+    what decides a step's tokens and the master weights' precision. A key that ``old``, written by an older version,
+    lacks counts as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved
+    config.
     """
     old, new = with_defaults(old), with_defaults(new)
     keys = [(table, key) for table, free in _FREE_KEYS.items() for key in new[table] if key not in free]
