@@ -30,6 +30,7 @@ def expert_mlp(
     rows: str | int = "exact",
     num_experts: int | None = None,
     split_backward: bool = False,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
@@ -40,7 +41,9 @@ def expert_mlp(
     num_rows = count_rows(route, rows, held_experts, all_held)
     plan = make_plan(route.ends, num_rows, backend)
     arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
-    return split_nodes.expert_mlp(*arguments) if split_backward else _ExpertMLP.apply(*arguments)
+    if split_backward or up_bias_EGF is not None:
+        return split_nodes.expert_mlp(*arguments, up_bias_EGF)
+    return _ExpertMLP.apply(*arguments)
 
 
 class _ExpertMLP(Function):

@@ -112,6 +112,11 @@ def _act(x, KIND: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * cdf
         slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif KIND == "clamped":
+        g = tl.minimum(x, 7.0)
+        s = tl.sigmoid(1.702 * g)
+        value = g * s
+        slope = tl.where(x <= 7.0, s + 1.702 * value * (1.0 - s), 0.0)
     else:
         tl.static_assert(KIND == "relu2")
         positive = tl.maximum(x, 0.0)
@@ -122,8 +127,13 @@ def _act(x, KIND: tl.constexpr):
 
 @triton.jit
 def _load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr):
-    """The activated first projection, its slope, and the second projection (1 for plain activations)."""
-    KIND: tl.constexpr = "silu" if ACTIVATION == "swiglu" else ("gelu" if ACTIVATION == "geglu" else ACTIVATION)
+    """The activated first projection, its slope, the factor that the second one gives (1 for plain activations), and
+    that one's slope."""
+    KIND: tl.constexpr = (
+        "silu"
+        if ACTIVATION == "swiglu"
+        else ("gelu" if ACTIVATION == "geglu" else ("clamped" if ACTIVATION == "swiglu_clamped" else ACTIVATION))
+    )
     offset = row * (GROUPS * hidden) + column
     first = tl.load(h_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     value, slope = _act(first, KIND)
@@ -131,7 +141,11 @@ def _load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUP
         up = tl.load(h_ptr + offset + hidden, mask=inside, other=0.0).to(tl.float32)
     else:
         up = tl.full(first.shape, 1.0, tl.float32)
-    return offset, value, slope, up
+    up_slope = tl.full(first.shape, 1.0, tl.float32)
+    if KIND == "clamped":
+        up_slope = tl.where(tl.abs(up) <= 7.0, 1.0, 0.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
+    return offset, value, slope, up, up_slope
 
 
 @triton.jit
@@ -154,7 +168,7 @@ def _activate_rows(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = (row < end) & (column < hidden)
-    _, value, _, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+    _, value, _, up, _ = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
     a = value * up
     if HAS_GATE:
         copy = tl.load(copy_ptr + row, mask=row < end, other=0)
@@ -192,7 +206,7 @@ def _activation_backward(
     for start in range(0, tl.where(tl.program_id(0) * ROWS < end, hidden, 0), BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = (row < end) & (column < hidden)
-        offset, value, slope, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+        offset, value, slope, up, up_slope = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
         da = tl.load(da_ptr + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
         a = value * up
         dgate += tl.sum(a * da, axis=1)
@@ -200,7 +214,7 @@ def _activation_backward(
         tl.store(weighted_ptr + row * hidden + column, (a * gate).to(weighted_ptr.dtype.element_ty), mask=inside)
         tl.store(dh_ptr + offset, (da * up * slope).to(dh_ptr.dtype.element_ty), mask=inside)
         if GROUPS == 2:
-            tl.store(dh_ptr + offset + hidden, (da * value).to(dh_ptr.dtype.element_ty), mask=inside)
+            tl.store(dh_ptr + offset + hidden, (da * value * up_slope).to(dh_ptr.dtype.element_ty), mask=inside)
     tl.store(dgate_ptr + copy, dgate, mask=held)
     # The same numbers once more, as copies: those without a row.
     position = tl.load(position_ptr + row_R, mask=row_R < copies, other=0)
