@@ -51,6 +51,7 @@ PLAN: tuple[Row, ...] = (
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.router\.logit_bias", dp=0, tp=None, gradient="tokens"),
+    Row(r"moe\.down_bias", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.shared\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"moe\.shared\.down\.weight", dp=0, tp=1),
     # It multiplies what a rank's hidden units give: its gradient is a sum over them.
@@ -58,17 +59,18 @@ PLAN: tuple[Row, ...] = (
     Row(r"output\.weight", dp=1, tp=0),
 )
 
-UP, DOWN = r"moe\.experts\.w_up", r"moe\.experts\.w_down"
-EXPERTS: dict[str, tuple[Row, Row]] = {
-    "tp": (Row(UP, dp=3, tp=0), Row(DOWN, dp=1, tp=0)),
-    "tp_hidden": (Row(UP, dp=3, tp=2), Row(DOWN, dp=1, tp=2)),
+UP, DOWN, UP_BIAS = r"moe\.experts\.w_up", r"moe\.experts\.w_down", r"moe\.experts\.up_bias"
+EXPERTS: dict[str, tuple[Row, Row, Row]] = {
+    "tp": (Row(UP, dp=3, tp=0), Row(DOWN, dp=1, tp=0), Row(UP_BIAS, dp=2, tp=0)),
+    "tp_hidden": (Row(UP, dp=3, tp=2), Row(DOWN, dp=1, tp=2), Row(UP_BIAS, dp=0, tp=2)),
     "dp": (
         Row(UP, dp=0, tp=None, gradient="tokens", fsdp=False),
         Row(DOWN, dp=0, tp=None, gradient="tokens", fsdp=False),
+        Row(UP_BIAS, dp=0, tp=None, gradient="tokens", fsdp=False),
     ),
-    "dp_tp": (Row(UP, dp=0, tp=0, fsdp=False), Row(DOWN, dp=0, tp=0, fsdp=False)),
+    "dp_tp": (Row(UP, dp=0, tp=0, fsdp=False), Row(DOWN, dp=0, tp=0, fsdp=False), Row(UP_BIAS, dp=0, tp=0, fsdp=False)),
 }
-"""The rows of the experts, ``w_up`` (E, G, F, D) and ``w_down`` (E, D, F), by ``mesh.experts``."""
+"""The experts' rows, ``w_up`` (E, G, F, D), ``w_down`` (E, D, F) and ``up_bias`` (E, G, F), by ``mesh.experts``."""
 
 
 def build_plan(config: Config) -> tuple[Row, ...]:

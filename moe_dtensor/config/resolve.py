@@ -12,7 +12,7 @@ from typing import Literal
 
 from moe_dtensor.config.schema import Config
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 FORCED = ("hash", "uniform", "zipf")

@@ -43,8 +43,9 @@ class Model:
     hidden_dim: int = 0
     """Hidden width of the dense feed-forward. 0: 4 * dim for plain activations, 8/3 * dim rounded up to 64
     for gated ones."""
-    activation: Literal["swiglu", "geglu", "gelu", "silu", "relu2"] = "swiglu"
-    """Activation of dense feed-forwards and of experts. swiglu and geglu are gated (two up-projections)."""
+    activation: Literal["swiglu", "geglu", "swiglu_clamped", "gelu", "silu", "relu2"] = "swiglu"
+    """Activation of dense feed-forwards and of experts. swiglu, geglu and swiglu_clamped (gpt-oss) are gated: they have
+    two up-projections."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, feed-forward and head. No biases."""
     norm_eps: float = 1e-5
@@ -185,6 +186,8 @@ class Moe:
     """Multiply the gates by this."""
     gate_on: Literal["output", "input"] = "output"
     """What a gate multiplies: what its expert gives, or what it reads (Llama 4). input needs top_k = 1."""
+    expert_bias: bool = False
+    """Add learned biases to what an expert's up- and down-projections give (gpt-oss)."""
     router_bias: bool = False
     """Add a learned bias to the router's logits, which gates see too (gpt-oss)."""
     expert_groups: int = 0
@@ -420,6 +423,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
+    order: bool = True
+    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. On GPUs that exchange
+    activations; with a version of torch that this was not tested with, it is off, and a line of the log says so."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""

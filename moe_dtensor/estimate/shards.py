@@ -124,6 +124,9 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     shapes["moe.router.weight"] = (moe.num_experts, dim)
     shapes["moe.experts.w_up"] = (moe.num_experts, gates, moe.hidden_dim, dim)
     shapes["moe.experts.w_down"] = (moe.num_experts, dim, moe.hidden_dim)
+    if moe.expert_bias:
+        shapes["moe.experts.up_bias"] = (moe.num_experts, gates, moe.hidden_dim)
+        shapes["moe.down_bias"] = (moe.num_experts, dim)
     if moe.router_bias:
         shapes["moe.router.logit_bias"] = (moe.num_experts,)
     if moe.shared_hidden_dim:

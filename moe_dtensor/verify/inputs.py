@@ -96,6 +96,9 @@ def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "experts.w_up": (moe.num_experts, ups, moe.hidden_dim, dim),
         "experts.w_down": (moe.num_experts, dim, moe.hidden_dim),
     }
+    if moe.expert_bias:
+        shapes["experts.up_bias"] = (moe.num_experts, ups, moe.hidden_dim)
+        shapes["down_bias"] = (moe.num_experts, dim)
     if moe.router_bias:
         shapes["router.logit_bias"] = (moe.num_experts,)
     if moe.shared_hidden_dim:

@@ -264,6 +264,9 @@ class _Transformer:
     def _activate(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         name = self.config.model.activation
         x = hidden if gate is None else gate
+        if name == "swiglu_clamped":
+            x = torch.where(x < 7, x, 7.0)
+            x, hidden = x / (1 + (-1.702 * x).exp()), 1 + torch.where(hidden.abs() < 7, hidden, 7.0 * hidden.sign())
         if name in ("swiglu", "silu"):
             x = x / (1 + (-x).exp())
         elif name in ("geglu", "gelu"):
@@ -293,8 +296,13 @@ class _Transformer:
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 weight = routed.gate_TK[t, k]
                 before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
-                *gate, hidden = up_EGFD[e] @ (before * x_TD[t])
+                h_GF = up_EGFD[e] @ (before * x_TD[t])
+                if self.config.moe.expert_bias:
+                    h_GF = h_GF + self.weights[prefix + "experts.up_bias"][e]
+                *gate, hidden = h_GF
                 y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
+                if self.config.moe.expert_bias:
+                    y_D = y_D + self.weights[prefix + "down_bias"][e]
                 parts[t].append(after * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
         if prefix + "shared.up.weight" in self.weights:
