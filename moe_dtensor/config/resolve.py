@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from math import ceil
+from math import ceil, sqrt
 from typing import Literal
 
 from moe_dtensor.config.schema import Config
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 FORCED = ("hash", "uniform", "zipf")
@@ -29,6 +29,8 @@ def resolve(config: Config, world_size: int) -> Config:
     model, moe, mesh, training = config.model, config.moe, config.mesh, config.training
     gated = model.activation in GATED
     hidden = model.hidden_dim or (-(-8 * model.dim // 3 // 64) * 64 if gated else 4 * model.dim)
+    latent = model.nope_dim + model.rope_dim if model.kv_rank else 0
+    head_dim = latent or model.head_dim or model.dim // max(1, model.num_heads)
     dp = mesh.dp if mesh.dp != -1 else max(1, world_size // max(1, mesh.pp * mesh.tp))
     reshard = config.fsdp.reshard_after_forward
     if reshard == "auto":
@@ -38,7 +40,9 @@ def resolve(config: Config, world_size: int) -> Config:
         model=replace(
             model,
             num_kv_heads=model.num_kv_heads or model.num_heads,
-            head_dim=model.head_dim or model.dim // max(1, model.num_heads),
+            head_dim=head_dim,
+            rotary_dim=model.rope_dim if model.kv_rank else model.rotary_dim or head_dim,
+            attention_scale=model.attention_scale or 1 / sqrt(max(1, head_dim)),
             hidden_dim=hidden,
         ),
         moe=replace(
@@ -77,10 +81,12 @@ def num_stages(config: Config) -> int:
 
 
 def stage_layers(config: Config, stage: int) -> range:
-    """Indices of the blocks of one stage: as even as can be, the first stages take the remainder."""
+    """Indices of the blocks of one stage: as even as can be, the first stages take the remainder, the last those of
+    multi-token prediction, which are numbered on."""
     each, more = divmod(config.model.num_layers, num_stages(config))
     start = stage * each + min(stage, more)
-    return range(start, start + each + (stage < more))
+    ahead = config.model.mtp_depth if stage == num_stages(config) - 1 else 0
+    return range(start, start + each + (stage < more) + ahead)
 
 
 def rank_stages(config: Config, pp_rank: int) -> tuple[int, ...]:
@@ -93,12 +99,17 @@ def rank_stages(config: Config, pp_rank: int) -> tuple[int, ...]:
 
 def moe_layers(config: Config) -> frozenset[int]:
     """Indices of the blocks that have experts; the others have a dense feed-forward."""
-    moe = config.moe
+    moe, layers = config.moe, config.model.num_layers
     if moe.num_experts == 0:
         return frozenset()
-    if moe.layers:
-        return frozenset(moe.layers)
-    return frozenset(i for i in range(config.model.num_layers) if (i + 1) % moe.every == 0)
+    chosen = frozenset(moe.layers) or frozenset(i for i in range(layers) if (i + 1) % moe.every == 0)
+    # Blocks of multi-token prediction are like the last.
+    return chosen | frozenset(range(layers, layers + config.model.mtp_depth) if layers - 1 in chosen else ())
+
+
+def stream_width(config: Config) -> int:
+    """Columns of what goes from stage to stage: the stream, and the embeddings that multi-token prediction reads."""
+    return config.model.dim * (1 + config.model.mtp_depth)
 
 
 def block_norms(config: Config) -> tuple[str, ...]:

@@ -50,9 +50,11 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "kv_heads": ("all", "fewer than tp"),
     "qk_norm": ("none", "head", "full"),
     "sequence_parallel": (True, False),
-    "activation": ("swiglu", "gelu"),
+    "activation": ("swiglu", "gelu", "swiglu_clamped"),
+    "expert_bias": (False, True),
     "norm": ("rmsnorm", "layernorm"),
     "documents": (False, True),
+    "mtp_depth": (0, 1, 2),
 }
 SCALES = {"model.embedding_scale": 3.0, "model.residual_scale": 0.7, "model.logit_scale": 1.5}
 Setting = Mapping[str, Any]
@@ -163,8 +165,10 @@ def build_case(setting: Setting) -> Case:
             "moe.shared_hidden_dim": 24 if setting["shared"] == "wide, with a gate" else 0,
             "moe.shared_gate": setting["shared"] == "wide, with a gate",
             "moe.router_bias": setting["router_bias"],
+            "moe.expert_bias": setting["expert_bias"],
             "moe.gate_on": setting["gate_on"],
             "model.norm_at": setting["norm_at"],
+            "model.mtp_depth": setting["mtp_depth"],
             **(SCALES if setting["scales"] else {}),
             "mesh.sequence_parallel": setting["sequence_parallel"],
             "data.corpus": "random",

@@ -3,7 +3,7 @@
 One process, float64, a Python loop over experts and tokens. It shares nothing with what it judges but
 the config: no module, no kernel, no DTensor, no fused call. Where there is a choice it takes another road
 than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn). Routing is in
-:mod:`moe_dtensor.verify.oracle_routing`.
+:mod:`moe_dtensor.verify.oracle_routing`, attention in :mod:`moe_dtensor.verify.oracle_attention`.
 
 B sequences, S positions, D width, H heads, C head width, V vocabulary, T = B*S tokens, E experts, K choices,
 F hidden width.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.oracle_attention import Attention
 from moe_dtensor.verify.oracle_routing import Balance, Routed, histogram, jitter, place, route
 
 IGNORED = -100
@@ -46,6 +47,8 @@ class Answer:
     for every microbatch the experts chosen and whether each was kept, ``(T, K)``."""
 
     loss: float
+    mtp_losses: list[float]
+    """Of each depth of multi-token prediction, over the step's targets."""
     gradients: dict[str, Tensor]
     grad_norm: float
     parameters: dict[str, Tensor]
@@ -84,7 +87,7 @@ def steps(
     for batch in batches:
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
         model = _Transformer(config, weights, balance)
-        loss = _differentiate(model, batch)
+        loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
         norm = gradient_norm(gradients, config.training.norm_type)
         adamw.step(gradients, norm)
@@ -97,6 +100,7 @@ def steps(
         answers.append(
             Answer(
                 loss,
+                mtp_losses,
                 gradients,
                 norm,
                 dict(adamw.parameters),
@@ -110,17 +114,22 @@ def steps(
     return answers
 
 
-def _differentiate(model: _Transformer, batch: Batch) -> float:
-    """Backward through all microbatches; the cross-entropy, in which no auxiliary loss is counted."""
+def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
+    """Backward through all microbatches; the cross-entropies of the next and of further tokens, in which no auxiliary
+    loss is counted."""
     targets = sum(int((m.labels != IGNORED).sum()) for m in batch)
     tokens = sum(m.tokens.numel() for m in batch)
-    loss = 0.0
+    depths = model.config.model.mtp_depth
+    losses = [0.0] * (1 + depths)
     for microbatch in batch:
-        part = _cross_entropy(model.logits(microbatch), microbatch.labels.reshape(-1)) / targets
-        auxiliary = sum(routed[-1].auxiliary for routed in model.routed.values()) / tokens
-        (part + auxiliary).backward()
-        loss += float(part.detach())
-    return loss
+        labels = [microbatch.labels.reshape(-1), *(_labels_ahead(microbatch, k + 1) for k in range(depths))]
+        logits = model.logits(microbatch)
+        parts = [_cross_entropy(*pair) / targets for pair in zip(logits, labels, strict=True)]
+        auxiliary = sum((r[-1].auxiliary for r in model.routed.values()), torch.zeros((), dtype=torch.float64)) / tokens
+        weights = [1.0] + [model.config.training.mtp_weight / max(1, depths)] * depths
+        torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
+        losses = [loss + float(part.detach()) for loss, part in zip(losses, parts, strict=True)]
+    return losses
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
@@ -180,7 +189,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def _undecayed(name: str) -> bool:
-    return "norm" in name or "router" in name or name.endswith("bias") or name.startswith("tok_embeddings")
+    return "norm" in name or "router" in name or name.endswith(("bias", "sinks")) or name.startswith("tok_embeddings")
 
 
 def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -198,24 +207,42 @@ class _Transformer:
         self.balance = balance
         self.routed: dict[int, list[Routed]] = {}
 
-    def logits(self, microbatch: Microbatch) -> Tensor:
-        """``(T, V)`` of one microbatch."""
+    def logits(self, microbatch: Microbatch) -> list[Tensor]:
+        """``(T, V)`` of one microbatch, V without padding: of the next token, then of each further one."""
         model = self.config.model
-        x_BSD = model.embedding_scale * self.weights["tok_embeddings.weight"][microbatch.tokens]
+        embedding = model.embedding_scale * self.weights["tok_embeddings.weight"]
+        x_BSD = embedding[microbatch.tokens]
         for i in range(model.num_layers):
-            block = f"layers.{i}."
-            h_BSD = self._norm(block + "attention_norm", x_BSD)
-            y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
-            x_BSD = x_BSD + model.residual_scale * self._norm(block + "attention_post_norm", y_BSD)
-            h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
-            if block + "moe.router.weight" in self.weights:
-                y_TD = self._experts(i, h_TD, microbatch)
-            else:
-                y_TD = self._feed_forward(block + "feed_forward.", h_TD)
-            y_TD = self._norm(block + "ffn_post_norm", y_TD)
-            x_BSD = x_BSD + model.residual_scale * y_TD.view_as(x_BSD)
-        head = "tok_embeddings.weight" if model.tie_embeddings else "output.weight"
-        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head].T * model.logit_scale
+            x_BSD = self._block(i, x_BSD, microbatch)
+        x_BSD = self._norm("norm", x_BSD)
+        logits = [self._head(x_BSD)]
+        for k in range(model.mtp_depth):
+            block = f"layers.{model.num_layers + k}.mtp_"
+            length = microbatch.tokens.shape[1]
+            ahead_BS = microbatch.tokens[:, [min(s + k + 1, length - 1) for s in range(length)]]
+            e_BSD = self._norm(block + "embedding_norm", embedding[ahead_BS])
+            joined_BSD = torch.cat([e_BSD, self._norm(block + "stream_norm", x_BSD)], -1)
+            x_BSD = joined_BSD @ self.weights[block + "projection.weight"].T
+            x_BSD = self._block(model.num_layers + k, x_BSD, microbatch)
+            logits.append(self._head(self._norm(block + "norm", x_BSD)))
+        return logits
+
+    def _head(self, x_BSD: Tensor) -> Tensor:
+        head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
+        weight_VD = self.weights[head][: self.config.model.vocab_size]
+        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale
+
+    def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
+        block, scale = f"layers.{index}.", self.config.model.residual_scale
+        h_BSD = self._norm(block + "attention_norm", x_BSD)
+        y_BSD = self._attention(index, h_BSD, microbatch)
+        x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
+        h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
+        if block + "moe.router.weight" in self.weights:
+            y_TD = self._experts(index, h_TD, microbatch)
+        else:
+            y_TD = self._feed_forward(block + "feed_forward.", h_TD)
+        return x_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """As it is where the config puts no norm."""
@@ -225,45 +252,21 @@ class _Transformer:
             x = x - x.mean(-1, keepdim=True)
         return self._rms(name, x)
 
-    def _attention(self, prefix: str, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
-        model = self.config.model
-        B, S, _ = x_BSD.shape
-        q, k, v = (x_BSD @ self.weights[f"{prefix}{name}.weight"].T for name in ("wq", "wk", "wv"))
-        if model.qk_norm == "full":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        q, k, v = (t.reshape(B, S, -1, model.head_dim) for t in (q, k, v))
-        if model.qk_norm == "head":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        visible_BSS = torch.ones(S, S, dtype=torch.bool).tril().expand(B, S, S)
-        positions_BS = torch.arange(S).expand(B, S)
-        if microbatch.documents is not None:
-            documents = microbatch.documents
-            visible_BSS = visible_BSS & (documents[:, :, None] == documents[:, None, :])
-            positions_BS = positions_BS - _first_positions(documents)
-        q, k = self._rotate(q, positions_BS), self._rotate(k, positions_BS)
-        heads = []
-        for h in range(model.num_heads):
-            group = h * model.num_kv_heads // model.num_heads
-            scores_BSS = q[:, :, h] @ k[:, :, group].transpose(1, 2) / math.sqrt(model.head_dim)
-            weight_BSS = (scores_BSS - scores_BSS.detach().amax(-1, keepdim=True)).exp() * visible_BSS
-            heads.append(weight_BSS / weight_BSS.sum(-1, keepdim=True) @ v[:, :, group])
-        return torch.cat(heads, dim=-1) @ self.weights[prefix + "wo.weight"].T
+    def _attention(self, layer: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
+        prefix = f"layers.{layer}.attention."
+        attention = Attention(self.config, layer, {n.removeprefix(prefix): w for n, w in self.weights.items()})
+        return attention.run(x_BSD, microbatch.documents)
 
     def _rms(self, name: str, x: Tensor) -> Tensor:
         root = ((x * x).mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt()
         return x / root * self.weights[name + ".weight"]
 
-    def _rotate(self, x_BSHC: Tensor, positions_BS: Tensor) -> Tensor:
-        """Pair (j, j + C/2) is a complex number, turned by position * theta^(-2j/C)."""
-        half, theta = self.config.model.head_dim // 2, self.config.model.rope_theta
-        frequency = torch.tensor([theta ** (-j / half) for j in range(half)], dtype=torch.float64)
-        turn = torch.polar(torch.ones(1, dtype=torch.float64), positions_BS[:, :, None, None] * frequency)
-        z = torch.complex(x_BSHC[..., :half].contiguous(), x_BSHC[..., half:].contiguous()) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
-
     def _activate(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         name = self.config.model.activation
         x = hidden if gate is None else gate
+        if name == "swiglu_clamped":
+            x = torch.where(x < 7, x, 7.0)
+            x, hidden = x / (1 + (-1.702 * x).exp()), 1 + torch.where(hidden.abs() < 7, hidden, 7.0 * hidden.sign())
         if name in ("swiglu", "silu"):
             x = x / (1 + (-x).exp())
         elif name in ("geglu", "gelu"):
@@ -293,8 +296,13 @@ class _Transformer:
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 weight = routed.gate_TK[t, k]
                 before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
-                *gate, hidden = up_EGFD[e] @ (before * x_TD[t])
+                h_GF = up_EGFD[e] @ (before * x_TD[t])
+                if self.config.moe.expert_bias:
+                    h_GF = h_GF + self.weights[prefix + "experts.up_bias"][e]
+                *gate, hidden = h_GF
                 y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
+                if self.config.moe.expert_bias:
+                    y_D = y_D + self.weights[prefix + "down_bias"][e]
                 parts[t].append(after * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
         if prefix + "shared.up.weight" in self.weights:
@@ -306,10 +314,13 @@ class _Transformer:
         return y_TD
 
 
-def _first_positions(documents_BS: Tensor) -> Tensor:
-    """Position at which each token's document starts in its sequence."""
-    first = torch.zeros_like(documents_BS)
-    for b, row in enumerate(documents_BS.tolist()):
-        for s, document in enumerate(row):
-            first[b, s] = s if s == 0 or document != row[s - 1] else first[b, s - 1]
-    return first
+def _labels_ahead(microbatch: Microbatch, depth: int) -> Tensor:
+    """``(T,)``: the label ``depth`` positions on, if every label from here to there is one, all of one document."""
+    labels, documents = microbatch.labels, microbatch.documents
+    result = torch.full_like(labels, IGNORED)
+    for b, row in enumerate(labels.tolist()):
+        for s in range(len(row) - depth):
+            apart = documents is not None and documents[b, s] != documents[b, s + depth]
+            if IGNORED not in row[s : s + depth + 1] and not apart:
+                result[b, s] = row[s + depth]
+    return result.flatten()
