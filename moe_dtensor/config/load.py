@@ -60,7 +60,7 @@ def dump(config: Config) -> str:
 
 
 def dump_changes(config: Config) -> str:
-    """TOML text of the fields that are not at their default; :func:`load` reads it back equal but for the run's folder."""
+    """TOML text of the fields that are not at their default."""
     blocks = []
     for table in tables().values():
         values = getattr(config, table.name)

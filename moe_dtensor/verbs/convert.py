@@ -41,10 +41,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; default: to native as in the files, to hf what the run computed in"
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights; default: to native as in the files, to hf what the run computed in",
     )
     parser.add_argument(
-        "--architecture", default="auto", metavar="NAME", help="model_type to export as; default: auto, the first that fits"
+        "--architecture",
+        default="auto",
+        metavar="NAME",
+        help="model_type to export as; default: auto, the first that fits",
     )
     parser.add_argument("--config-only", action="store_true", help="from hf: write the TOML alone (a file or a folder)")
     options = parser.parse_args(argv)

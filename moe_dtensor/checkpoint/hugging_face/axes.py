@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor as Values
 
 from moe_dtensor.checkpoint.hugging_face.function import Function
@@ -37,7 +36,6 @@ class Row:
         sizes: of every axis, as files have them.
         start: where this part begins along the file tensor's first dimension.
         whole: that dimension of the whole file tensor.
-        factor: that file values are multiplied by.
     """
 
     entry: Tensor
@@ -47,7 +45,6 @@ class Row:
     sizes: Mapping[str, int]
     start: int = 0
     whole: int = 0
-    factor: float = 1.0
 
     @cached_property
     def dims(self) -> tuple[tuple[str, ...], ...]:
@@ -85,7 +82,7 @@ class Row:
             yield self.file.format(**words), at
 
     def _ranges(self, held: Sequence[Range] | None) -> dict[str, Range]:
-        """What of each axis is needed for a slice of ours; the whole axis where the slice cuts a grouped one unevenly."""
+        """What of each axis a slice of ours needs; all of it where the slice cuts a grouped one unevenly."""
         ranges = {axis: (0, size) for axis, size in self.sizes.items()}
         for dim, (low, high) in zip(self.dims, held or (), strict=False):
             rest = math.prod(self.sizes[axis] for axis in dim[1:])
@@ -122,9 +119,7 @@ class Row:
         values = values.permute([order.index(axis) for dim in rest for axis in dim])
         values = values.reshape([math.prod(sizes[axis] for axis in dim) for dim in rest if dim])
         target = out[
-            tuple(
-                at[dim[0]] - held[i][0] if dim[0] in self.named else slice(None) for i, dim in enumerate(self.dims)
-            )
+            tuple(at[dim[0]] - held[i][0] if dim[0] in self.named else slice(None) for i, dim in enumerate(self.dims))
         ]
         for number, (dim, (low, high)) in enumerate(
             (dim, cut) for dim, cut in zip(self.dims, held, strict=True) if dim[0] not in self.named
@@ -132,8 +127,6 @@ class Row:
             step = math.prod(self.sizes[axis] for axis in dim[1:])
             first = ranges[dim[0]][0] * step
             values = values.narrow(number, max(low - first, 0), min(high - low, values.shape[number]))
-        if self.factor != 1.0:
-            values = values.to(torch.promote_types(values.dtype, torch.float32)) * self.factor
         target[tuple(slice(0, size) for size in values.shape)].copy_(values)
 
     def take(self, values: Values, at: Mapping[str, int]) -> Values:
@@ -146,10 +139,7 @@ class Row:
         values = self._spread(values, rest, self.sizes)
         order = [axis for dim in rest for axis in dim]
         wanted = [axis for dim in self.layout for axis in dim if axis not in self.entry.fixed]
-        values = values.permute([order.index(axis) for axis in wanted])
-        if self.factor != 1.0:
-            values = values.to(torch.promote_types(values.dtype, torch.float32)) / self.factor
-        return values
+        return values.permute([order.index(axis) for axis in wanted])
 
     def store(self, values: Values, at: Mapping[str, int], out: Values) -> None:
         """Write :meth:`take`'s values into a whole file tensor."""
@@ -167,8 +157,10 @@ class Row:
     @staticmethod
     def _spread(values: Values, dims: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Values:
         """Every axis a dimension of its own."""
-        return values.view([sizes[axis] for dim in dims for axis in dim]) if values.is_contiguous() else _unflatten(
-            values, dims, sizes
+        return (
+            values.view([sizes[axis] for dim in dims for axis in dim])
+            if values.is_contiguous()
+            else _unflatten(values, dims, sizes)
         )
 
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_dtensor.checkpoint.hugging_face.export import Plan, appear, plan_export, write_json, write_shards
+from moe_dtensor.checkpoint.hugging_face.function import function_of
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer, write_tokenizer
-from moe_dtensor.checkpoint.hugging_face.translate import choose_family, write_config
+from moe_dtensor.checkpoint.hugging_face.translate import choose_family, unpublished, write_config
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, find_native, write_native
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump_changes
@@ -61,7 +62,8 @@ def to_native(source: str | Path, output: str | Path, dtype: str | None = None) 
             value,
             _balance(weights),
         )
-    return f"{output}: {weights.described.family.model_type}, {len(shapes)} tensors; start with --config {output / CONFIG_FILE}"
+    kind = weights.described.family.model_type
+    return f"{output}: {kind}, {len(shapes)} tensors; start with --config {output / CONFIG_FILE}"
 
 
 def config_only(source: str | Path, output: str | Path) -> str:
@@ -96,7 +98,10 @@ def to_hugging_face(
     with hidden_folder(output) as hidden, progress("Writing", exported.plan.size) as done:
         exported.write_shards(hidden, (0, 1), done)
         exported.write_rest(hidden)
-    return f"{output}: {exported.plan.family.architecture}, {len(exported.plan.parts)} tensors, {exported.dtype}"
+    family = exported.plan.family
+    told = f"{output}: {family.architecture}, {len(exported.plan.parts)} tensors, {exported.dtype}"
+    odd = unpublished(family, function_of(native.config))
+    return f"{told}\nnote: {'; '.join(odd)}: some inference engines take that for granted" if odd else told
 
 
 class Export:
@@ -132,9 +137,8 @@ def config_text(config: Config, weights: HuggingFaceSource) -> str:
     """The TOML with only what it changes, and a line on where it comes from."""
     described = weights.described
     longest = f"; it was made for {described.max_positions} positions" if described.max_positions else ""
-    return f"# {described.family.model_type} from {weights.folder}, weights in {described.dtype}{longest}.\n\n" + dump_changes(
-        config
-    )
+    head = f"# {described.family.model_type} from {weights.folder}, weights in {described.dtype}{longest}."
+    return f"{head}\n\n{dump_changes(config)}"
 
 
 def check_output(output: str | Path) -> Path:

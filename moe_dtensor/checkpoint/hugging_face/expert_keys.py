@@ -92,7 +92,7 @@ class Interval:
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
         """The fewest numbers that give these blocks; others where none do, which reading back then shows."""
-        layers = function["moe.layers"] or (function["model.num_layers"],)
+        layers: tuple[int, ...] = function["moe.layers"] or (function["model.num_layers"],)
         step = layers[1] - layers[0] if len(layers) > 1 and (layers[0] + 1) % (layers[1] - layers[0]) == 0 else 1
         put(raw, "moe_layer_start_index", layers[0])
         put(raw, "moe_layer_end_index", layers[-1])

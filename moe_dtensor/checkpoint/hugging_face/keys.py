@@ -278,30 +278,18 @@ class Unused:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """A factor that the class multiplies with and we fold into weights.
+class AttentionScale:
+    """What scores of attention are multiplied by; here 0 stands for head_dim^-1/2. After the heads' width."""
 
-    Args:
-        name: of the factor in :attr:`Tensor.scale`.
-        hf: in config.json.
-        form: ``multiply`` by it, ``divide`` by it, or ``attention``: scores times it instead of head_dim^-1/2.
-    """
-
-    name: str
     hf: str
-    form: str = "multiply"
+    default: float = 1.0
 
     def read(self, raw: Raw, function: Function) -> None:
-        """Nothing of ours."""
-        raw.take((self.hf,), 1.0)
-
-    def factor(self, raw: Raw, function: Function) -> float:
-        """What file values are multiplied by."""
-        value = float(raw.take((self.hf,), 1.0))
-        if self.form == "divide":
-            return 1.0 / value
-        return value * function["model.head_dim"] ** 0.5 if self.form == "attention" else value
+        """As 0 where it is the usual one."""
+        value = float(raw.take((self.hf,), self.default))
+        usual = function["model.head_dim"] ** -0.5
+        function["model.attention_scale"] = 0.0 if value == usual else value
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """The factor that changes nothing: weights hold it."""
-        put(raw, self.hf, function["model.head_dim"] ** -0.5 if self.form == "attention" else 1.0)
+        """As a number."""
+        put(raw, self.hf, function["model.attention_scale"] or function["model.head_dim"] ** -0.5)

@@ -35,14 +35,11 @@ def native_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build_rows(
-    family: Family, config: Config, scales: Mapping[str, float] | None = None, always: Sequence[str] = ()
-) -> dict[str, Row]:
+def build_rows(family: Family, config: Config, always: Sequence[str] = ()) -> dict[str, Row]:
     """Rows of the table by our name: each of our tensors by exactly one entry, which may be open in block and expert.
 
     Args:
         config: resolved, with the vocabulary's size.
-        scales: factors folded into weights.
         always: names that get a row though the model has no such tensor (a bias of zeros).
 
     Raises:
@@ -53,11 +50,11 @@ def build_rows(
     if config.model.tie_embeddings:
         shapes.pop("output.weight", None)
     shapes |= {name: (config.moe.num_experts,) for name in always if name not in shapes}
-    rows = {name: _row(family, function, name, shape, scales or {}) for name, shape in shapes.items()}
+    rows = {name: _row(family, function, name, shape) for name, shape in shapes.items()}
     return _stacked(family, rows)
 
 
-def _row(family: Family, function: Function, name: str, shape: tuple[int, ...], scales: Mapping[str, float]) -> Row:
+def _row(family: Family, function: Function, name: str, shape: tuple[int, ...]) -> Row:
     block = re.match(r"layers\.(\d+)\.", name)
     short = name if block is None else f"layers.{{i}}.{name[block.end() :]}"
     entries = [entry for entry in family.tensors if entry.native == short]
@@ -65,10 +62,7 @@ def _row(family: Family, function: Function, name: str, shape: tuple[int, ...], 
         raise ValueError(f"{name} has {len(entries)} entries in the table of {family.model_type}; it needs one.")
     entry = entries[0]
     file = entry.file if block is None else entry.file.replace("{i}", block[1])
-    factor = 1.0
-    for scale in entry.scale:
-        factor *= scales.get(scale, 1.0)
-    return Row(entry, name, file, shape, axis_sizes(entry, shape, function), factor=factor)
+    return Row(entry, name, file, shape, axis_sizes(entry, shape, function))
 
 
 def _stacked(family: Family, rows: Mapping[str, Row]) -> dict[str, Row]:

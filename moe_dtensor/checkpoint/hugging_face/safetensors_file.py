@@ -119,7 +119,7 @@ class SafetensorsFile:
         return out
 
     def _read_into(self, out: Tensor, offset: int) -> None:
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        view = _bytes(out)
         done = 0
         while done < len(view):
             count = os.preadv(self._handle, [view[done:]], offset + done)
@@ -155,10 +155,15 @@ def write_file(
             value = values(name).to(dtype).contiguous()
             if tuple(value.shape) != tuple(shape):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, planned was {tuple(shape)}.")
-            file.write(memoryview(value.view(-1).view(torch.uint8).numpy()))
+            file.write(_bytes(value))
             done(value.numel() * value.element_size())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return values.view(-1).view(torch.uint8).numpy().data
 
 
 def total_bytes(layout: Iterable[tuple[Sequence[int], torch.dtype]]) -> int:

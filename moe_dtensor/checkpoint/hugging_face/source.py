@@ -44,7 +44,7 @@ class HuggingFaceSource:
         self.shards = Shards(folder)
         self.shards.refuse_quantized()
         # Laid out as the folder is; the config may have untied its head, or given a bias to the choice.
-        self.rows = build_rows(self.described.family, self.own_config, self.described.scales)
+        self.rows = build_rows(self.described.family, self.own_config)
         self._account()
         if self.own_config.model.tie_embeddings and not self.config.model.tie_embeddings:
             embedding = self.rows["tok_embeddings.weight"]
@@ -73,7 +73,7 @@ class HuggingFaceSource:
         if row is None:
             return torch.float32
         dtype = DTYPES[self.shards.entry(next(row.files())[0]).dtype]
-        return torch.float32 if dtype == torch.float16 or row.factor != 1.0 else dtype
+        return torch.float32 if dtype == torch.float16 else dtype
 
     def _account(self) -> None:
         wanted = file_shapes(self.rows)
@@ -89,7 +89,7 @@ class HuggingFaceSource:
         ]
         if unused:
             raise ConfigError(
-                f"{self.folder} holds {some(unused)}, which {family.model_type} with this config.json has no place for.",
+                f"{self.folder} holds {some(unused)}; {family.model_type} with this config.json has no place for it.",
                 "Correct config.json (number of experts, of blocks, biases); nothing may be left unused.",
             )
         for name, shape in wanted.items():

@@ -43,8 +43,6 @@ class Tensor:
     """Of axes in the file's name that are no numbers: what stands there for 0, 1, …"""
     fixed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Axes that only the layout has: (index of this part, size)."""
-    scale: tuple[str, ...] = ()
-    """Names of factors (:attr:`Family.scales`) that the file's values are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,6 @@ class Family:
     """Class in transformers."""
     keys: tuple[Key, ...]
     tensors: tuple[Tensor, ...]
-    scales: tuple[Key, ...] = ()
-    """Facts of config.json that are folded into weights: see :class:`.keys.Folded`."""
     published: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Values, of keys that the class could hold otherwise, that published checkpoints have. Engines take them for
     granted, so nothing else is exported."""

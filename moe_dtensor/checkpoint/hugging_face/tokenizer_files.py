@@ -61,7 +61,7 @@ def write_tokenizer(name: str, vocab_size: int, folder: Path) -> dict[str, Any]:
 
 
 def _write_class(folder: Path) -> None:
-    """A tokenizer_config.json where there is none; a class name that only transformers 5 knows becomes one that both do."""
+    """A tokenizer_config.json where there is none; a class that only transformers 5 knows becomes one that 4 knows."""
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if content.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
@@ -90,7 +90,7 @@ def _write_bytes(folder: Path) -> None:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that GPT-2's byte-level alphabet writes for each byte: itself if it can be seen, else the next from 256."""
+    """The letter that GPT-2's byte-level alphabet writes for each byte: itself if seen, else the next from 256."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in seen]
     return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]

@@ -11,7 +11,7 @@ from typing import Any
 from moe_dtensor.checkpoint.hugging_face.config_json import Raw
 from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
 from moe_dtensor.checkpoint.hugging_face.function import Function, differing, function_of, neutral_function
-from moe_dtensor.checkpoint.hugging_face.keys import Folded, Implied
+from moe_dtensor.checkpoint.hugging_face.keys import Implied
 from moe_dtensor.checkpoint.hugging_face.table import Family
 from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
@@ -29,8 +29,6 @@ class Described:
 
     family: Family
     function: Function
-    scales: Mapping[str, float]
-    """Factors that are folded into weights, by name."""
     dtype: str
     """That the weights are said to be in."""
     max_positions: int | None
@@ -68,12 +66,11 @@ def describe(content: Mapping[str, Any], where: str) -> Described:
         )
     family = FAMILIES[model_type]
     raw, function = Raw(content, where), neutral_function()
-    for key in (*family.keys, *family.scales):
+    for key in family.keys:
         key.read(raw, function)
     raw.check()
-    scales = {key.name: key.factor(raw, function) for key in family.scales if isinstance(key, Folded)}
     dtype = content.get("dtype") or content.get("torch_dtype") or "float32"
-    return Described(family, function, scales, dtype, content.get("max_position_embeddings"))
+    return Described(family, function, dtype, content.get("max_position_embeddings"))
 
 
 def config_of(described: Described) -> Config:
@@ -115,10 +112,10 @@ def write_config(family: Family, config: Config, dtype: str) -> dict[str, Any]:
             "Choose another --architecture, or auto.",
         )
     raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    for key in (*family.keys, *family.scales):
+    for key in family.keys:
         key.write(function, raw)
     length = "max_seq_len" if family.model_type == "dbrx" else "max_position_embeddings"
-    return raw | family.constants | {length: config.training.seq_len, "dtype": dtype, "torch_dtype": dtype}
+    return raw | dict(family.constants) | {length: config.training.seq_len, "dtype": dtype, "torch_dtype": dtype}
 
 
 def unexpressed(family: Family, function: Function) -> list[str]:
@@ -129,19 +126,23 @@ def unexpressed(family: Family, function: Function) -> list[str]:
     if not function["moe.num_experts"] and any(getattr(key, "native", "") == "moe.num_experts" for key in family.keys):
         return ["moe.num_experts = 0"]
     raw: dict[str, Any] = {"model_type": family.model_type}
-    for key in (*family.keys, *family.scales):
+    for key in family.keys:
         key.write(function, raw)
     try:
         back = describe(raw, family.model_type).function
     except ConfigError as error:
         return [error.problem]
     same_there = {(k.native, v) for k in family.keys if isinstance(k, Implied) for v in k.also}
-    found = [
+    return [
         f"{key} = {show(function[key])}, it has {show(back[key])}"
         for key in differing(function, back)
         if (key, function[key]) not in same_there
     ]
-    return found + [
+
+
+def unpublished(family: Family, function: Function) -> list[str]:
+    """What the class can hold and no published checkpoint has; see :attr:`Family.published`."""
+    return [
         f"{key} = {show(function[key])}, published ones have {' or '.join(map(show, values))}"
         for key, values in family.published.items()
         if function[key] not in values
@@ -149,7 +150,7 @@ def unexpressed(family: Family, function: Function) -> list[str]:
 
 
 def choose_family(config: Config, architecture: str = "auto") -> Family:
-    """The family to export a config as: the one named, or the first that can hold it.
+    """The family to export a config as: the one named, or the first whose published checkpoints are such.
 
     Raises:
         ConfigError: none can, with what is nearest, or there is no table of that name.
@@ -159,7 +160,9 @@ def choose_family(config: Config, architecture: str = "auto") -> Family:
             raise ConfigError(f"--architecture {architecture}: no such table.", f"Choose auto, {', '.join(FAMILIES)}.")
         return FAMILIES[architecture]
     function = function_of(resolve(config, 1))
-    problems = {family.model_type: unexpressed(family, function) for family in FAMILIES.values()}
+    problems = {
+        family.model_type: unexpressed(family, function) + unpublished(family, function) for family in FAMILIES.values()
+    }
     for name, found in problems.items():
         if not found:
             return FAMILIES[name]
@@ -167,5 +170,5 @@ def choose_family(config: Config, architecture: str = "auto") -> Family:
     told = "; ".join(f"{name} not for {', '.join(problems[name])}" for name in nearest)
     raise ConfigError(
         f"no published class can hold this model. Nearest: {told}.",
-        "The tables are mixtral, … in docs/hugging_face.md; a config that keeps to one of them can be exported.",
+        "docs/hugging_face.md has the table of classes; --architecture NAME tells all that keeps one of them away.",
     )

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks, DenseFirst, Groups, Interval, LayerTypes, SharedExperts
+from moe_dtensor.checkpoint.hugging_face.expert_keys import (
+    AllBlocks,
+    DenseFirst,
+    Groups,
+    Interval,
+    LayerTypes,
+    SharedExperts,
+)
 from moe_dtensor.checkpoint.hugging_face.families import pieces
-from moe_dtensor.checkpoint.hugging_face.keys import Choice, Fixed, HeadDim, Implied, KeyValueHeads, NoWindow, Rope, Same, Unused
+from moe_dtensor.checkpoint.hugging_face.keys import (
+    Choice,
+    Fixed,
+    HeadDim,
+    Implied,
+    KeyValueHeads,
+    NoWindow,
+    Rope,
+    Same,
+    Unused,
+)
 from moe_dtensor.checkpoint.hugging_face.table import Family, Key, Tensor
 
 BIASED = Implied("moe.selection_bias", True, also=(False,))

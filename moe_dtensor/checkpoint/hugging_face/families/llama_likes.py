@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks, SparseStep
 from moe_dtensor.checkpoint.hugging_face.families import pieces
-from moe_dtensor.checkpoint.hugging_face.keys import Choice, EvenHeads, Fixed, HeadDim, Implied, KeyValueHeads, NoWindow
-from moe_dtensor.checkpoint.hugging_face.keys import Rope, Same
+from moe_dtensor.checkpoint.hugging_face.keys import (
+    Choice,
+    EvenHeads,
+    Fixed,
+    HeadDim,
+    Implied,
+    KeyValueHeads,
+    NoWindow,
+    Rope,
+    Same,
+)
 from moe_dtensor.checkpoint.hugging_face.table import Family, Tensor
 
 NORMALIZED = Choice("moe.normalize_gates", "norm_topk_prob", ((False, False), (True, True)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
+    AttentionScale,
     EvenHeads,
     Fixed,
-    Folded,
     Implied,
     Inverse,
     KeyValueHeads,
@@ -34,18 +34,12 @@ GRANITE_MOE = Family(
         Same("model.embedding_scale", "embedding_multiplier", 1.0),
         Same("model.residual_scale", "residual_multiplier", 1.0),
         Inverse("model.logit_scale", "logits_scaling"),
+        AttentionScale("attention_multiplier"),
     ),
-    scales=(Folded("attention", "attention_multiplier", "attention"),),
     tensors=(
         *pieces.EMBEDDINGS,
         *pieces.NORMS,
-        Tensor(
-            "layers.{i}.attention.wq.weight",
-            "q d",
-            "model.layers.{i}.self_attn.q_proj.weight",
-            scale=("attention",),
-        ),
-        *pieces.ATTENTION[1:],
+        *pieces.ATTENTION,
         *pieces.router("block_sparse_moe.router.layer.weight"),
         Tensor(
             "layers.{i}.moe.experts.w_up",

@@ -74,9 +74,7 @@ def feed_forward(native: str, file: str) -> tuple[Tensor, ...]:
 
 FEED_FORWARD = feed_forward("feed_forward", "mlp")
 EXPERTS = (
-    Tensor(
-        "layers.{i}.moe.experts.w_up", "e g f d", "model.layers.{i}.mlp.experts.{e}.{g}.weight", words=UP_WORDS
-    ),
+    Tensor("layers.{i}.moe.experts.w_up", "e g f d", "model.layers.{i}.mlp.experts.{e}.{g}.weight", words=UP_WORDS),
     Tensor("layers.{i}.moe.experts.w_down", "e d f", "model.layers.{i}.mlp.experts.{e}.down_proj.weight"),
 )
 
