@@ -61,6 +61,8 @@ class Case:
     config: Config
     empty_expert: bool = False
     steps: int = 1
+    skipped: tuple[int, ...] = ()
+    """Steps, from 1, in which one rank's gradient is made infinite."""
 
 
 def possible(setting: Setting) -> bool:

@@ -12,7 +12,7 @@ F hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,13 @@ class Answer:
     means: dict[int, dict[str, float]]
     routing: dict[int, list[Tensor]]
     kept: dict[int, list[Tensor]]
+    first_moments: dict[str, Tensor]
+    second_moments: dict[str, Tensor]
+    updates: int
+    """Steps until now whose update was applied."""
+    validation: float
+    """Loss of the same batch after the step, routed as in evaluation, and the experts chosen there."""
+    validation_routing: dict[int, list[Tensor]]
 
 
 def one_step(config: Config, initial: Mapping[str, Tensor], batch: Batch) -> Answer:
@@ -61,31 +68,37 @@ def one_step(config: Config, initial: Mapping[str, Tensor], batch: Batch) -> Ans
     return steps(config, initial, [batch])[0]
 
 
-def steps(config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Answer]:
-    """Loss, gradients, one clipped AdamW step and the routing of each global batch, one after the other.
+def steps(
+    config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch], skipped: Collection[int] = ()
+) -> list[Answer]:
+    """Loss, gradients, one clipped AdamW step, the routing and the evaluation of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
         batches: one for each step.
+        skipped: steps, from 1, whose gradient norm is infinite: nothing is updated, no bias moves.
     """
     adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
     experts = config.moe.num_experts
     balance = {i: Balance(torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
     answers = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
         model = _Transformer(config, weights, balance)
         loss = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-        norm = gradient_norm(gradients, config.training.norm_type)
-        adamw.step(gradients, norm)
+        norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
+        if number not in skipped:
+            adamw.step(gradients, norm, learning_rate(config, number))
         load = {
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()
         }
         means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
-        balance = {i: balance[i].after(config.moe.bias_rate, load[i]) for i in balance}
+        rate = 0.0 if number in skipped else config.moe.bias_rate
+        balance = {i: balance[i].after(rate, load[i]) for i in balance}
+        validation, evaluated = _evaluate(config, adamw.parameters, balance, batch)
         answers.append(
             Answer(
                 loss,
@@ -97,6 +110,11 @@ def steps(config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch
                 means,
                 {i: [r.chosen_TK for r in routed] for i, routed in model.routed.items()},
                 {i: [r.kept_TK for r in routed] for i, routed in model.routed.items()},
+                dict(adamw.first),
+                dict(adamw.second),
+                adamw.steps,
+                validation,
+                {i: [r.chosen_TK for r in routed] for i, routed in evaluated.routed.items()},
             )
         )
     return answers
@@ -113,6 +131,16 @@ def _differentiate(model: _Transformer, batch: Batch) -> float:
         (part + auxiliary).backward()
         loss += float(part.detach())
     return loss
+
+
+@torch.no_grad()
+def _evaluate(
+    config: Config, parameters: Mapping[str, Tensor], balance: Mapping[int, Balance], batch: Batch
+) -> tuple[float, _Transformer]:
+    """The mean cross-entropy of all targets, and the model that made it."""
+    model = _Transformer(config, parameters, balance, training=False)
+    total = sum(float(_cross_entropy(model.logits(m), m.labels.reshape(-1))) for m in batch)
+    return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
@@ -143,12 +171,11 @@ class AdamW:
         self.second = {name: torch.zeros_like(value) for name, value in parameters.items()}
         self.steps = 0
 
-    def step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
         """New parameters; the old tensors stay as they are."""
         optimizer, limit = self.config.optimizer, self.config.training.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         self.steps += 1
-        lr = learning_rate(self.config, self.steps)
         for name, value in self.parameters.items():
             g = gradients[name] * clip
             self.first[name] = optimizer.beta1 * self.first[name] + (1 - optimizer.beta1) * g
@@ -184,8 +211,11 @@ def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 class _Transformer:
-    def __init__(self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance]) -> None:
+    def __init__(
+        self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance], training: bool = True
+    ) -> None:
         self.config = config
+        self.training = training
         self.weights = weights
         self.balance = balance
         self.routed: dict[int, list[Routed]] = {}
@@ -267,9 +297,9 @@ class _Transformer:
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.moe."
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
-        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter else x_TD
+        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
-        routed = route(self.config, logits_TE, at, self.balance[layer])
+        routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]
