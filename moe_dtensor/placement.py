@@ -26,14 +26,14 @@ class Row:
     """Dimension split over tp; None: each tp rank holds the whole."""
     gradient: Literal["whole", "tokens", "heads"] = "whole"
     """What one tp rank's gradient covers when tp does not split the weight. tokens: its own tokens under sequence
-    parallelism, all of them otherwise; heads: its own heads always. A share is summed over tp."""
+    parallelism, all of them otherwise; heads: its own heads (hidden units) always. A share is summed over tp."""
     fsdp: bool = True
     """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
 
 
 PLAN: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
-    Row(r"(attention_norm|ffn_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
+    Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"attention\.wq\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
     Row(r"attention\.wo\.weight", dp=0, tp=1),
@@ -41,8 +41,11 @@ PLAN: tuple[Row, ...] = (
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
+    Row(r"moe\.router\.logit_bias", dp=0, tp=None, gradient="tokens"),
     Row(r"moe\.shared\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"moe\.shared\.down\.weight", dp=0, tp=1),
+    # It multiplies what a rank's hidden units give: its gradient is a sum over them.
+    Row(r"moe\.shared\.token_gate\.weight", dp=1, tp=None, gradient="heads"),
     Row(r"output\.weight", dp=1, tp=0),
 )
 

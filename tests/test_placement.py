@@ -19,6 +19,12 @@ VARIANTS = {
     "every second block, shared expert": {"moe.every": 2, "moe.num_shared_experts": 1, "model.qk_norm": "head"},
     "plain activation, whole-width norm": {"model.activation": "gelu", "model.qk_norm": "full", "moe.every": 3},
     "fewer key/value heads than tp": {"model.num_kv_heads": 2, "mesh.tp": 8, "model.qk_norm": "full"},
+    "norms on both sides, a gated shared expert": {
+        "model.norm_at": "both",
+        "moe.shared_hidden_dim": 96,
+        "moe.shared_gate": True,
+        "moe.router_bias": True,
+    },
     "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
 }
 

@@ -123,7 +123,7 @@ def _tensor_parallel(config: Config) -> Broken:
         ("model.num_heads", model.num_heads, True),
         ("training.seq_len", config.training.seq_len, config.mesh.sequence_parallel),
         ("model.hidden_dim", model.hidden_dim, has_dense),
-        ("moe.num_shared_experts * moe.hidden_dim", moe.num_shared_experts * moe.hidden_dim, True),
+        ("moe.shared_hidden_dim, or moe.num_shared_experts * moe.hidden_dim", moe.shared_hidden_dim, True),
         ("model.vocab_size, padded to a multiple of 64,", padded_vocab(config), True),
     ):
         if matters and value % tp:

@@ -59,14 +59,28 @@ def routing(config: Config) -> Broken:
             f"{key} with moe.top_k = 1: the one gate is always 1, so the router gets no gradient.",
             "Take that out, or set moe.top_k to 2 or more.",
         )
+    if moe.gate_on == "input" and moe.top_k > 1:
+        yield (
+            f"moe.gate_on = input with moe.top_k = {moe.top_k}: a token's copies would be different vectors.",
+            "Set moe.gate_on = output, or moe.top_k = 1.",
+        )
+    if moe.shared_gate and not moe.shared_hidden_dim:
+        yield (
+            "moe.shared_gate = true without a shared expert.",
+            "Set moe.num_shared_experts or moe.shared_hidden_dim, or take moe.shared_gate out.",
+        )
     yield from _expert_groups(config)
     chosen_by_experts = moe.router == "expert_choice"
+    own_bias = moe.selection_bias and moe.bias_rate == 0
     for key, on, why in (
         ("moe.capacity_factor", moe.capacity_factor > 0 and chosen_by_experts, "gives every expert the same load"),
         ("moe.bias_rate", moe.bias_rate > 0 and chosen_by_experts, "gives every expert the same load"),
         ("moe.normalize_gates", moe.normalize_gates and chosen_by_experts, "gives tokens any number of experts"),
         ("moe.score_before_top_k", not moe.score_before_top_k and chosen_by_experts, "chooses by scores"),
         ("moe.bias_rate", moe.bias_rate > 0 and moe.router in FORCED, "looks at no bias"),
+        ("moe.selection_bias", own_bias and moe.router in FORCED, "looks at no bias"),
+        ("moe.selection_bias", own_bias and chosen_by_experts, "lets experts choose, not tokens"),
+        ("moe.gate_on = input", moe.gate_on == "input" and chosen_by_experts, "gives tokens any number of experts"),
     ):
         if on:
             yield f"moe.router = {moe.router} {why}; {key} has no place there.", f"Take {key} out."
@@ -75,6 +89,8 @@ def routing(config: Config) -> Broken:
 def _expert_groups(config: Config) -> Broken:
     moe = config.moe
     if moe.expert_groups == 0:
+        if moe.group_score != "top2":
+            yield "moe.group_score without moe.expert_groups.", "Set moe.expert_groups, or take moe.group_score out."
         if moe.expert_groups_kept:
             yield (
                 f"moe.expert_groups_kept = {moe.expert_groups_kept} without moe.expert_groups.",

@@ -21,6 +21,7 @@ MINIMUM: dict[str, float] = {
     "moe.hidden_dim": 1,
     "moe.every": 1,
     "moe.num_shared_experts": 0,
+    "moe.shared_hidden_dim": 0,
     "moe.group_sequences": 0,
     "moe.sinkhorn_iterations": 1,
     "moe.expert_groups": 0,
@@ -55,6 +56,9 @@ ABOVE_ZERO = (
     "model.rope_theta",
     "model.init_std",
     "moe.gate_scale",
+    "model.embedding_scale",
+    "model.residual_scale",
+    "model.logit_scale",
     "mesh.link_bandwidth",
     "optimizer.eps",
 )

@@ -45,6 +45,8 @@ def resolve(config: Config, world_size: int) -> Config:
             moe,
             group_sequences=moe.group_sequences or training.microbatch_size,
             score=moe.score if moe.score != "auto" else _score(config),
+            selection_bias=moe.selection_bias or moe.bias_rate > 0,
+            shared_hidden_dim=moe.shared_hidden_dim or moe.num_shared_experts * moe.hidden_dim,
         ),
         mesh=replace(mesh, dp=dp),
         pipeline=replace(config.pipeline, stages_per_rank=stages_per_rank(config)),
@@ -97,6 +99,12 @@ def moe_layers(config: Config) -> frozenset[int]:
     if moe.layers:
         return frozenset(moe.layers)
     return frozenset(i for i in range(config.model.num_layers) if (i + 1) % moe.every == 0)
+
+
+def block_norms(config: Config) -> tuple[str, ...]:
+    """Names of a block's norms, by where they stand."""
+    pre, post = ("attention_norm", "ffn_norm"), ("attention_post_norm", "ffn_post_norm")
+    return {"pre": pre, "post": post, "both": pre + post}[config.model.norm_at]
 
 
 def expert_ranks(config: Config) -> int:

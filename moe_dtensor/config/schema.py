@@ -53,6 +53,15 @@ class Model:
     """RMSNorm on queries and keys: none, each head by itself (Qwen3), or the whole width (OLMoE)."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    norm_at: Literal["pre", "post", "both"] = "pre"
+    """Where a block's norms stand: pre, on what attention and feed-forward read (Llama); post, on what they give,
+    before it is added to the stream (OLMo-2, FlexOlmo); both (AFMoE)."""
+    embedding_scale: float = 1.0
+    """Multiply the embedding by this (Granite; AFMoE: the root of dim)."""
+    residual_scale: float = 1.0
+    """Multiply what attention and feed-forward add to the stream by this (Granite)."""
+    logit_scale: float = 1.0
+    """Multiply the logits by this (Granite: 1 / logits_scaling)."""
     tie_embeddings: bool = False
     """Use the embedding as the output head. Only with mesh.pp = 1."""
     init_std: float = 0.02
@@ -76,6 +85,10 @@ class Moe:
     """Indices of the MoE blocks, from 0. Empty: follow ``every``."""
     num_shared_experts: int = 0
     """Experts of width hidden_dim that every token visits, kept as one feed-forward."""
+    shared_hidden_dim: int = 0
+    """Hidden width of that feed-forward. 0: num_shared_experts * hidden_dim."""
+    shared_gate: bool = False
+    """Multiply the shared expert's output by the sigmoid of a projection of the token (Qwen2-MoE)."""
     router: str = "sinkhorn"
     """How experts are chosen in training: sinkhorn, topk, expert_choice (each expert takes the tokens that score
     highest for it), your own ``package.module:Name``, or forced, for benchmarks: hash (by the token's id), uniform,
@@ -95,11 +108,17 @@ class Moe:
     """Divide the K gates of a token by their sum. Needs top_k > 1."""
     gate_scale: float = 1.0
     """Multiply the gates by this."""
+    gate_on: Literal["output", "input"] = "output"
+    """What a gate multiplies: what its expert gives, or what it reads (Llama 4). input needs top_k = 1."""
+    router_bias: bool = False
+    """Add a learned bias to the router's logits, which gates see too (gpt-oss)."""
     expert_groups: int = 0
     """Choose among experts of a few groups only (DeepSeek-V3): into how many groups of consecutive experts they fall.
     0: no groups."""
     expert_groups_kept: int = 0
-    """Groups that a token may choose from: those whose two highest scores sum highest."""
+    """Groups that a token may choose from: those that score highest by group_score."""
+    group_score: Literal["top2", "max"] = "top2"
+    """What a group of experts scores: the sum of its two highest (DeepSeek-V3), or its highest (DeepSeek-V2)."""
     jitter: float = 0.0
     """Multiply what the router sees in training by noise from 1 - jitter to 1 + jitter (Switch Transformer)."""
     capacity_factor: float = 0.0
@@ -117,7 +136,10 @@ class Moe:
     """Coefficient of the router z-loss: the mean square of the logits' logsumexp (ST-MoE, eq. 5)."""
     bias_rate: float = 0.0
     """Balance without a loss: after each step an expert's bias, which only the choice sees, moves by this toward the
-    average load (arXiv:2408.15664). 0: no bias."""
+    average load (arXiv:2408.15664). 0: it stays as it is."""
+    selection_bias: bool = False
+    """Add a bias to what the choice goes by, and to no gate. It is 0 at the start or as loaded, and moves by bias_rate.
+    A bias_rate above 0 sets it to true."""
     rows: Literal["exact", "worst"] = "exact"
     """Rows of copies that a rank makes room for where it cannot know how many will come. exact: reads the number from
     the device once a layer. worst: as many as could come, without a read."""

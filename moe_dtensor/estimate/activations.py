@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import GATED, expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import GATED, block_norms, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import (
     BYTES,
@@ -64,7 +64,8 @@ def block_bytes(config: Config, is_moe: bool, skewed: bool = False) -> BlockByte
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
     ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
-    everything = 2 * stream + _attention(config, at) + ffn
+    # With norms on both sides, what attention and feed-forward give is kept beside what they read.
+    everything = (4 if config.model.norm_at == "both" else 2) * stream + _attention(config, at) + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
     return BlockBytes(kept, everything - kept + _gradients(config, at, met))
@@ -107,8 +108,8 @@ def _attention(config: Config, at: Tokens) -> int:
 
 
 def _norm_statistics(config: Config, at: Tokens) -> int:
-    """Bytes a token of both norms of a block: the reciprocal deviation, and LayerNorm's mean."""
-    return 2 * at.wide * (2 if config.model.norm == "layernorm" else 1)
+    """Bytes a token of a block's norms: the reciprocal deviation, and LayerNorm's mean."""
+    return len(block_norms(config)) * at.wide * (2 if config.model.norm == "layernorm" else 1)
 
 
 def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> int:
@@ -133,9 +134,10 @@ def moe_bytes(config: Config, at: Tokens, met: AtExperts) -> int:
     if uses_reference(config):  # X, the activation's parts and A; each copy's output in float32
         inner = met.hidden * (2 if model.activation in GATED else 1)
         kept += met.rows * (model.dim + inner) * at.compute + met.tokens * columns(config) * model.dim * at.wide
-    if moe.num_shared_experts:
-        hidden = moe.num_shared_experts * moe.hidden_dim
-        kept += _dense(config, at.whole, hidden, with_input=_shared_has_own_input(config))
+    if moe.shared_hidden_dim:
+        kept += _dense(config, at.whole, moe.shared_hidden_dim, with_input=_shared_has_own_input(config))
+        if moe.shared_gate:  # the shared expert's output, the gate and its logit
+            kept += at.whole * (model.dim + 2) * at.compute
     return kept
 
 
@@ -208,7 +210,7 @@ def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
     over_tp = at.own if mesh.tp > 1 else 0
     if met is None or (mesh.dispatch == "all_gather" and mesh.experts in ("tp", "tp_hidden")):
         return over_tp
-    shared = over_tp if config.moe.num_shared_experts else 0
+    shared = over_tp if config.moe.shared_hidden_dim else 0
     if mesh.dispatch == "all_to_all":
         return shared
     over_dp = at.own if mesh.experts == "dp" else at.whole

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moe_dtensor.config.resolve import GATED, moe_layers, padded_vocab
+from moe_dtensor.config.resolve import padded_vocab
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.shards import all_shares
 
 
 def parameters(config: Config) -> tuple[int, int]:
@@ -11,17 +12,11 @@ def parameters(config: Config) -> tuple[int, int]:
 
     The embedding counts in both, though a token only reads a row of it.
     """
-    model, moe = config.model, config.moe
-    embeddings = padded_vocab(config) * model.dim * (1 if model.tie_embeddings else 2)
-    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    norms = {"none": 0, "head": 2 * model.head_dim, "full": heads + kv_heads}[model.qk_norm]
-    block = model.dim * (2 * heads + 2 * kv_heads) + norms + 2 * model.dim
-    matrices = 3 if model.activation in GATED else 2
-    dense, expert = matrices * model.dim * model.hidden_dim, matrices * model.dim * moe.hidden_dim
-    num_moe = len(moe_layers(config))
-    always = embeddings + model.dim + model.num_layers * block + (model.num_layers - num_moe) * dense
-    always += num_moe * (moe.num_experts * model.dim + moe.num_shared_experts * expert)
-    return always + num_moe * moe.num_experts * expert, always + num_moe * moe.top_k * expert
+    sizes = {share.name: share.size for share in all_shares(config)}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    total = sum(sizes.values())
+    unmet = experts // max(1, config.moe.num_experts) * (config.moe.num_experts - config.moe.top_k)
+    return total, total - unmet
 
 
 def flops_per_token(config: Config) -> float:

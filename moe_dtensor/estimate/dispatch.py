@@ -139,7 +139,7 @@ def dispatch_steps(config: Config) -> Steps:
     inner: Steps = [Saved()]
     if mesh.experts == "dp_tp":
         inner = _all_gather(config, "dp", whole, inner)
-        inner += [Saved()] if config.moe.num_shared_experts else []
+        inner += [Saved()] if config.moe.shared_hidden_dim else []
     return _all_gather(config, "tp", tokens(config).own, inner) if mesh.sequence_parallel else _reduce(config, inner)
 
 
@@ -203,4 +203,4 @@ def _shares(config: Config) -> Steps:
 
 def _shared(config: Config) -> Steps:
     """A shared expert that works apart from the dispatch, with borders over tp of its own."""
-    return border_steps(config, [Saved()]) if config.moe.num_shared_experts else []
+    return border_steps(config, [Saved()]) if config.moe.shared_hidden_dim else []

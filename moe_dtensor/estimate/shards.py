@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import GATED, microbatches, moe_layers, num_stages, padded_vocab, stage_layers
+from moe_dtensor.config.resolve import (
+    GATED,
+    block_norms,
+    microbatches,
+    moe_layers,
+    num_stages,
+    padded_vocab,
+    stage_layers,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.placement import Row, build_plan, find_row
 
@@ -107,12 +115,11 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     model, moe = config.model, config.moe
     dim, heads, kv_heads = model.dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     shapes: dict[str, Shape] = {
-        "attention_norm.weight": (dim,),
+        **{f"{name}.weight": (dim,) for name in block_norms(config)},
         "attention.wq.weight": (heads, dim),
         "attention.wk.weight": (kv_heads, dim),
         "attention.wv.weight": (kv_heads, dim),
         "attention.wo.weight": (dim, heads),
-        "ffn_norm.weight": (dim,),
     }
     if model.qk_norm != "none":
         whole = model.qk_norm == "full"
@@ -124,8 +131,12 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     shapes["moe.router.weight"] = (moe.num_experts, dim)
     shapes["moe.experts.w_up"] = (moe.num_experts, gates, moe.hidden_dim, dim)
     shapes["moe.experts.w_down"] = (moe.num_experts, dim, moe.hidden_dim)
-    if moe.num_shared_experts:
-        shapes |= _feed_forward(config, "moe.shared", moe.num_shared_experts * moe.hidden_dim)
+    if moe.router_bias:
+        shapes["moe.router.logit_bias"] = (moe.num_experts,)
+    if moe.shared_hidden_dim:
+        shapes |= _feed_forward(config, "moe.shared", moe.shared_hidden_dim)
+        if moe.shared_gate:
+            shapes["moe.shared.token_gate.weight"] = (1, dim)
     return shapes
 
 

@@ -62,16 +62,18 @@ class AddLoss(Function):
         return grad, torch.ones((), dtype=dtype, device=device)
 
 
-def keep_groups(ranking: Tensor, groups: int, kept: int) -> Tensor:
-    """-inf for experts outside the groups whose two highest sum highest (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+def keep_groups(ranking: Tensor, groups: int, kept: int, score: str = "top2") -> Tensor:
+    """-inf for experts outside the groups that score highest.
 
     Args:
         ranking: ``(..., E)``, finite.
         groups: of E / groups consecutive experts.
         kept: groups that stay.
+        score: of a group, ``top2``: the sum of its two highest (DeepSeek-V3, arXiv:2412.19437, section 2.1.2); ``max``:
+            its highest (DeepSeek-V2, arXiv:2405.04434, section 2.2.2).
     """
     by_group = ranking.unflatten(-1, (groups, -1))
-    best = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
+    best = by_group.topk(min(2 if score == "top2" else 1, by_group.shape[-1]), dim=-1).values.sum(-1)
     chosen = best.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     stays = torch.zeros_like(best, dtype=torch.bool).scatter(-1, chosen, True)
     return by_group.where(stays[..., None], -torch.inf).flatten(-2)

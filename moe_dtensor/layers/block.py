@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import block_norms, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
@@ -15,24 +15,41 @@ from moe_dtensor.layers.tokens import Tokens
 
 
 class Block(nn.Module):
-    """Attention, then experts or a dense feed-forward, each on the normalised stream and added to it."""
+    """Attention, then experts or a dense feed-forward, each added to the stream.
+
+    ``model.norm_at`` says whether they read the normalised stream (pre), give what is then normalised (post), or both.
+    """
+
+    attention_norm: nn.Module
+    ffn_norm: nn.Module
+    attention_post_norm: nn.Module
+    ffn_post_norm: nn.Module
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config)
+        for name in block_norms(config):
+            self.add_module(name, build_norm(config))
         self.attention = Attention(config)
-        self.ffn_norm = build_norm(config)
         self.is_moe = layer in moe_layers(config)
         if self.is_moe:
             self.moe = MoE(config, layer)
         else:
             self.feed_forward = FeedForward(config.model.dim, config.model.hidden_dim, config.model.activation)
+        self.has_pre, self.has_post = (config.model.norm_at in (at, "both") for at in ("pre", "post"))
+        self.residual_scale = config.model.residual_scale
 
     def forward(self, x_BSD: Tensor, positions: Positions, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The stream ``(B, S, D)`` after the block, and the record of its routing if it has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), positions)
-        h_BSD = self.ffn_norm(x_BSD)
-        if not self.is_moe:
-            return x_BSD + self.feed_forward(h_BSD), None
-        y_BSD, record_R = self.moe(h_BSD, tokens)
-        return x_BSD + y_BSD, record_R
+        h_BSD = self.attention_norm(x_BSD) if self.has_pre else x_BSD
+        y_BSD = self.attention(h_BSD, positions)
+        x_BSD = self._add(x_BSD, self.attention_post_norm(y_BSD) if self.has_post else y_BSD)
+        h_BSD = self.ffn_norm(x_BSD) if self.has_pre else x_BSD
+        record_R = None
+        if self.is_moe:
+            y_BSD, record_R = self.moe(h_BSD, tokens)
+        else:
+            y_BSD = self.feed_forward(h_BSD)
+        return self._add(x_BSD, self.ffn_post_norm(y_BSD) if self.has_post else y_BSD), record_R
+
+    def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale)

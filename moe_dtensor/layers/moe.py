@@ -30,6 +30,7 @@ class Experts(nn.Module):
         self.backend = moe.backend
         self.rows = moe.rows
         self.split_backward = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
+        self.gate_on_input = moe.gate_on == "input"
         self.first_expert = 0
         self.num_experts = moe.num_experts
 
@@ -39,6 +40,8 @@ class Experts(nn.Module):
         Args:
             rows: copies for the held experts, where the caller knows. None: ``moe.rows`` says how to tell.
         """
+        if self.gate_on_input:  # K = 1; 0 where the copy is not for this module
+            x_TD, gate_TK = x_TD * gate_TK.to(x_TD.dtype), torch.ones_like(gate_TK)
         return expert_mlp(
             x_TD,
             self.w_up,
@@ -52,6 +55,19 @@ class Experts(nn.Module):
             split_backward=self.split_backward,
             num_experts=self.num_experts,
         )
+
+
+class SharedExpert(FeedForward):
+    """A feed-forward that every token visits; with ``moe.shared_gate`` weighted by ``sigmoid(w x)`` (Qwen2-MoE)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.model.dim, config.moe.shared_hidden_dim, config.model.activation)
+        self.token_gate = nn.Linear(config.model.dim, 1, bias=False) if config.moe.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` in and out."""
+        y = super().forward(x)
+        return y if self.token_gate is None else self.token_gate(x).sigmoid() * y
 
 
 Route = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -78,11 +94,7 @@ class MoE(nn.Module):
         moe = config.moe
         self.router = Router(config, layer)
         self.experts = Experts(config)
-        self.shared = (
-            FeedForward(config.model.dim, moe.num_shared_experts * moe.hidden_dim, config.model.activation)
-            if moe.num_shared_experts
-            else None
-        )
+        self.shared = SharedExpert(config) if moe.shared_hidden_dim else None
         self.dispatch: Dispatch = run_experts
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,7 @@ class Router(nn.Module):
         super().__init__()
         moe, training = config.moe, config.training
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.model.dim))
+        self.logit_bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
         # The state of balancing: rows of moe_dtensor.model.balance.BalanceState, which changes and saves them.
         self.register_buffer("bias", torch.zeros(moe.num_experts), persistent=False)
         self.register_buffer("previous_load", torch.zeros(moe.num_experts), persistent=False)
@@ -87,6 +88,8 @@ class Router(nn.Module):
         if self.training and self.moe.jitter > 0:
             x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
         logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
+        if self.logit_bias is not None:
+            logits_TE = logits_TE + self.logit_bias.to(logits_TE.dtype)
         if not (self.assignment.over_groups and (self.training or self.assignment.forced)):
             return Scores(logits_TE, None)
         return Scores(logits_TE, self.gather_positions(logits_TE.detach().unflatten(0, x_BSD.shape[:2])))
@@ -161,9 +164,11 @@ class Router(nn.Module):
     def _limited(self, ranking_BSE: Tensor) -> Tensor:
         """With the experts' bias, and within the groups of experts that a token may choose from."""
         moe = self.moe
-        if moe.bias_rate > 0:
+        if moe.selection_bias:
             ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
-        return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept) if moe.expert_groups else ranking_BSE
+        if not moe.expert_groups:
+            return ranking_BSE
+        return keep_groups(ranking_BSE, moe.expert_groups, moe.expert_groups_kept, moe.group_score)
 
     def _differing(self, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor | None:
         """Tokens whose experts are not those of evaluation; None where that chooses in the same way."""

@@ -49,6 +49,7 @@ class Transformer(nn.Module):
             config.model.head_dim,
             config.model.rope_theta,
         )
+        self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
         self.token_loss: TokenLoss = _cross_entropy
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
         """
         if self.is_first:
             tokens_BS, x = x, self.tok_embeddings(x)
+            x = x if self.embedding_scale == 1 else x * self.embedding_scale
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
@@ -101,7 +103,9 @@ class Transformer(nn.Module):
             self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
         if not self.is_last:
             return x
-        logits_BSV = self.head(self.before_head(self.norm(x)))
+        # The head's input, not the logits, which are many times as large.
+        x = self.norm(x) if self.logit_scale == 1 else self.norm(x) * self.logit_scale
+        logits_BSV = self.head(self.before_head(x))
         return logits_BSV if labels_BS is None else self.token_loss(logits_BSV, labels_BS).sum(-1)
 
     def head(self, x_BSD: Tensor) -> Tensor:

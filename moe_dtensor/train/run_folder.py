@@ -18,15 +18,18 @@ from typing import Any, Literal
 
 from moe_dtensor.checkpoint.folder import remove_all, whole_steps
 from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump
+from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.tables import tables
 from moe_dtensor.train.profile import PROFILE_FOLDER
 from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
 
 CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
-_FREE_KEYS = {"model": set[str](), "moe": {"backend"}}
+_FREE_KEYS = {"model": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
     "data": ("document_mask",),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
@@ -87,13 +90,27 @@ def open_run_folder(config: Config, fingerprint: str) -> RunFolder:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that make ``new`` another run than ``old``, as ``table.key = old there, new here``.
 
-    Fixed are ``[model]``, ``[moe]`` but for the backend, and of ``[data]`` and ``[training]`` what decides
-    a step's tokens and the master weights' precision. Both arguments are tables of a resolved config.
+    Fixed are ``[model]``, ``[moe]`` but for how it is computed, and of ``[data]`` and ``[training]`` what decides
+    a step's tokens and the master weights' precision. A key that ``old``, written by an older version, lacks counts
+    as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved config.
     """
+    old, new = with_defaults(old), with_defaults(new)
     keys = [(table, key) for table, free in _FREE_KEYS.items() for key in new[table] if key not in free]
     keys += [(table, key) for table, fixed in _FIXED_KEYS.items() for key in fixed]
-    pairs = [(f"{table}.{key}", old.get(table, {}).get(key), _toml(new[table][key])) for table, key in keys]
+    pairs = [(f"{table}.{key}", _toml(old[table][key]), _toml(new[table][key])) for table, key in keys]
     return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a run's config.toml with every key of today: unknown ones left out, missing ones at their default.
+
+    Defaults are resolved as any config's; a resolved config names its own dp, so the number of ranks plays no part.
+    """
+    known = {
+        name: {key: value for key, value in values.get(name, {}).items() if key in table.fields}
+        for name, table in tables().items()
+    }
+    return asdict(resolve(build(known), 1))
 
 
 def _open(config: Config, fingerprint: str) -> RunFolder:

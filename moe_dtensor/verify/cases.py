@@ -41,7 +41,11 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "top_k": (1, 2),
     "router": ("sinkhorn", "sinkhorn in groups", "topk"),
     "dense_first": (False, True),
-    "shared": (0, 1),
+    "shared": ("none", "plain", "wide, with a gate"),
+    "norm_at": ("pre", "post", "both"),
+    "scales": (False, True),
+    "router_bias": (False, True),
+    "gate_on": ("output", "input"),
     "empty_expert": (False, True),
     "kv_heads": ("all", "fewer than tp"),
     "qk_norm": ("none", "head", "full"),
@@ -50,6 +54,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
     "documents": (False, True),
 }
+SCALES = {"model.embedding_scale": 3.0, "model.residual_scale": 0.7, "model.logit_scale": 1.5}
 Setting = Mapping[str, Any]
 
 
@@ -77,6 +82,8 @@ def possible(setting: Setting) -> bool:
         return False
     # Fewer than one head is not to be had.
     if s.get("kv_heads") == "fewer than tp" and MESHES[s.get("mesh", "1x1x2")][2] == 1:
+        return False
+    if s.get("gate_on") == "input" and s.get("top_k", 1) > 1:
         return False
     # Sinkhorn leaves no expert empty; with two choices the average expert is sometimes second.
     return not (s.get("empty_expert") and (s.get("router", "topk") != "topk" or s.get("top_k", 1) != 1))
@@ -154,7 +161,13 @@ def build_case(setting: Setting) -> Case:
             "moe.hidden_dim": 16,
             "moe.router": "topk" if setting["router"] == "topk" else "sinkhorn",
             "moe.group_sequences": 1 if grouped else 0,
-            "moe.num_shared_experts": setting["shared"],
+            "moe.num_shared_experts": int(setting["shared"] == "plain"),
+            "moe.shared_hidden_dim": 24 if setting["shared"] == "wide, with a gate" else 0,
+            "moe.shared_gate": setting["shared"] == "wide, with a gate",
+            "moe.router_bias": setting["router_bias"],
+            "moe.gate_on": setting["gate_on"],
+            "model.norm_at": setting["norm_at"],
+            **(SCALES if setting["scales"] else {}),
             "mesh.sequence_parallel": setting["sequence_parallel"],
             "data.corpus": "random",
             "data.document_mask": setting["documents"],

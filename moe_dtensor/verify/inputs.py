@@ -23,7 +23,11 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     with_experts = moe_layers(config)
     for i in range(model.num_layers):
         block = f"layers.{i}."
-        shapes |= {block + "attention_norm.weight": (model.dim,), block + "ffn_norm.weight": (model.dim,)}
+        for half in ("attention", "ffn"):
+            if model.norm_at != "post":
+                shapes[f"{block}{half}_norm.weight"] = (model.dim,)
+            if model.norm_at != "pre":
+                shapes[f"{block}{half}_post_norm.weight"] = (model.dim,)
         shapes |= {f"{block}attention.{name}": shape for name, shape in _attention_shapes(config).items()}
         if i in with_experts:
             shapes |= {f"{block}moe.{name}": shape for name, shape in _moe_shapes(config).items()}
@@ -59,8 +63,12 @@ def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "experts.w_up": (moe.num_experts, ups, moe.hidden_dim, dim),
         "experts.w_down": (moe.num_experts, dim, moe.hidden_dim),
     }
-    if moe.num_shared_experts:
-        shapes |= _feed_forward_shapes(config, "shared.", moe.num_shared_experts * moe.hidden_dim)
+    if moe.router_bias:
+        shapes["router.logit_bias"] = (moe.num_experts,)
+    if moe.shared_hidden_dim:
+        shapes |= _feed_forward_shapes(config, "shared.", moe.shared_hidden_dim)
+    if moe.shared_gate:
+        shapes["shared.token_gate.weight"] = (1, dim)
     return shapes
 
 
@@ -96,6 +104,14 @@ def initial_values(config: Config, *, empty_expert: bool = False) -> dict[str, T
             value[0] = value[1:].mean(0)
         values[name] = value.to(dtype).double()
     return values
+
+
+def initial_bias(config: Config) -> dict[int, Tensor]:
+    """What each MoE block's choice starts with, ``(E,)`` float32 by the block's index: of the size of scores where
+    there is a bias, so that it changes choices at once, else 0."""
+    generator = torch.Generator().manual_seed(config.training.seed)
+    size = 0.05 if config.moe.selection_bias else 0.0
+    return {i: torch.randn(config.moe.num_experts, generator=generator) * size for i in sorted(moe_layers(config))}
 
 
 def global_batch(config: Config, step: int = 1) -> list[Microbatch]:

@@ -161,6 +161,9 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
         needed = max(-(-(moe.top_k + spare) // moe.expert_groups_kept), min(2, of_group))
         least = max(least, moe.expert_groups * needed)
     small = override(small, {"moe.num_shared_experts": min(moe.num_shared_experts, 2)})
+    if small.moe.shared_hidden_dim:
+        split = lcm(*(layout.tp for layout in layouts))
+        small = override(small, {"moe.shared_hidden_dim": lcm(20, split)})
     return _first_legal(small, range(least, moe.num_experts + 1), lambda n: {"moe.num_experts": n}, layouts)
 
 

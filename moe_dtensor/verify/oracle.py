@@ -63,25 +63,32 @@ class Answer:
     validation_routing: dict[int, list[Tensor]]
 
 
-def one_step(config: Config, initial: Mapping[str, Tensor], batch: Batch) -> Answer:
+def one_step(
+    config: Config, initial: Mapping[str, Tensor], batch: Batch, bias: Mapping[int, Tensor] | None = None
+) -> Answer:
     """The first of :func:`steps`."""
-    return steps(config, initial, [batch])[0]
+    return steps(config, initial, [batch], bias)[0]
 
 
 def steps(
-    config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch], skipped: Collection[int] = ()
+    config: Config,
+    initial: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    bias: Mapping[int, Tensor] | None = None,
+    skipped: Collection[int] = (),
 ) -> list[Answer]:
-    """Loss, gradients, one clipped AdamW step, the routing and the evaluation of each global batch, one after the other.
+    """Loss, gradients, one clipped AdamW step, routing and evaluation of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
         batches: one for each step.
+        bias: what each MoE block's choice starts with, ``(E,)`` float32 by the block's index; None: 0.
         skipped: steps, from 1, whose gradient norm is infinite: nothing is updated, no bias moves.
     """
     adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
     experts = config.moe.num_experts
-    balance = {i: Balance(torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
+    balance = {i: Balance(bias[i] if bias else torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
     answers = []
     for number, batch in enumerate(batches, 1):
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
@@ -199,7 +206,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def _undecayed(name: str) -> bool:
-    return "norm" in name or "router" in name or name.startswith("tok_embeddings")
+    return "norm" in name or "router" in name or name.endswith("bias") or name.startswith("tok_embeddings")
 
 
 def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -222,21 +229,27 @@ class _Transformer:
 
     def logits(self, microbatch: Microbatch) -> Tensor:
         """``(T, V)`` of one microbatch."""
-        x_BSD = self.weights["tok_embeddings.weight"][microbatch.tokens]
-        for i in range(self.config.model.num_layers):
+        model = self.config.model
+        x_BSD = model.embedding_scale * self.weights["tok_embeddings.weight"][microbatch.tokens]
+        for i in range(model.num_layers):
             block = f"layers.{i}."
             h_BSD = self._norm(block + "attention_norm", x_BSD)
-            x_BSD = x_BSD + self._attention(block + "attention.", h_BSD, microbatch)
+            y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
+            x_BSD = x_BSD + model.residual_scale * self._norm(block + "attention_post_norm", y_BSD)
             h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
             if block + "moe.router.weight" in self.weights:
                 y_TD = self._experts(i, h_TD, microbatch)
             else:
                 y_TD = self._feed_forward(block + "feed_forward.", h_TD)
-            x_BSD = x_BSD + y_TD.view_as(x_BSD)
-        head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
-        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head].T
+            y_TD = self._norm(block + "ffn_post_norm", y_TD)
+            x_BSD = x_BSD + model.residual_scale * y_TD.view_as(x_BSD)
+        head = "tok_embeddings.weight" if model.tie_embeddings else "output.weight"
+        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head].T * model.logit_scale
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
+        """As it is where the config puts no norm."""
+        if name + ".weight" not in self.weights:
+            return x
         if self.config.model.norm == "layernorm":
             x = x - x.mean(-1, keepdim=True)
         return self._rms(name, x)
@@ -299,18 +312,26 @@ class _Transformer:
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
         seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
+        if self.config.moe.router_bias:
+            logits_TE = logits_TE + self.weights[prefix + "router.logit_bias"]
         routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]
         for e in range(self.config.moe.num_experts):
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
-                *gate, hidden = up_EGFD[e] @ x_TD[t]
+                weight = routed.gate_TK[t, k]
+                before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
+                *gate, hidden = up_EGFD[e] @ (before * x_TD[t])
                 y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
-                parts[t].append(routed.gate_TK[t, k] * y_D)
+                parts[t].append(after * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
-        if self.config.moe.num_shared_experts:
-            y_TD = y_TD + self._feed_forward(prefix + "shared.", x_TD)
+        if prefix + "shared.up.weight" in self.weights:
+            shared_TD = self._feed_forward(prefix + "shared.", x_TD)
+            if self.config.moe.shared_gate:
+                logit_T1 = x_TD @ self.weights[prefix + "shared.token_gate.weight"].T
+                shared_TD = shared_TD / (1 + (-logit_T1).exp())
+            y_TD = y_TD + shared_TD
         return y_TD
 
 

@@ -185,14 +185,15 @@ def _plain(config: Config, fixed_TE: Tensor) -> Rows:
 def _limit(config: Config, rows: Rows, balance: Balance) -> Rows:
     """Add the bias, then hide the experts outside the best groups of experts."""
     moe, bias = config.moe, balance.bias.double().tolist()
-    if moe.bias_rate > 0:
+    if moe.selection_bias:
         rows = [[value + b for value, b in zip(row, bias, strict=True)] for row in rows]
     if not moe.expert_groups:
         return rows
     size = moe.num_experts // moe.expert_groups
     limited = []
     for row in rows:
-        of_groups = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(moe.expert_groups)]
+        counted = 2 if moe.group_score == "top2" else 1
+        of_groups = [sum(sorted(row[g * size : (g + 1) * size])[-counted:]) for g in range(moe.expert_groups)]
         stay = _best(of_groups, moe.expert_groups_kept)
         limited.append([value if e // size in stay else -math.inf for e, value in enumerate(row)])
     return limited

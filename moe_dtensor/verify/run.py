@@ -30,7 +30,7 @@ from moe_dtensor.verify.compare import (
     worst_of_each,
 )
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
-from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, moments, own_share
+from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, load_bias, moments, own_share
 
 LIMITS = {
     "float64": {
@@ -81,12 +81,13 @@ class Task:
 
     config: Config
     initial: Mapping[str, Tensor]
+    bias: Mapping[int, Tensor]
     batches: Sequence[Batch]
     answers: Sequence[Answer]
     skipped: tuple[int, ...] = ()
 
 
-Answers = dict[str, tuple[Mapping[str, Tensor], Sequence[Batch], Sequence[Answer]]]
+Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
 IRRELEVANT = {"moe.backend": "auto", "moe.rows": "exact", "mesh.experts": "tp", "mesh.dispatch": "all_gather"}
 """How a thing is computed, which the oracle does not ask."""
 
@@ -138,8 +139,9 @@ def _task(case: Case, answers: Answers) -> Task:
     key = repr((override(case.config, IRRELEVANT), case.empty_expert, case.steps, case.skipped))
     if key not in answers:
         initial = inputs.initial_values(config, empty_expert=case.empty_expert)
+        bias = inputs.initial_bias(config)
         batches = [inputs.global_batch(config, step) for step in range(1, case.steps + 1)]
-        answers[key] = initial, batches, steps(config, initial, batches, case.skipped)
+        answers[key] = initial, bias, batches, steps(config, initial, batches, bias, case.skipped)
     return Task(config, *answers[key], case.skipped)
 
 
@@ -168,6 +170,7 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     if task.config.compile.enable:
         torch.compiler.reset()  # what the case before compiled is not to be mistaken for this one's
     trainer, recorder = build_subject(task.config, task.initial, device, replayed, task.skipped)
+    load_bias(trainer, task.bias)
     for number, (batch, answer) in enumerate(zip(task.batches, task.answers, strict=True), 1):
         own = own_share(trainer, batch)
         result = train_step(trainer, own)

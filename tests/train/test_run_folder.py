@@ -11,6 +11,7 @@ import pytest
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
+from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config, Run
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.run_folder import open_run_folder
@@ -106,6 +107,36 @@ def test_another_run_is_refused_by_name(folder: Path, table: str, field: str, va
         open_run_folder(config_of(folder, **{table: {field: value}}), "text")
     assert "--run.fresh true" in error.value.remedy
     assert (folder / "config.toml").read_text() == before
+
+
+def test_a_key_younger_than_the_run_counts_as_its_default(folder: Path) -> None:
+    """A new key in [model] or [moe] used to make every older run another run."""
+    first = open_run_folder(config_of(folder), "text")
+    text = (folder / "config.toml").read_text()
+    younger = ('qk_norm = "none"\n', "jitter = 0.0\n", "layers = []\n")
+    for line in younger:
+        assert line in text
+        text = text.replace(line, "")
+    (folder / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"moe.jitter = 0.0 there, 0.1 here"):
+        open_run_folder(config_of(folder, moe={"jitter": 0.1}), "text")
+    assert open_run_folder(config_of(folder), "text").run_id == first.run_id
+
+
+def test_a_younger_key_counts_as_what_the_others_make_of_it(folder: Path) -> None:
+    """A run with a bias rate always had the bias, also before there was a key that says so."""
+    config = resolve(config_of(folder, moe={"bias_rate": 0.01}), 1)
+    assert config.moe.selection_bias
+    open_run_folder(config, "text")
+    path = folder / "config.toml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "selection_bias" not in line))
+    assert open_run_folder(config, "text").state == "unfinished"
+
+
+def test_what_changes_no_bit_may_change(folder: Path) -> None:
+    open_run_folder(config_of(folder), "text")
+    again = open_run_folder(config_of(folder, moe={"backend": "reference", "rows": "worst"}), "text")
+    assert again.state == "unfinished"
 
 
 def test_other_data_is_refused(folder: Path) -> None:
