@@ -31,7 +31,9 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     else:
         check_torch(config, torch.__version__)
         runner = Pipeline(parts, config, mesh, device)
-    return WithOwnExperts(parts, runner) if config.mesh.experts in ("dp", "dp_tp") else runner
+    if config.mesh.experts in ("dp", "dp_tp"):
+        runner = WithOwnExperts(parts, runner, getattr(torch, config.training.reduce_dtype))
+    return runner
 
 
 def check_torch(config: Config, version: str) -> None:

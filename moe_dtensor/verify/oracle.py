@@ -58,8 +58,9 @@ class Answer:
     second_moments: dict[str, Tensor]
     updates: int
     """Steps until now whose update was applied."""
-    validation: float
-    """Loss of the same batch after the step, routed as in evaluation, and the experts chosen there."""
+    validation: float | None
+    """Loss of the same batch after the step, routed as in evaluation, and the experts chosen there; None where there is
+    no evaluation: after the first of several steps, so that two follow each other."""
     validation_routing: dict[int, list[Tensor]]
 
 
@@ -105,7 +106,10 @@ def steps(
         means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
         rate = 0.0 if number in skipped else config.moe.bias_rate
         balance = {i: balance[i].after(rate, load[i]) for i in balance}
-        validation, evaluated = _evaluate(config, adamw.parameters, balance, batch)
+        validation: float | None = None
+        evaluated: dict[int, list[Routed]] = {}
+        if number > 1 or len(batches) == 1:
+            validation, evaluated = _evaluate(config, adamw.parameters, balance, batch)
         answers.append(
             Answer(
                 loss,
@@ -121,7 +125,7 @@ def steps(
                 dict(adamw.second),
                 adamw.steps,
                 validation,
-                {i: [r.chosen_TK for r in routed] for i, routed in evaluated.routed.items()},
+                {i: [r.chosen_TK for r in routed] for i, routed in evaluated.items()},
             )
         )
     return answers
@@ -143,11 +147,11 @@ def _differentiate(model: _Transformer, batch: Batch) -> float:
 @torch.no_grad()
 def _evaluate(
     config: Config, parameters: Mapping[str, Tensor], balance: Mapping[int, Balance], batch: Batch
-) -> tuple[float, _Transformer]:
-    """The mean cross-entropy of all targets, and the model that made it."""
+) -> tuple[float, dict[int, list[Routed]]]:
+    """The mean cross-entropy of all targets, and the routing of each MoE block."""
     model = _Transformer(config, parameters, balance, training=False)
     total = sum(float(_cross_entropy(model.logits(m), m.labels.reshape(-1))) for m in batch)
-    return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model
+    return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model.routed
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:

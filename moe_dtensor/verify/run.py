@@ -30,7 +30,16 @@ from moe_dtensor.verify.compare import (
     worst_of_each,
 )
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
-from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, load_bias, moments, own_share
+from moe_dtensor.verify.subject import (
+    Recorder,
+    build_subject,
+    full_parameters,
+    load_bias,
+    load_parameters,
+    moments,
+    own_share,
+    restart,
+)
 
 LIMITS = {
     "float64": {
@@ -63,7 +72,7 @@ LIMITS = {
     },
 }
 """Counts and biases, kinds ``routing`` and ``state``, have to be equal."""
-UPDATE_FLOOR = 1e-3
+UPDATE_FLOOR = 1e-2
 """An update smaller than this share of what AdamW moves a parameter by in a step is measured against that share."""
 STATISTIC_FLOOR = 1e-2
 """A mean smaller than this is measured against this."""
@@ -85,6 +94,7 @@ class Task:
     batches: Sequence[Batch]
     answers: Sequence[Answer]
     skipped: tuple[int, ...] = ()
+    restarted: int = 0
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
@@ -92,7 +102,7 @@ IRRELEVANT = {"moe.backend": "auto", "moe.rows": "exact", "mesh.experts": "tp", 
 """How a thing is computed, which the oracle does not ask."""
 
 
-def prove(cases: Sequence[Case], *, timeout: float = 600.0) -> Iterator[Verdict]:
+def prove(cases: Sequence[Case], *, timeout: float = 600.0, answers: Answers | None = None) -> Iterator[Verdict]:
     """Judge each case; cases that follow one another on the same mesh share one start of its ranks.
 
     Ranks are on GPUs (nccl) where there is one for each, else on the CPU (gloo).
@@ -100,11 +110,12 @@ def prove(cases: Sequence[Case], *, timeout: float = 600.0) -> Iterator[Verdict]
     Args:
         cases: at miniature size; the oracle loops over tokens.
         timeout: seconds for all cases of one mesh together.
+        answers: where the oracle's are kept, for several calls about the same configs.
 
     Yields:
         A verdict for each case in order. A rank that raises or hangs is a failure with its traceback, not an exception.
     """
-    answers: Answers = {}
+    answers = {} if answers is None else answers
     for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
         yield from _prove_on_one_mesh(list(same_mesh), answers, timeout)
 
@@ -142,7 +153,7 @@ def _task(case: Case, answers: Answers) -> Task:
         bias = inputs.initial_bias(config)
         batches = [inputs.global_batch(config, step) for step in range(1, case.steps + 1)]
         answers[key] = initial, bias, batches, steps(config, initial, batches, bias, case.skipped)
-    return Task(config, *answers[key], case.skipped)
+    return Task(config, *answers[key], case.skipped, case.restarted)
 
 
 def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float]]:
@@ -171,21 +182,25 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
         torch.compiler.reset()  # what the case before compiled is not to be mistaken for this one's
     trainer, recorder = build_subject(task.config, task.initial, device, replayed, task.skipped)
     load_bias(trainer, task.bias)
+    start = task.initial
     for number, (batch, answer) in enumerate(zip(task.batches, task.answers, strict=True), 1):
+        if task.restarted and number == task.restarted + 1:
+            coming = {skipped - task.restarted for skipped in task.skipped}
+            again, recorder = build_subject(task.config, task.initial, device, replayed[task.restarted :], coming)
+            trainer = restart(trainer, again)
         own = own_share(trainer, batch)
         result = train_step(trainer, own)
         for deviation in itertools.chain(
             _compare_gradients(trainer, recorder, answer),
-            _compare_updates(trainer, task.initial, answer),
+            _compare_updates(trainer, start, answer),
             _compare_numbers(trainer, result, answer),
-            _compare_evaluation(trainer, own, answer) if evaluates(number, len(task.answers)) else (),
         ):
             yield replace(deviation, step=number)
-
-
-def evaluates(number: int, steps: int) -> bool:
-    """Whether a step, from 1, is followed by an evaluation: all but the first, so that two steps follow each other."""
-    return number > 1 or steps == 1
+        if task.config.training.param_dtype != "float64":
+            # An update whose sign was rounded would make the next gradient another one, not a less exact one.
+            load_parameters(trainer, start := answer.parameters)
+        if answer.validation is not None:
+            yield replace(_compare_evaluation(trainer, own, answer.validation), step=number)
 
 
 def _compare_gradients(trainer: Trainer, recorder: Recorder, answer: Answer) -> Iterator[Deviation]:
@@ -198,9 +213,9 @@ def _compare_gradients(trainer: Trainer, recorder: Recorder, answer: Answer) -> 
             yield deviate(name, "gradient", value, answer.gradients[name], limit, size)
 
 
-def _compare_updates(trainer: Trainer, initial: Mapping[str, Tensor], answer: Answer) -> Iterator[Deviation]:
-    """What the optimizer did since the start: moments (of the second the root, which is of the gradient's size), by how
-    much each parameter moved, and where it is."""
+def _compare_updates(trainer: Trainer, start: Mapping[str, Tensor], answer: Answer) -> Iterator[Deviation]:
+    """What the optimizer did: moments (of the second the root, which is of the gradient's size), by how much each
+    parameter moved since ``start``, and where it is."""
     limits = LIMITS[trainer.config.training.param_dtype]
     first = gradient_norm(answer.first_moments, 2.0)
     second = sum(float(v.sum()) for v in answer.second_moments.values()) ** 0.5
@@ -216,17 +231,16 @@ def _compare_updates(trainer: Trainer, initial: Mapping[str, Tensor], answer: An
     for name, value in full_parameters(trainer).items():
         if name in answer.parameters:
             found, expected = value.double().cpu(), answer.parameters[name]
-            moved, right = found - initial[name], expected - initial[name]
+            moved, right = found - start[name], expected - start[name]
             # What AdamW would move by where no entry is idle, times the share of it that is told from nothing.
             floor = lr * right.numel() ** 0.5 * UPDATE_FLOOR / FLOOR
             yield deviate(name, "update", moved, right, limits["update"], floor)
             yield deviate(name, "parameter", found, expected, limits["parameter"], 0.0)
 
 
-def _compare_evaluation(trainer: Trainer, own: LoadedBatch, answer: Answer) -> Iterator[Deviation]:
+def _compare_evaluation(trainer: Trainer, own: LoadedBatch, expected: float) -> Deviation:
     limit = LIMITS[trainer.config.training.param_dtype]["loss"]
-    found = float(evaluate(trainer, [own]))
-    yield deviate_scalar("validation_loss", "validation", found, answer.validation, limit)
+    return deviate_scalar("validation_loss", "validation", float(evaluate(trainer, [own])), expected, limit)
 
 
 def _compare_numbers(trainer: Trainer, result: StepResult, answer: Answer) -> Iterator[Deviation]:

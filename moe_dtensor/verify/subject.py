@@ -3,15 +3,19 @@ E experts, K choices."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe_dtensor.checkpoint.manager import CheckpointManager
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
@@ -81,7 +85,7 @@ def build_subject(
     if replayed:
         _force_routing(trainer, replayed)
     recorder = Recorder(trainer, spoilt)
-    return replace(trainer, runner=recorder), recorder  # type: ignore[arg-type]
+    return replace(trainer, runner=recorder), recorder
 
 
 @torch.no_grad()
@@ -118,6 +122,32 @@ def full(tensor: Tensor) -> Tensor:
 def full_parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Every parameter of this rank's parts, whole."""
     return {name: full(param) for part in trainer.parts for name, param in part.named_parameters()}
+
+
+def restart(trainer: Trainer, again: Trainer) -> Trainer:
+    """``again``, with all that a run saves of ``trainer`` loaded from a checkpoint."""
+    folder = on_rank_0(lambda: tempfile.mkdtemp(prefix="moe_dtensor_verify_"))
+    try:
+        for act, one in (("save", trainer), ("load", again)):
+            manager = CheckpointManager(
+                folder, one.config, list(one.parts), one.optimizers, one.schedule, NoLoader(), one.balance
+            )
+            getattr(manager, act)(1)
+    finally:
+        dist.barrier()
+        on_rank_0(lambda: shutil.rmtree(folder))
+    return again
+
+
+class NoLoader:
+    """In place of a loader: batches are given."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 class Moments(NamedTuple):
@@ -173,7 +203,7 @@ def _force_routing(trainer: Trainer, answers: Sequence[Answer]) -> None:
                 [
                     t.to(trainer.device).unflatten(0, (size, -1))
                     for answer in answers
-                    for t in getattr(answer, name)[index][_own_microbatches(trainer)]
+                    for t in getattr(answer, name).get(index, [])[_own_microbatches(trainer)]
                 ]
                 for name in ("routing", "kept", "validation_routing")
             )
