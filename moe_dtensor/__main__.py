@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from moe_dtensor import verbs
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import ConfigError, RankError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,8 +56,8 @@ def usage() -> str:
 
 
 def report(error: ConfigError) -> None:
-    """Print the error to stderr; under torchrun only on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print the error to stderr; under torchrun only on rank 0, unless another rank met it alone."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
         print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
     else:
         # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.

@@ -9,3 +9,7 @@ class ConfigError(ValueError):
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem}\n{remedy}" if remedy else problem)
+
+
+class RankError(ConfigError):
+    """A ConfigError that one rank alone met, in its own part of the data: that rank has to tell it."""

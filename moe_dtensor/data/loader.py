@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import ConfigError, RankError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.pack import check_ids, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
@@ -67,8 +67,10 @@ class Loader:
         if not 0 <= first <= last <= self.batch_size:
             raise ValueError(f"[{first}, {last}) is not within the global batch of {self.batch_size} sequences.")
         window_BS1 = self.windows.read(self.batch_size, first, last)
-        if window_BS1.size:
-            check_ids(window_BS1, self.tokenizer)  # a token file may be another tokenizer's
+        try:
+            check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
+        except ConfigError as error:
+            raise RankError(error.problem, error.remedy) from None
         batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
         numbers_B = torch.arange(self.sequences + first, self.sequences + last)
         self.sequences += self.batch_size

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_dtensor.config.resolve import num_stages, rank_stages
+from moe_dtensor.config.resolve import num_stages, rank_stages, stream_width
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
 
@@ -20,10 +20,10 @@ Arguments = tuple[Tensor | None, ...]
 
 
 def stream_shape(config: Config) -> tuple[int, int, int]:
-    """What travels between stages: ``(B, S held, D)`` of a microbatch."""
+    """What travels between stages: ``(B, S held, D)`` of a microbatch, wider with multi-token prediction."""
     training = config.training
     length = training.seq_len // (config.mesh.tp if config.mesh.sequence_parallel else 1)
-    return training.microbatch_size, length, config.model.dim
+    return training.microbatch_size, length, stream_width(config)
 
 
 class ForwardPass:

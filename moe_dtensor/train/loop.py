@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data import Corpus, Loader, build_corpus
+from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.display import Display
@@ -89,6 +89,7 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.told = describe(config, self.corpus)
         self.trainer: Trainer = build(config, self.device)
         self.loader = Loader(config, self.corpus)
         # Made now, though used later: a split that is too small is told at once.
@@ -128,6 +129,7 @@ class Run:
             f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
             f"on {self.device.type}; run folder {self.folder.path}"
         )
+        display.say(self.told)
         if notice := routing_notice(self.config):
             display.say(notice)
         return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
@@ -164,6 +166,7 @@ class Run:
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":

@@ -30,6 +30,8 @@ class StepResult:
     """What the routers of all MoE blocks tell."""
     churn_L: Tensor
     """How much the load moved since the step before: see :meth:`BalanceState.step`."""
+    mtp_loss_K: Tensor
+    """Of each depth of multi-token prediction the summed loss over the step's target tokens, in nats."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -60,15 +62,16 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
     """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share."""
     training = trainer.config.training
     trainer.optimizers.zero_grad()
-    loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
-    loss, record_LR = sum_over_ranks(trainer, loss, take_record(trainer))
+    scale = 1.0 / count_targets(trainer, batch)
+    loss = trainer.runner.step(batch, scale)
+    loss, record_LR, mtp_K = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer) * scale)
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
     routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
-    return StepResult(loss, norm, finite, routing, churn_L)
+    return StepResult(loss, norm, finite, routing, churn_L, mtp_K)
 
 
 @torch.no_grad()
@@ -87,7 +90,7 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
         targets += count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
-    return sum_over_ranks(trainer, loss, take_record(trainer))[0] / targets
+    return sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer))[0] / targets
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
@@ -110,15 +113,22 @@ def take_record(trainer: Trainer) -> Tensor:
     return record_LR
 
 
-def sum_over_ranks(trainer: Trainer, loss: Tensor, record_LR: Tensor) -> tuple[Tensor, Tensor]:
-    """Each rank's share of loss and routing record to those of the step, in one collective."""
+def take_mtp_loss(trainer: Trainer) -> Tensor:
+    """The losses of multi-token prediction on this rank ``(K,)``; 0 where it has no last stage."""
+    taken = [loss_K for part in trainer.parts if (loss_K := part.take_mtp_loss()) is not None]
+    return taken[0] if taken else torch.zeros(trainer.config.model.mtp_depth, device=trainer.device)
+
+
+def sum_over_ranks(trainer: Trainer, loss: Tensor, record_LR: Tensor, mtp_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each rank's share of losses and routing record to those of the step, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
-        loss = torch.zeros_like(loss)
+        loss, mtp_K = torch.zeros_like(loss), torch.zeros_like(mtp_K)
         record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
-    packed = torch.cat([loss.to(torch.float64).reshape(1), record_LR.flatten()])
+    packed = torch.cat([loss.to(torch.float64).reshape(1), mtp_K.to(torch.float64), record_LR.flatten()])
     dist.all_reduce(packed)
-    return packed[0], packed[1:].view_as(record_LR)
+    loss, mtp_K, record = packed.split([1, len(mtp_K), record_LR.numel()])
+    return loss[0], record.view_as(record_LR), mtp_K
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:
@@ -128,6 +138,6 @@ def update(trainer: Trainer, finite: Tensor) -> None:
             trainer.optimizers.step()
     else:
         for optimizer in trainer.optimizers:
-            optimizer.found_inf = (~finite).to(torch.float32)
+            optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             optimizer.step()
     trainer.schedule.step()

@@ -161,7 +161,7 @@ class Moments(NamedTuple):
 def moments(trainer: Trainer) -> dict[str, Moments]:
     """The optimizer's state of every parameter of this rank's parts."""
     found = {}
-    for part, optimizer in zip(trainer.parts, trainer.optimizers.optimizers, strict=True):
+    for part, optimizer in zip(trainer.parts, trainer.optimizers, strict=True):
         for name, param in part.named_parameters():
             state = optimizer.state[param]
             found[name] = Moments(full(state["exp_avg"]), full(state["exp_avg_sq"]), float(state["step"]))

@@ -152,7 +152,10 @@ def test_caught_and_named(expected: Expected) -> None:
         assert worst.ratio == pytest.approx(expected.ratio, rel=1e-6)
 
 
-@pytest.mark.parametrize("mutation", [mutations.microbatch_dropped, mutations.loss_over_own_targets])
+@pytest.mark.parametrize(
+    "mutation",
+    [mutations.microbatch_dropped, mutations.loss_over_own_targets, mutations.padding_in_the_softmax],
+)
 def test_what_is_wrong_with_all_gradients_alike_is_said_of_all(mutation: mutations.Mutation) -> None:
     with mutation():
         verdict = verdict_on(DP2)
