@@ -24,7 +24,17 @@ VARIANTS = {
         "moe.shared_hidden_dim": 96,
         "moe.shared_gate": True,
         "moe.router_bias": True,
+        "moe.expert_bias": True,
         "model.mtp_depth": 1,
+    },
+    "biases, sinks, a gate": {"model.attention_bias": "all", "model.sinks": True, "model.attention_gate": True},
+    "latent attention": {"model.kv_rank": 32, "model.nope_dim": 32, "model.rope_dim": 16, "model.v_dim": 24},
+    "latent queries too": {
+        "model.q_rank": 48,
+        "model.kv_rank": 32,
+        "model.nope_dim": 32,
+        "model.rope_dim": 16,
+        "model.v_dim": 24,
     },
     "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
 }
@@ -45,8 +55,10 @@ def test_one_row_for_every_parameter(overrides: dict[str, object]) -> None:
         assert row.dp != row.tp or param.ndim == 1, f"{name}: dp and tp split the same dimension"
         if row.tp is not None:
             assert param.shape[row.tp] % config.mesh.tp == 0
-        if param.ndim > 1:
-            assert param.shape[row.dp] == config.model.dim, f"{name}: dp must split the model width"
+        if param.ndim > 1 and not name.endswith("up_bias"):
+            widths = {"wq_b": config.model.q_rank, "wkv_b": config.model.kv_rank}
+            width = widths.get(name.split(".")[-2], config.model.dim)
+            assert param.shape[row.dp] == width, f"{name}: dp must split the model width, or the latent's"
 
 
 def test_one_parameter_for_every_row() -> None:

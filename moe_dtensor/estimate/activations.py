@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_dtensor.config.attention import head_widths
 from moe_dtensor.config.resolve import GATED, block_norms, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
     BYTES,
     Tokens,
@@ -58,17 +60,20 @@ def at_experts(config: Config, skewed: bool) -> AtExperts:
     return AtExperts(tokens_at_experts(config, skewed), allocated_rows(config, skewed), hidden)
 
 
-def block_bytes(config: Config, is_moe: bool, skewed: bool = False) -> BlockBytes:
-    """What a block keeps and needs, for one microbatch on one rank of a resolved config, ``mesh.dispatch`` settled."""
+def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int = 0) -> BlockBytes:
+    """What block ``layer`` keeps and needs for one microbatch on a rank of a resolved config, its dispatch settled."""
     at = tokens(config)
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
     ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
     # With norms on both sides, what attention and feed-forward give is kept beside what they read.
-    everything = (4 if config.model.norm_at == "both" else 2) * stream + _attention(config, at) + ffn
+    streams = (4 if config.model.norm_at == "both" else 2) * stream + at.whole * _norm_statistics(config, at)
+    everything = streams + attention_bytes(config, at, layer) + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
-    return BlockBytes(kept, everything - kept + _gradients(config, at, met))
+    # Attention's backward pass comes when what the feed-forward kept is freed.
+    gradients = max(_gradients(config, at, met), gradient_bytes(config, at) - ffn)
+    return BlockBytes(kept, everything - kept + gradients)
 
 
 def head_bytes(config: Config) -> tuple[int, int]:
@@ -82,29 +87,6 @@ def head_bytes(config: Config) -> tuple[int, int]:
     own_loss = config.training.loss != "cross_entropy"
     columns = (vocab // config.mesh.tp + (vocab if own_loss else 0)) * (1 + config.model.mtp_depth)
     return at.whole * config.model.dim * at.compute, at.whole * (columns * at.compute + at.wide)
-
-
-def _attention(config: Config, at: Tokens) -> int:
-    """The projections' input; q, k, v as attention reads them, its output and row sums; q and k before their norm.
-
-    Where tp brings ranks' tokens together also the output in their order, and, compiled, q and k between norm and
-    weight.
-    """
-    model, tp = config.model, config.mesh.tp
-    heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
-    width, kv_width = heads * model.head_dim, kv_heads * model.head_dim
-    per_token = (model.dim + 2 * width + 2 * kv_width) * at.compute + 4 * heads + _norm_statistics(config, at)
-    together = tp > 1 and config.mesh.sequence_parallel
-    if together:
-        per_token += width * at.compute
-    if model.qk_norm == "full":
-        compiled = at.compute * (2 if together else 1)
-        per_token += (width + kv_width) * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
-    elif model.qk_norm == "head":
-        per_token += (width + kv_width) * at.compute + (heads + kv_heads) * at.wide
-    # The mask of documents becomes a bias in the compute dtype, in each attention by itself.
-    mask = config.training.seq_len * at.compute if config.data.document_mask else 0
-    return at.whole * (per_token + mask)
 
 
 def _norm_statistics(config: Config, at: Tokens) -> int:
@@ -186,7 +168,7 @@ def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
     """
     model, moe, tp = config.model, config.moe, config.mesh.tp
     eager = not config.compile.enable
-    kept = at.whole * model.num_heads // tp * (model.head_dim * at.compute + 4)
+    kept = at.whole * model.num_heads // tp * (head_widths(config).value * at.compute + 4)
     if tp > 1:
         kept += at.own * model.dim * at.compute
     if eager:

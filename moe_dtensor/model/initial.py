@@ -25,7 +25,7 @@ def init_weights(part: nn.Module, config: Config) -> None:
     """Fill the parameters of a model or a pipeline stage.
 
     Normal values of standard deviation ``init_std``; projections back into the residual stream are
-    divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019); norms are 1, biases 0.
+    divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019); norms are 1, biases and sinks 0.
     """
     for name, param in part.named_parameters():
         local = param.to_local() if isinstance(param, DTensor) else param
@@ -34,7 +34,7 @@ def init_weights(part: nn.Module, config: Config) -> None:
         if "norm" in name:
             local.fill_(1.0)
             continue
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             local.zero_()
             continue
         std = config.model.init_std

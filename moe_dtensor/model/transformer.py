@@ -15,7 +15,7 @@ from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import Positions, build_positions
+from moe_dtensor.layers.positions import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
 from moe_dtensor.layers.weights import Embedding, Linear
 
@@ -50,12 +50,8 @@ class Transformer(nn.Module):
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
                 self.output = Linear(dim, rows)
+        self.config = config
         self.dim = dim
-        self.seq_len, self.head_dim, self.rope_theta = (
-            config.training.seq_len,
-            config.model.head_dim,
-            config.model.rope_theta,
-        )
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
         self.vocab_size = config.model.vocab_size
         self.first_row = 0
@@ -67,6 +63,8 @@ class Transformer(nn.Module):
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
         self.mtp_loss_K: Tensor | None = None
         """Summed loss of each depth of multi-token prediction since the last :meth:`take_mtp_loss`."""
+        self.sequence_losses: list[tuple[Tensor, Tensor]] | None = None
+        """(sequence_B, loss_B) of every microbatch, for who sets it to a list."""
 
     def forward(
         self,
@@ -101,11 +99,11 @@ class Transformer(nn.Module):
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
-            self.seq_len,
+            self.config,
+            map(int, self.layers),
+            (tokens_BS.shape[0], tokens_BS.shape[1]),
             positions_BS,
             documents_BS,
-            head_dim=self.head_dim,
-            theta=self.rope_theta,
             dtype=x.dtype,
             device=x.device,
         )
@@ -123,6 +121,8 @@ class Transformer(nn.Module):
             self._keep(records)
             return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
         loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
+        if self.sequence_losses is not None and sequence_B is not None:
+            self.sequence_losses.append((sequence_B, loss_B.detach()))
         if self.mtp_depth and self.training:
             loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
         self._keep(records)

@@ -40,9 +40,13 @@ class Borders:
             return collectives.start_reduce(y, self.axis)
         return collectives.start_reduce_scatter(y, self.axis, self.dim)
 
+    def enter_before(self, module: nn.Module) -> None:
+        """Put the first border before a module whose first argument is the stream."""
+        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0])(), *args[1:]))
+
     def wrap(self, module: nn.Module) -> None:
         """Put both borders around a module whose first argument and output are the stream."""
-        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0])(), *args[1:]))
+        self.enter_before(module)
         module.register_forward_hook(lambda _module, _args, y: self.leave(y)())
 
 

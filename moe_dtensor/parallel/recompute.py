@@ -16,6 +16,7 @@ KEPT = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flex_attention",
     "aten::_grouped_mm",
     "_c10d_functional::reduce_scatter_tensor",
     "_c10d_functional::all_reduce",

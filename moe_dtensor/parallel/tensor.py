@@ -22,7 +22,7 @@ from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.weights import Embedding, Layer, WeightView
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.borders import position_borders, token_borders
+from moe_dtensor.parallel.borders import Borders, position_borders, token_borders
 from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.parallel.loss import build_token_loss
@@ -92,7 +92,8 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.first_row = rank * (module.num_rows // tp.size())
             module.register_forward_hook(lambda _module, _args, y: by_position.leave(y)())
         elif isinstance(module, Attention):
-            by_token.wrap(module)
+            by_token.enter_before(module)
+            module.sum_output = functools.partial(_leave, by_token)
             _split_heads(module, config, tp)
             if config.mesh.sequence_parallel:
                 module.to_sequences = functools.partial(collectives.parts_to, ranks=tp.size(), dim=1)
@@ -107,6 +108,10 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
         part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
         part.token_loss = build_token_loss(config, tp)
+
+
+def _leave(borders: Borders, y: Tensor) -> Tensor:
+    return borders.leave(y)()
 
 
 def _install_dispatch(part: Transformer, config: Config, mesh: DeviceMesh) -> bool:

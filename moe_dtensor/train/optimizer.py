@@ -96,9 +96,11 @@ def parameter_groups(part: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies to a parameter, by its name; vectors (norm weights) never are."""
+    """Whether weight decay applies to a parameter, by its name; vectors (norm weights) and biases never are."""
     modules = name.split(".")
-    return parameter.ndim > 1 and "tok_embeddings" not in modules and "router" not in modules
+    return (
+        parameter.ndim > 1 and not name.endswith("bias") and "tok_embeddings" not in modules and "router" not in modules
+    )
 
 
 def _fill_state(optimizer: Optimizer) -> None:

@@ -1,9 +1,9 @@
 """Shrink a config to a model that a laptop can prove things about, and keep all that decides what is computed.
 
-Kept: activation, norms, qk_norm, all of routing and balancing, K, shared experts, which kinds of block there are,
-tied or not, the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
-recompute, the document mask, clipping, the optimizer. Each size is the smallest that every mesh and
-schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
+Kept: activation, norms, attention with its biases, latents, windows and the rest, all of routing and balancing, K,
+shared experts, which kinds of block there are, tied or not, the ratio of query to key/value heads and how key/value
+heads divide over tp, sequence parallelism, recompute, the document mask, clipping, the optimizer. Each size is the
+smallest that every mesh and schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
+from moe_dtensor.config.attention import block_rotates, block_window, is_latent
 from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
@@ -85,6 +86,7 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
             "training.reduce_dtype": wide,
             "compile.enable": compiled,
             "compile.async_tp": compiled and config.compile.async_tp,
+            "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
             "checkpoint.enable": False,
             "data.corpus": "random",
@@ -144,16 +146,39 @@ def _shrink_widths(small: Config, whole: Config, layouts: Sequence[Layout]) -> C
     split = lcm(*(layout.tp for layout in layouts), *(layout.dp for layout in layouts))
     # Half precision is judged by statistics of rounding and by kernels that work in tiles: both want more of it.
     more = 3 if small.training.param_dtype == "bfloat16" else 1
+    head = 8 if more == 1 else 16
     return override(
         small,
         {
             # Heads come next; head_dim is fixed first so that it no longer follows the width.
-            "model.head_dim": 8,
+            "model.head_dim": head,
+            **_attention_widths(whole, head, split),
             "model.dim": lcm(24 * more, split),
             "model.hidden_dim": lcm(40 * more, split),
             "moe.hidden_dim": lcm(16 * more, split),
         },
     )
+
+
+def _attention_widths(whole: Config, head: int, split: int) -> dict[str, Any]:
+    """Of latents, of what is rotated and of windows; a limit and a context so small that they are met."""
+    model, rope, length = whole.model, whole.rope, whole.training.seq_len
+    changes: dict[str, Any] = {}
+    if is_latent(whole):
+        changes |= {"model.kv_rank": lcm(10, split), "model.q_rank": lcm(14, split) if model.q_rank else 0}
+        changes |= {"model.nope_dim": head, "model.rope_dim": head // 2, "model.v_dim": head + head // 4}
+    elif model.rotary_dim < model.head_dim:
+        changes["model.rotary_dim"] = head // 2
+    if model.clip_qkv:
+        changes["model.clip_qkv"] = 0.5
+    if model.window:
+        changes["model.window"] = min(model.window, 3)
+    if rope.scaling == "longrope":
+        pairs = (head // 2 if is_latent(whole) or model.rotary_dim < model.head_dim else head) // 2
+        factors = {"rope.short_factors": rope.short_factors, "rope.long_factors": rope.long_factors}
+        changes |= {key: given[:pairs] for key, given in factors.items()}
+        changes["rope.original_length"] = 4 if length > rope.original_length else 1024
+    return changes
 
 
 def _shrink_heads(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
@@ -185,17 +210,26 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
 
 
 def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
-    total, with_experts = whole.model.num_layers, moe_layers(whole)
-    kinds = [i in with_experts for i in range(total)]
+    total, with_experts, model = whole.model.num_layers, moe_layers(whole), whole.model
+    kinds = [(i in with_experts, block_window(whole, i) > 0, block_rotates(whole, i)) for i in range(total)]
+    distinct = list(dict.fromkeys(kinds))
 
     def fewer(n: int) -> dict[str, Any]:
         kept = kinds[:n]
-        if len(set(kept)) < len(set(kinds)):
-            kept[-1] = not kept[-1]
-        chosen = tuple(i for i, is_moe in enumerate(kept) if is_moe)
-        return {"model.num_layers": n, "moe.layers": chosen if 0 < len(chosen) < n else (), "moe.every": 1}
+        if set(kept) < set(kinds):
+            kept = distinct + kinds[len(distinct) : n]
+        chosen = tuple(i for i, (is_moe, _, _) in enumerate(kept) if is_moe)
+        windows = tuple("window" if window else "full" for _, window, _ in kept)
+        rotated = tuple("rope" if rotates else "none" for _, _, rotates in kept)
+        return {
+            "model.num_layers": n,
+            "moe.layers": chosen if 0 < len(chosen) < n else (),
+            "moe.every": 1,
+            "model.window_layers": windows if model.window_layers else (),
+            "model.rope_layers": rotated if model.rope_layers else (),
+        }
 
-    return _first_legal(small, range(min(2, total), total + 1), fewer, layouts)
+    return _first_legal(small, range(min(max(2, len(distinct)), total), total + 1), fewer, layouts)
 
 
 def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:

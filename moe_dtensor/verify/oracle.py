@@ -3,7 +3,7 @@
 One process, float64, a Python loop over experts and tokens. It shares nothing with what it judges but
 the config: no module, no kernel, no DTensor, no fused call. Where there is a choice it takes another road
 than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn). Routing is in
-:mod:`moe_dtensor.verify.oracle_routing`.
+:mod:`moe_dtensor.verify.oracle_routing`, attention in :mod:`moe_dtensor.verify.oracle_attention`.
 
 B sequences, S positions, D width, H heads, C head width, V vocabulary, T = B*S tokens, E experts, K choices,
 F hidden width.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.oracle_attention import Attention
 from moe_dtensor.verify.oracle_routing import Balance, Routed, histogram, jitter, place, route
 
 IGNORED = -100
@@ -218,7 +219,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def _undecayed(name: str) -> bool:
-    return "norm" in name or "router" in name or name.endswith("bias") or name.startswith("tok_embeddings")
+    return "norm" in name or "router" in name or name.endswith(("bias", "sinks")) or name.startswith("tok_embeddings")
 
 
 def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ class _Transformer:
     def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         block, scale = f"layers.{index}.", self.config.model.residual_scale
         h_BSD = self._norm(block + "attention_norm", x_BSD)
-        y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
+        y_BSD = self._attention(index, h_BSD, microbatch)
         x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
         h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
         if block + "moe.router.weight" in self.weights:
@@ -284,45 +285,21 @@ class _Transformer:
             x = x - x.mean(-1, keepdim=True)
         return self._rms(name, x)
 
-    def _attention(self, prefix: str, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
-        model = self.config.model
-        B, S, _ = x_BSD.shape
-        q, k, v = (x_BSD @ self.weights[f"{prefix}{name}.weight"].T for name in ("wq", "wk", "wv"))
-        if model.qk_norm == "full":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        q, k, v = (t.reshape(B, S, -1, model.head_dim) for t in (q, k, v))
-        if model.qk_norm == "head":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        visible_BSS = torch.ones(S, S, dtype=torch.bool).tril().expand(B, S, S)
-        positions_BS = torch.arange(S).expand(B, S)
-        if microbatch.documents is not None:
-            documents = microbatch.documents
-            visible_BSS = visible_BSS & (documents[:, :, None] == documents[:, None, :])
-            positions_BS = positions_BS - _first_positions(documents)
-        q, k = self._rotate(q, positions_BS), self._rotate(k, positions_BS)
-        heads = []
-        for h in range(model.num_heads):
-            group = h * model.num_kv_heads // model.num_heads
-            scores_BSS = q[:, :, h] @ k[:, :, group].transpose(1, 2) / math.sqrt(model.head_dim)
-            weight_BSS = (scores_BSS - scores_BSS.detach().amax(-1, keepdim=True)).exp() * visible_BSS
-            heads.append(weight_BSS / weight_BSS.sum(-1, keepdim=True) @ v[:, :, group])
-        return torch.cat(heads, dim=-1) @ self.weights[prefix + "wo.weight"].T
+    def _attention(self, layer: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
+        prefix = f"layers.{layer}.attention."
+        attention = Attention(self.config, layer, {n.removeprefix(prefix): w for n, w in self.weights.items()})
+        return attention.run(x_BSD, microbatch.documents)
 
     def _rms(self, name: str, x: Tensor) -> Tensor:
         root = ((x * x).mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt()
         return x / root * self.weights[name + ".weight"]
 
-    def _rotate(self, x_BSHC: Tensor, positions_BS: Tensor) -> Tensor:
-        """Pair (j, j + C/2) is a complex number, turned by position * theta^(-2j/C)."""
-        half, theta = self.config.model.head_dim // 2, self.config.model.rope_theta
-        frequency = torch.tensor([theta ** (-j / half) for j in range(half)], dtype=torch.float64)
-        turn = torch.polar(torch.ones(1, dtype=torch.float64), positions_BS[:, :, None, None] * frequency)
-        z = torch.complex(x_BSHC[..., :half].contiguous(), x_BSHC[..., half:].contiguous()) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
-
     def _activate(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         name = self.config.model.activation
         x = hidden if gate is None else gate
+        if name == "swiglu_clamped":
+            x = torch.where(x < 7, x, 7.0)
+            x, hidden = x / (1 + (-1.702 * x).exp()), 1 + torch.where(hidden.abs() < 7, hidden, 7.0 * hidden.sign())
         if name in ("swiglu", "silu"):
             x = x / (1 + (-x).exp())
         elif name in ("geglu", "gelu"):
@@ -352,8 +329,13 @@ class _Transformer:
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 weight = routed.gate_TK[t, k]
                 before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
-                *gate, hidden = up_EGFD[e] @ (before * x_TD[t])
+                h_GF = up_EGFD[e] @ (before * x_TD[t])
+                if self.config.moe.expert_bias:
+                    h_GF = h_GF + self.weights[prefix + "experts.up_bias"][e]
+                *gate, hidden = h_GF
                 y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
+                if self.config.moe.expert_bias:
+                    y_D = y_D + self.weights[prefix + "down_bias"][e]
                 parts[t].append(after * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
         if prefix + "shared.up.weight" in self.weights:
@@ -375,12 +357,3 @@ def _labels_ahead(microbatch: Microbatch, depth: int) -> Tensor:
             if IGNORED not in row[s : s + depth + 1] and not apart:
                 result[b, s] = row[s + depth]
     return result.flatten()
-
-
-def _first_positions(documents_BS: Tensor) -> Tensor:
-    """Position at which each token's document starts in its sequence."""
-    first = torch.zeros_like(documents_BS)
-    for b, row in enumerate(documents_BS.tolist()):
-        for s, document in enumerate(row):
-            first[b, s] = s if s == 0 or document != row[s - 1] else first[b, s - 1]
-    return first

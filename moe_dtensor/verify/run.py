@@ -98,7 +98,13 @@ class Task:
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
-IRRELEVANT = {"moe.backend": "auto", "moe.rows": "exact", "mesh.experts": "tp", "mesh.dispatch": "all_gather"}
+IRRELEVANT = {
+    "model.attention_backend": "auto",
+    "moe.backend": "auto",
+    "moe.rows": "exact",
+    "mesh.experts": "tp",
+    "mesh.dispatch": "all_gather",
+}
 """How a thing is computed, which the oracle does not ask."""
 
 

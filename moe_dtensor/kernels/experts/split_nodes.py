@@ -38,6 +38,7 @@ def expert_mlp(
     num_rows: int,
     activation: str,
     backend: str,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
     """See :func:`.mlp.expert_mlp`; ``route``, ``plan`` and ``num_rows`` as in :mod:`.autograd`."""
     # Apart from _Up, so that dH is gone when its backward sums.
@@ -45,6 +46,8 @@ def expert_mlp(
     h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
     handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
     h_NP = _Join.apply(h_NP, handle_NP)
+    if up_bias_EGF is not None:
+        h_NP = _AddBias.apply(h_NP, up_bias_EGF.flatten(1), route, plan, backend)
     do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
     return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, plan, activation, backend)
 
@@ -108,6 +111,26 @@ class _Join(Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, grad
+
+
+class _AddBias(Function):
+    """H plus each row's expert's bias; the bias's gradient is the sum of its rows, as a product with ones."""
+
+    @staticmethod
+    def forward(ctx, h_NP, bias_EP, route, plan, backend):
+        ctx.save_for_backward(route.ends, plan)
+        ctx.backend = backend
+        row_N = torch.arange(h_NP.shape[0], device=h_NP.device)
+        # Rows past the last end hold nothing.
+        expert_N = torch.searchsorted(route.ends, row_N, right=True).clamp(max=bias_EP.shape[0] - 1)
+        return h_NP + bias_EP[expert_N]
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        ends_E, plan = ctx.saved_tensors
+        # Grouped GEMMs want rows of a multiple of 16 bytes.
+        ones_NC = dh_NP.new_ones(dh_NP.shape[0], 16)
+        return dh_NP, weight_gradient(dh_NP, ones_NC, ends_E, plan, ctx.backend)[..., 0], None, None, None
 
 
 class _DownWeight(Function):
