@@ -20,6 +20,7 @@ def measure_memory(forward: Callable[[], Tensor], dy: Tensor, parameters: set[in
     """MiB that autograd keeps (parameters' storages aside), and the peak above what is there now (0 on a CPU)."""
     kept: dict[int, int] = {}
 
+    @torch.compiler.disable  # it sees tensors of every shape
     def pack(saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in parameters:

@@ -377,6 +377,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
+    order: bool = True
+    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. On GPUs that exchange
+    activations; with a version of torch that this was not tested with, it is off, and a line of the log says so."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""

@@ -13,12 +13,17 @@ from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
 
+_LOGGER = logging.getLogger(__name__)
+
+ORDER_TESTED = ("2.11", "2.13")
+"""Releases of torch whose private modules :mod:`.ordering` was tested with."""
+
 
 def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
     """Compile each block's forward. Blocks of one kind share one compilation."""
     if not config.compile.enable:
         return
-    from moe_dtensor.parallel.ordering import OrderForOverlap  # loads the compiler
+    import torch._inductor.config  # loads the compiler
 
     # Counts that a layer reads from the device (moe.rows = exact) stay inside its graph.
     torch._dynamo.config.capture_scalar_outputs = True
@@ -26,11 +31,30 @@ def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
         # A pipeline keeps several microbatches' graphs alive, so a backward must not reuse their buffers.
         torch._functorch.config.donated_buffer = False
     travels = tp.device_type != "cpu" and (tp.size() > 1 or expert_ranks(config) > 1)
-    torch._inductor.config.post_grad_custom_post_pass = OrderForOverlap() if travels else None
-    torch._inductor.config.reorder_for_locality = not travels  # it would undo the order before the pass sees it
+    _apply_order(config.compile.order and travels and can_order(torch.__version__))
     _apply_async_tp(config.compile.async_tp, tp)
     for block in part.layers.values():
         block.forward = torch.compile(block.forward)
+
+
+def can_order(version: str) -> bool:
+    """Whether the order pass was tested with this version of torch; if not, one line of the log says that it is off."""
+    tested = ".".join(version.split(".")[:2]) in ORDER_TESTED
+    if not tested:
+        _LOGGER.warning(
+            "compile.order is off: it was tested with torch %s, not with %s", " and ".join(ORDER_TESTED), version
+        )
+    return tested
+
+
+def _apply_order(ordered: bool) -> None:
+    order_pass = None
+    if ordered:
+        from moe_dtensor.parallel.ordering import OrderForOverlap  # its private imports only where they were tested
+
+        order_pass = OrderForOverlap()
+    torch._inductor.config.post_grad_custom_post_pass = order_pass
+    torch._inductor.config.reorder_for_locality = not ordered  # it would undo the order before the pass sees it
 
 
 def _apply_async_tp(wanted: bool, tp: DeviceMesh) -> None:

@@ -38,11 +38,17 @@ def _layer(argv: list[str]) -> int:
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="default: all, and installed peers")
     parser.add_argument("--skew", default="0", choices=("0", "zipf"), help="of the routing")
     parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run backends and peers by torch.compile, as training does (default: on CUDA)",
+    )
     options = parser.parse_args(argv)
     from moe_dtensor.bench.layer import bench_layer
 
     try:
-        results = bench_layer(options.shapes, options.backends, options.skew, options.json)
+        results = bench_layer(options.shapes, options.backends, options.skew, options.json, options.compile)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 1 if any(result.failure for result in results) else 0

@@ -8,8 +8,6 @@ gradient is ``<dA', A>`` with ``dA' = dO w_down``.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -17,7 +15,6 @@ from torch.autograd import Function
 from moe_dtensor.kernels.experts import sequence, split_nodes
 from moe_dtensor.kernels.experts.grouped import check, make_plan
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
-from moe_dtensor.kernels.library import is_traced, triton_kernels
 
 
 def expert_mlp(
@@ -54,8 +51,7 @@ class _ExpertMLP(Function):
 
     @staticmethod
     def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend):
-        run = _sequence(backend, num_rows)
-        y_TD, h_NP = run.forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
+        y_TD, h_NP = sequence.forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
         ctx.save_for_backward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, *route, plan, h_NP)
         ctx.activation, ctx.backend = activation, backend
         return y_TD
@@ -66,9 +62,9 @@ class _ExpertMLP(Function):
         if not torch.compiler.is_compiling():
             # H is dropped as soon as it has been used; not if the graph is retained.
             ctx.maybe_clear_saved_tensors()
-        run, saved = _sequence(ctx.backend, h_NP.shape[0]), [h_NP]
+        saved = [h_NP]
         del h_NP
-        dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run.backward(
+        dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = sequence.backward(
             dy_TD,
             x_TD,
             w_up_EGFD,
@@ -82,8 +78,3 @@ class _ExpertMLP(Function):
             ctx.backend,
         )
         return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), None, None, None, None, None
-
-
-def _sequence(backend: str, num_rows: int) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` run: launches where nobody traces, else operators."""
-    return sequence if backend != "triton" or is_traced() or num_rows == 0 else triton_kernels("experts.mlp")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.kernels.experts.gemm_triton import make_tiles_kernel, rows_kernel, weight_kernel
-from moe_dtensor.kernels.launch import Launcher, describe, describe_ragged, next_power_of_2
+from moe_dtensor.kernels.launch import describe, describe_ragged, next_power_of_2
 
 ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
@@ -66,92 +66,68 @@ def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
 def plan(ends_E: Tensor, rows: int) -> Tensor:
     """Cut each expert's rows into tiles of ROW_TILE, on the device."""
     table = fake_plan(ends_E, rows)
-    _tiles_launcher(ends_E.get_device(), rows, ends_E.shape[0])(ends_E, table)
-    return table
-
-
-@lru_cache
-def _tiles_launcher(device: int, rows: int, experts: int) -> Launcher:
-    return Launcher(
-        make_tiles_kernel,
-        (experts,),
-        (experts, _max_row_tiles(rows, experts)),
-        ROW_TILE=ROW_TILE,
-        EXPERTS=max(2, next_power_of_2(experts)),
-        BLOCK=64,
+    experts = len(ends_E)
+    bins = max(2, next_power_of_2(experts))
+    make_tiles_kernel[(experts,)](
+        ends_E, table, experts, _max_row_tiles(rows, experts), ROW_TILE=ROW_TILE, EXPERTS=bins, BLOCK=64
     )
+    return table
 
 
 def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
     """See :data:`moe_dtensor.kernels.experts.grouped.rows_times_weight`."""
-    rows = a_N.shape[0]
-    out_N = a_N.new_empty(rows, w_EPQ.shape[1 if transposed else 2])
-    launcher = rows_launcher(a_N.get_device(), a_N.dtype, rows, *w_EPQ.shape, transposed)
-    launcher(a_N, w_EPQ, out_N, ends_E, plan)
-    return out_N
-
-
-@lru_cache
-def rows_launcher(
-    device: int, dtype: torch.dtype, rows: int, experts: int, p: int, q: int, transposed: bool
-) -> Launcher:
-    """Takes a, w, out, ends, plan."""
-    columns, inner = (p, q) if transposed else (q, p)
-    tile, programs = choose_tile(dtype, columns), _num_programs(device)
-    weight_block = [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]
-    return Launcher(
-        rows_kernel,
-        (programs,),
-        (_max_row_tiles(rows, experts), columns, inner),
-        (
-            describe([rows, inner], [ROW_TILE, tile.k]),
-            describe([experts, p, q], weight_block),
-            describe_ragged(columns, [ROW_TILE, tile.n // tile.epilogue]),
-        ),
+    rows, inner = a_N.shape
+    experts, p, q = w_EPQ.shape
+    columns = p if transposed else q
+    out_N = a_N.new_empty(rows, columns)
+    tile, programs = choose_tile(a_N.dtype, columns), _num_programs(a_N.get_device())
+    rows_kernel[(programs,)](
+        describe(a_N, [ROW_TILE, tile.k]),
+        describe(w_EPQ, [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]),
+        describe_ragged(out_N, [ROW_TILE, tile.n // tile.epilogue]),
+        ends_E,
+        plan,
+        _max_row_tiles(rows, experts),
+        columns,
+        inner,
         TRANSPOSED=transposed,
-        GROUP=choose_group(p * q * dtype.itemsize),
+        GROUP=choose_group(p * q * a_N.dtype.itemsize),
         ROW_TILE=ROW_TILE,
         COLUMN_TILE=tile.n,
         INNER_TILE=tile.k,
         EPILOGUE=tile.epilogue,
         PROGRAMS=programs,
-        PRECISION=_precision(dtype),
+        PRECISION=_precision(a_N.dtype),
         num_stages=tile.stages,
         num_warps=tile.warps,
     )
+    return out_N
 
 
 def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
     """See :data:`moe_dtensor.kernels.experts.grouped.weight_gradient`."""
     experts, p, q = ends_E.shape[0], l_NP.shape[1], r_NQ.shape[1]
     out_EPQ = l_NP.new_empty(experts, p, q)
-    weight_launcher(l_NP.get_device(), l_NP.dtype, experts, p, q)(l_NP, r_NQ, out_EPQ, ends_E)
-    return out_EPQ
-
-
-@lru_cache
-def weight_launcher(device: int, dtype: torch.dtype, experts: int, p: int, q: int) -> Launcher:
-    """Takes l, r, out, ends."""
-    tile, programs = choose_tile(dtype, q), _num_programs(device)
-    return Launcher(
-        weight_kernel,
-        (programs,),
-        (experts, p, q),
-        (
-            describe_ragged(p, [tile.k, tile.m]),
-            describe_ragged(q, [tile.k, tile.n]),
-            describe([experts, p, q], [1, tile.m, tile.n // tile.epilogue]),
-        ),
+    tile, programs = choose_tile(l_NP.dtype, q), _num_programs(l_NP.get_device())
+    weight_kernel[(programs,)](
+        describe_ragged(l_NP, [tile.k, tile.m]),
+        describe_ragged(r_NQ, [tile.k, tile.n]),
+        describe(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),
+        ends_E,
+        experts,
+        p,
+        q,
         P_TILE=tile.m,
         Q_TILE=tile.n,
         ROWS_TILE=tile.k,
         EPILOGUE=tile.epilogue,
         GROUP=_WEIGHT_GROUP,
         PROGRAMS=programs,
-        PRECISION=_precision(dtype),
+        PRECISION=_precision(l_NP.dtype),
         num_stages=tile.stages,
         num_warps=tile.warps,
     )
+    return out_EPQ
 
 
 def _precision(dtype: torch.dtype) -> str:

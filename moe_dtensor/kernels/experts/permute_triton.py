@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_dtensor.kernels.experts.activation import num_up_projections
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.launch import ceil_div, next_power_of_2
 
 
 def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
-    gather_launcher(x_TD.get_device(), x_TD.dtype, *position_TK.shape, x_TD.shape[1])(x_TD, position_TK, out_ND)
-
-
-@lru_cache
-def gather_launcher(device: int, dtype: torch.dtype, tokens: int, choices: int, width: int) -> Launcher:
-    """Takes x, position, out."""
+    (tokens, choices), width = position_TK.shape, x_TD.shape[1]
     block = min(2048, next_power_of_2(width))
-    return Launcher(_gather_rows, (tokens, ceil_div(width, block)), (width,), K=choices, BLOCK=block)
+    _gather_rows[(tokens, ceil_div(width, block))](x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
 
 
 def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
     """Write ``out[t] = sum_k gate[t, k] * y[position[t, k]]``."""
-    gate_dtype = None
-    if gate_TK is not None:
-        gate_TK, gate_dtype = gate_TK.contiguous(), gate_TK.dtype
-    launcher = combine_launcher(y_ND.get_device(), y_ND.dtype, gate_dtype, *position_TK.shape, y_ND.shape[1])
-    launcher(y_ND, position_TK, gate_TK, out_TD)
-
-
-@lru_cache
-def combine_launcher(
-    device: int, dtype: torch.dtype, gate_dtype: torch.dtype | None, tokens: int, choices: int, width: int
-) -> Launcher:
-    """Takes y, position, gate (None if ``gate_dtype`` is), out."""
+    (tokens, choices), width = position_TK.shape, y_ND.shape[1]
     block = min(1024, next_power_of_2(width))
-    grid = (tokens, ceil_div(width, block))
-    return Launcher(_combine_rows, grid, (width,), K=choices, BLOCK=block, HAS_GATE=gate_dtype is not None)
+    gate_TK = None if gate_TK is None else gate_TK.contiguous()
+    _combine_rows[(tokens, ceil_div(width, block))](
+        y_ND, position_TK, gate_TK, out_TD, width, K=choices, BLOCK=block, HAS_GATE=gate_TK is not None
+    )
 
 
 def activate_rows(
@@ -54,30 +38,12 @@ def activate_rows(
     copy_N: Tensor | None = None,
 ) -> None:
     """Write the activation of each row, times its gate if one is given."""
-    gate_dtype = None if gate_TK is None else gate_TK.dtype
-    launcher = activate_launcher(h_NP.get_device(), h_NP.dtype, gate_dtype, *out_NF.shape, ends_E.shape[0], activation)
-    launcher(h_NP, ends_E, out_NF, gate_TK, copy_N)
-
-
-def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
-    groups = num_up_projections(activation)
-    return {"ACTIVATION": activation, "GROUPS": groups, "ROWS": 8, "BLOCK": min(256, next_power_of_2(hidden))}
-
-
-@lru_cache
-def activate_launcher(
-    device: int,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype | None,
-    rows: int,
-    hidden: int,
-    experts: int,
-    activation: str,
-) -> Launcher:
-    """Takes h, ends, out, gate and copy (both None if ``gate_dtype`` is)."""
+    rows, hidden = out_NF.shape
     constants = _activation_constants(hidden, activation)
     grid = (ceil_div(rows, constants["ROWS"]), ceil_div(hidden, constants["BLOCK"]))
-    return Launcher(_activate_rows, grid, (rows, hidden, experts), **constants, HAS_GATE=gate_dtype is not None)
+    _activate_rows[grid](
+        h_NP, ends_E, out_NF, gate_TK, copy_N, rows, hidden, len(ends_E), **constants, HAS_GATE=gate_TK is not None
+    )
 
 
 def activation_backward(
@@ -93,27 +59,18 @@ def activation_backward(
     activation: str,
 ) -> None:
     """Write dH, A' and dgate in one pass."""
-    launcher = activation_backward_launcher(
-        h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], position_TK.numel(), activation
-    )
-    launcher(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
-
-
-@lru_cache
-def activation_backward_launcher(
-    device: int,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype,
-    rows: int,
-    hidden: int,
-    experts: int,
-    copies: int,
-    activation: str,
-) -> Launcher:
-    """Takes h, da, gate, position, copy, ends, dh, weighted, dgate."""
+    (rows, hidden), copies = da_NF.shape, position_TK.numel()
     constants = _activation_constants(hidden, activation)
-    grid = (ceil_div(max(rows, copies), constants["ROWS"]),)
-    return Launcher(_activation_backward, grid, (rows, hidden, experts, copies), **constants)
+    _activation_backward[(ceil_div(max(rows, copies), constants["ROWS"]),)](
+        *(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK),
+        *(rows, hidden, len(ends_E), copies),
+        **constants,
+    )
+
+
+def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
+    groups = num_up_projections(activation)
+    return {"ACTIVATION": activation, "GROUPS": groups, "ROWS": 8, "BLOCK": min(256, next_power_of_2(hidden))}
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Forward and backward of the expert MLP, operator by operator: for every backend, and for compilers to see."""
+"""The operators of the expert MLP's forward and backward, in order, for every backend."""
 
 from __future__ import annotations
 

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.launch import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 
 
 def router_statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
     """See :func:`moe_dtensor.kernels.router.statistics.router_statistics`; at least one token, not float64."""
-    launcher = _launcher(logits_TE.get_device(), logits_TE.dtype, gate_TK.dtype, *logits_TE.shape, gate_TK.shape[1])
-    parts = torch.empty(4, launcher.grid[0], dtype=torch.float32, device=logits_TE.device)
-    launcher(logits_TE, gate_TK, parts)
-    return parts.sum(1)
-
-
-@lru_cache
-def _launcher(
-    device: int, dtype: torch.dtype, gate_dtype: torch.dtype, tokens: int, experts: int, choices: int
-) -> Launcher:
+    (tokens, experts), choices = logits_TE.shape, gate_TK.shape[1]
     columns = max(16, next_power_of_2(experts))
     rows = max(1, min(64, _ELEMENTS // columns))
     blocks = ceil_div(tokens, rows)
+    parts = torch.empty(4, blocks, dtype=torch.float32, device=logits_TE.device)
     numbers = (tokens, experts, choices, blocks)
-    return Launcher(
-        _statistics_kernel, (blocks,), numbers, ROWS=rows, COLUMNS=columns, CHOICES=next_power_of_2(choices)
+    _statistics_kernel[(blocks,)](
+        logits_TE, gate_TK, parts, *numbers, ROWS=rows, COLUMNS=columns, CHOICES=next_power_of_2(choices)
     )
+    return parts.sum(1)
 
 
 @triton.jit
