@@ -68,6 +68,11 @@ class CheckpointManager:
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.timeout_seconds))
 
+    def replace(self, parts: list[nn.Module], optimizers: HasState, schedule: HasState, balance: HasState) -> None:
+        """Go on with other parts of the same model, once the last ``save`` is on disk."""
+        self.wait()
+        self._parts, self._optimizers, self._schedule, self._balance = parts, optimizers, schedule, balance
+
     def save(self, step: int) -> None:
         """Write the state after ``step`` steps; older checkpoints beyond ``keep_last`` are deleted.
 

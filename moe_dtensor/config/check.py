@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_attention, check_experts
+from moe_dtensor.config import check_attention, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
@@ -21,12 +21,12 @@ from moe_dtensor.config.resolve import (
     resolve,
 )
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import stage_at
 
 Broken = Iterator[tuple[str, str]]
 """(rule with its values, remedy), for each broken rule."""
 
 ROUTERS = ("sinkhorn", "topk", "expert_choice", *FORCED)
-CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
 LOSSES = ("cross_entropy",)
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
@@ -39,6 +39,11 @@ def check(config: Config, world_size: int) -> None:
     """
     for problem, remedy in _broken(config, world_size):
         raise ConfigError(problem, remedy)
+    for problem, remedy in check_sources.broken(config):
+        raise ConfigError(problem, remedy)
+    for number, stage in enumerate(config.stages, 1):
+        for problem, remedy in _broken(stage_at(resolve(config, world_size), stage.from_step), world_size):
+            raise ConfigError(f"In stage {number}, from step {stage.from_step} on: {problem}", remedy)
 
 
 def _broken(config: Config, world_size: int) -> Broken:
@@ -63,14 +68,14 @@ def _broken(config: Config, world_size: int) -> Broken:
 def _names(config: Config) -> Broken:
     for key, name, known in (
         ("moe.router", config.moe.router, ROUTERS),
-        ("data.corpus", config.data.corpus, CORPORA),
+        ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
         if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not config.data.path:
+    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 

@@ -271,6 +271,30 @@ class Fsdp:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several sources of a run's data: its own documents, and its share of the tokens."""
+
+    name: str = ""
+    """What metrics and stages call it."""
+    corpus: str = "files"
+    """As data.corpus."""
+    path: str = ""
+    """As data.path."""
+    validation_path: str = ""
+    """As data.validation_path, of this source."""
+    text_key: str = ""
+    """As data.text_key. Empty: that one."""
+    split: str = ""
+    """As data.split. Empty: that one."""
+    weight: float = 0.0
+    """Share of the sequences, against the other sources' weights."""
+    tokens: int = 0
+    """Instead of a weight: tokens that the run takes from this source. The rest is shared by weight."""
+    epochs: float = 0.0
+    """Times that the source may be read, at most; a run that needs more is refused. 0: any."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Where the tokens come from."""
 
@@ -293,6 +317,28 @@ class Data:
     are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
+    sources: tuple[Source, ...] = ()
+    """Several sources instead of ``corpus`` and ``path``: ``[[data.sources]]``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What changes from a step on. Keys that are left out stay as they were."""
+
+    from_step: int = 0
+    """First step of the stage, from 2 on."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """New weights of all sources, by name: ``weights = {web = 0.3, code = 0.7}``; a source left out is not read."""
+    seq_len: int = 0
+    """Tokens in a sequence. Every source is then read from its start again, in another order. 0: as before."""
+    global_batch_size: int = 0
+    """Sequences in a step. 0: as before, or as keep_batch_tokens says."""
+    keep_batch_tokens: bool = False
+    """With seq_len: so many sequences in a step that its tokens stay the same."""
+    microbatch_size: int = 0
+    """Sequences in one forward. 0: as before."""
+    lr: float = 0.0
+    """Peak learning rate; the schedule's shape goes on. 0: as before."""
 
 
 @dataclass(frozen=True)
@@ -456,3 +502,4 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
+    stages: tuple[Stage, ...] = ()

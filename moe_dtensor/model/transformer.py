@@ -63,6 +63,8 @@ class Transformer(nn.Module):
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
         self.mtp_loss_K: Tensor | None = None
         """Summed loss of each depth of multi-token prediction since the last :meth:`take_mtp_loss`."""
+        self.sequence_losses: list[tuple[Tensor, Tensor]] | None = None
+        """(sequence_B, loss_B) of every microbatch, for who sets it to a list."""
 
     def forward(
         self,
@@ -119,6 +121,8 @@ class Transformer(nn.Module):
             self._keep(records)
             return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
         loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
+        if self.sequence_losses is not None and sequence_B is not None:
+            self.sequence_losses.append((sequence_B, loss_B.detach()))
         if self.mtp_depth and self.training:
             loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
         self._keep(records)

@@ -44,16 +44,18 @@ def set_vocabulary(config: Config, corpus: Corpus) -> Config:
     return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
-def build(config: Config, device: torch.device) -> Trainer:
+def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) -> Trainer:
     """Build all parts over the default process group.
 
     Args:
         config: resolved, with ``model.vocab_size``.
         device: of this rank.
+        mesh: to build on; None makes it.
     """
-    check(config, torch.distributed.get_world_size())
+    if not config.stages:  # else this is one of them, and all were checked together
+        check(config, torch.distributed.get_world_size())
     set_determinism(config)
-    mesh = build_mesh(config, device)
+    mesh = mesh or build_mesh(config, device)
     parts = build_parts(config, mesh, device)
     for part in parts:
         part.train()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
@@ -23,6 +25,7 @@ from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.run_folder import RunFolder, open_run_folder
 from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
+from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, train_step
 
 
@@ -113,6 +116,7 @@ class Run:
             world_size=dist.get_world_size(),
             flops_per_token=flops_per_token(config),
             layers=sorted(moe_layers(config)),
+            names={key: [s.name for s in config.data.sources] for key in ("source_loss", "source_tokens")},
         )
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
 
@@ -139,6 +143,7 @@ class Run:
         steps = self.config.training.steps
         while self.step < steps:
             self.step += 1
+            self._enter_stage()
             self.profiler.before_step(self.step)
             lr = self.trainer.schedule.lr
             result = train_step(self.trainer, read_batch(self.trainer, self.loader))
@@ -159,6 +164,28 @@ class Run:
             self.folder.finish(self.step)
         return 0
 
+    def _enter_stage(self) -> None:
+        """Before a step with other sizes than the last: build for them, with the same weights."""
+        config = stage_at(self.config, self.step)
+        if same_sizes(config, self.trainer.config):
+            return
+        kept, mesh = keep(self.trainer), self.trainer.mesh
+        self.checkpoints.replace([], self.trainer.optimizers, self.trainer.schedule, self.trainer.balance)
+        with self.meter.paused():
+            del self.trainer
+            gc.collect()  # modules and their hooks hold one another
+            self.trainer = build(config, self.device, mesh)
+            give(self.trainer, kept)
+            trainer = self.trainer
+            self.checkpoints.replace(list(trainer.parts), trainer.optimizers, trainer.schedule, trainer.balance)
+            if self.validation is not None:
+                self.validation = Loader(replace(config, stages=()), self.corpus, "validation")
+        self.meter.enter_stage(flops_per_token(config))
+        training = config.training
+        _say(
+            f"From step {self.step} on a batch is {training.global_batch_size} sequences of {training.seq_len} tokens."
+        )
+
     def _close(self) -> None:
         self.profiler.close()
         self.checkpoints.wait()
@@ -167,6 +194,9 @@ class Run:
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
         values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
+        if result.source_loss_N is not None:
+            values["source_loss"] = result.source_loss_N
+            values["source_tokens"] = torch.tensor([*self.loader.tokens_by_source().values()], dtype=torch.float64)
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
@@ -180,7 +210,8 @@ class Run:
     def _validate(self, loader: Loader) -> Tensor:
         """Mean loss of the targets in ``training.validation_sequences`` held-out sequences, the same every time."""
         start = loader.state_dict()
-        batches = self.config.training.validation_sequences // self.config.training.global_batch_size
+        training = self.trainer.config.training
+        batches = training.validation_sequences // training.global_batch_size
         loss = evaluate(self.trainer, (read_batch(self.trainer, loader) for _ in range(batches)))
         loader.load_state_dict(start)
         return loss

@@ -31,7 +31,7 @@ CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
 _FREE_KEYS = {"model": {"attention_backend"}, "rope": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
-    "data": ("document_mask",),
+    "data": ("document_mask", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 
@@ -102,6 +102,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
 
 
+def changed_past(old: dict[str, Any], new: dict[str, Any], steps: int) -> list[str]:
+    """What of the data's order in the first ``steps`` steps ``new`` would change; arguments as :func:`differences`."""
+    old, new = with_defaults(old), with_defaults(new)
+    begun, now = ([stage for stage in x["stages"] if stage["from_step"] <= steps] for x in (old, new))
+    found = [f"stages up to step {steps} = {begun!r} there, {now!r} here"] if begun != now else []
+    there, here = old["training"]["steps"], new["training"]["steps"]
+    if there != here and any(source["tokens"] for source in new["data"]["sources"]):
+        found.append(f"training.steps = {there} there, {here} here, of which data.sources.*.tokens are shares")
+    return found
+
+
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """The tables of a run's config.toml with every key of today: unknown ones left out, missing ones at their default.
 
@@ -111,7 +122,8 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in values.get(name, {}).items() if key in table.fields}
         for name, table in tables().items()
     }
-    return asdict(resolve(build(known), 1))
+    known["data"] |= {"sources": values.get("data", {}).get("sources", ())}
+    return asdict(resolve(build({**known, "stages": values.get("stages", ())}), 1))
 
 
 def _open(config: Config, fingerprint: str) -> RunFolder:
@@ -152,11 +164,12 @@ def _check_same_run(path: Path, config: Config, old_data: str, data: str) -> Non
     old = tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     new = asdict(config)
     found = differences(old, new)
+    if saved := whole_steps(path / config.checkpoint.folder):
+        found += changed_past(old, new, saved[-1])
     if old_data != data:
+        there, here = with_defaults(old)["data"], with_defaults(new)["data"]
         changed = [
-            f"data.{key} = {old['data'].get(key)!r} there, {value!r} here"
-            for key, value in new["data"].items()
-            if old["data"].get(key) != _toml(value)
+            f"data.{key} = {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value
         ]
         found += changed or [f"the documents or the tokenizer behind data.corpus = {config.data.corpus!r} have changed"]
     if found:

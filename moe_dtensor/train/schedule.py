@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch.optim import Optimizer
 
 from moe_dtensor.config.schema import Config, LrScheduler
+from moe_dtensor.config.stages import peak_lr
 
 
 def lr_factor(step: int, steps: int, config: LrScheduler) -> float:
@@ -43,9 +44,8 @@ class Schedule:
 
     def __init__(self, optimizers: Iterable[Optimizer], config: Config) -> None:
         self._optimizers = list(optimizers)
-        self._peak = config.optimizer.lr
         self._steps = config.training.steps
-        self._config = config.lr_scheduler
+        self._config = config
         self._set_steps_taken(0)
 
     @property
@@ -67,7 +67,8 @@ class Schedule:
 
     def _set_steps_taken(self, steps_taken: int) -> None:
         self._steps_taken = steps_taken
-        self._lr = self._peak * lr_factor(steps_taken + 1, self._steps, self._config)
+        step = steps_taken + 1
+        self._lr = peak_lr(self._config, step) * lr_factor(step, self._steps, self._config.lr_scheduler)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr

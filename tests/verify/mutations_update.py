@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.model.balance import BalanceState
@@ -82,24 +82,23 @@ def other_betas() -> Iterator[None]:
 
 @contextmanager
 def stale_weights_after_an_evaluation() -> Iterator[None]:
-    """Weights that an evaluation gathered are kept, and the step after it does not give them back."""
-    right, right_next, evaluated = run.evaluate, pipeline.next_microbatch, []
+    """What one evaluation gathered is not given back: the next one computes with it."""
+    right, kept = run.evaluate, []
 
-    def keep(trainer: Any, batches: Any) -> Tensor:
-        evaluated.append(True)
+    @torch.no_grad()
+    def wrong(trainer: Any, batches: Any) -> Tensor:
+        weights = [p.to_local() for part in trainer.parts for p in part.parameters()]
+        now = [weight.clone() for weight in weights]
+        old = kept.pop() if kept else now
+        kept.append(now)
+        for weight, value in zip(weights, old, strict=True):
+            weight.copy_(value)
         loss = right(trainer, batches)
-        for part in trainer.parts:
-            for module in part.modules():
-                if hasattr(module, "unshard"):
-                    module.unshard()
+        for weight, value in zip(weights, now, strict=True):
+            weight.copy_(value)
         return loss
 
-    def never_reshard(part: nn.Module, config: Any, last: bool) -> None:
-        right_next(part, config, last)
-        if evaluated:
-            part.set_reshard_after_backward(False)  # type: ignore[operator]
-
-    with mock.patch.object(run, "evaluate", keep), mock.patch.object(pipeline, "next_microbatch", never_reshard):
+    with mock.patch.object(run, "evaluate", wrong):
         yield
 
 
