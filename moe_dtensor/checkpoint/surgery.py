@@ -1,7 +1,7 @@
 """Experts taken out of a mixture, merged, or added. Every tensor that has a row for each expert changes alike.
 
-A change is described by a :class:`Cut` for each MoE block: which old experts each new one is made of. Of the optimizer's
-state a new expert that is one old one, unchanged, keeps its rows; for others they are 0.
+A change is described by a :class:`Cut` for each MoE block: which old experts each new one is made of. Of the
+optimizer's state a new expert that is one old one, unchanged, keeps its rows; for others they are 0.
 
 E experts before, N after, D width, L MoE blocks.
 """
@@ -95,14 +95,18 @@ def add(load_E: Tensor, count: int) -> Cut:
     return Cut(tuple((e,) for e in sources), ((1.0,),) * len(sources), tuple(new))
 
 
-def cut_config(config: Config, cut: Cut) -> Config:
+def cut_config(config: Config, cuts: Mapping[int, Cut]) -> Config:
     """The config afterwards. Where all experts are copied equally often, a token goes to all copies of its experts, so
     that the model stays what it is.
 
+    Args:
+        config: resolved.
+        cuts: by the block's index.
+
     Raises:
-        ConfigError: the mixture cannot be cut, or would have fewer experts than a token is sent to.
+        ConfigError: the mixture cannot be cut so, or would have fewer experts than a token is sent to.
     """
-    moe, experts = config.moe, len(cut.sources)
+    moe = config.moe
     if not moe.num_experts:
         raise ConfigError("the model is dense: it has no experts to cut.", "Make some with --upcycle.")
     if moe.expert_groups:
@@ -110,7 +114,9 @@ def cut_config(config: Config, cut: Cut) -> Config:
             f"moe.expert_groups = {moe.expert_groups}: other experts would fall into other groups.",
             "Take moe.expert_groups out of the folder's config.toml first, if the choice may be among all.",
         )
-    top_k, scale = moe.top_k, moe.gate_scale
+    _check(config, cuts)
+    cut = next(iter(cuts.values()))
+    experts, top_k, scale = len(cut.sources), moe.top_k, moe.gate_scale
     times = experts // moe.num_experts
     if cut.new and experts == times * moe.num_experts:
         top_k *= times
@@ -181,12 +187,8 @@ def _mean_rows(value: Tensor, cut: Cut) -> Tensor:
     return torch.stack(rows)
 
 
-def check_cuts(config: Config, cuts: Mapping[int, Cut]) -> None:
-    """Every MoE block is named, and all come out with equally many experts, each made of ones that there are.
-
-    Raises:
-        ConfigError: naming the block.
-    """
+def _check(config: Config, cuts: Mapping[int, Cut]) -> None:
+    """Every MoE block is named, and all come out with equally many experts, each made of ones that there are."""
     experts, layers = config.moe.num_experts, sorted(moe_layers(config))
     if sorted(cuts) != layers:
         raise ConfigError(f"blocks {sorted(cuts)} are named, but the MoE blocks are {layers}.", "Name each of them.")

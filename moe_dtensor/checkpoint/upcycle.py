@@ -1,9 +1,9 @@
 """A dense model becomes a mixture of experts (sparse upcycling, arXiv:2212.05055).
 
 Each feed-forward is cut into m parts (a granular split), and the experts are copies of those parts. Expert e is part
-``e % m`` of copy ``e // m``, and the m experts of a copy start with one and the same router row: a token that chooses a
-copy chooses all its parts (virtual groups, arXiv:2410.07524). With gates that sum to 1, times m, the mixture is then the
-dense model, exactly. Noise and re-initialised hidden units (drop-upcycling, arXiv:2502.19261) give that up for
+``e % m`` of copy ``e // m``, and the m experts of a copy start with one and the same router row: a token that chooses
+a copy chooses all its parts (virtual groups, arXiv:2410.07524). With gates that sum to 1, times m, the mixture is then
+the dense model, exactly. Noise and re-initialised hidden units (drop-upcycling, arXiv:2502.19261) give that up for
 experts that differ.
 
 D width, H hidden width of the dense feed-forward, F = H / m, E experts, G 2 if gated else 1.
