@@ -13,11 +13,13 @@ from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 
 Function = dict[str, Any]
-"""Values of ``[model]`` and ``[moe]`` by ``table.key``; ``moe.layers`` names every MoE block."""
+"""Values of ``[model]``, ``[rope]`` and ``[moe]`` by ``table.key``; ``moe.layers`` names every MoE block."""
 
+TABLES = ("model", "rope", "moe")
 TRAINING_ONLY = frozenset(
     {
         "model.init_std",
+        "model.attention_backend",
         "moe.every",
         "moe.group_sequences",
         "moe.sinkhorn_iterations",
@@ -44,13 +46,17 @@ def function_of(config: Config) -> Function:
     config = resolve(config, 1)
     values = {
         f"{table}.{key}": value
-        for table in ("model", "moe")
+        for table in TABLES
         for key, value in asdict(getattr(config, table)).items()
         if f"{table}.{key}" not in TRAINING_ONLY
     }
     values["moe.layers"] = tuple(sorted(moe_layers(config)))
     values["moe.router"] = config.moe.router if config.moe.router in FORCED else "topk"
     values["moe.selection_bias"] = has_selection_bias(config)
+    if values["model.rotary_dim"] == values["model.head_dim"]:
+        values["model.rotary_dim"] = 0
+    if values["model.attention_scale"] == 1 / math.sqrt(values["model.head_dim"]):
+        values["model.attention_scale"] = 0.0
     # Shared experts are one feed-forward: only its width counts.
     del values["moe.num_shared_experts"]
     if values["moe.expert_groups"] == values["moe.expert_groups_kept"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -287,9 +288,30 @@ class AttentionScale:
     def read(self, raw: Raw, function: Function) -> None:
         """As 0 where it is the usual one."""
         value = float(raw.take((self.hf,), self.default))
-        usual = function["model.head_dim"] ** -0.5
-        function["model.attention_scale"] = 0.0 if value == usual else value
+        usual = math.isclose(value, function["model.head_dim"] ** -0.5, rel_tol=1e-14)
+        function["model.attention_scale"] = 0.0 if usual else value
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
         """As a number."""
         put(raw, self.hf, function["model.attention_scale"] or function["model.head_dim"] ** -0.5)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Queries, keys and values are cut at this.
+
+    Args:
+        none: what stands for no clip. DBRX's class cannot do without one, so there it is one that nothing reaches.
+    """
+
+    hf: str
+    none: float | None = None
+
+    def read(self, raw: Raw, function: Function) -> None:
+        """None as 0."""
+        value = raw.take((self.hf,), self.none)
+        function["model.clip_qkv"] = 0.0 if value is None or value == self.none else float(value)
+
+    def write(self, function: Function, raw: dict[str, Any]) -> None:
+        """0 as what stands for none."""
+        put(raw, self.hf, function["model.clip_qkv"] or self.none)

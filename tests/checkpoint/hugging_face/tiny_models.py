@@ -71,7 +71,7 @@ def build_model(case: str) -> Any:
             n_heads=4,
             n_layers=3,
             vocab_size=131,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 1e30, "rope_theta": 1e4},
+            attn_config={"kv_n_heads": 2, "clip_qkv": 0.7, "rope_theta": 1e4},
             ffn_config={"hidden_size": 48, "ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
         )
     else:

@@ -6,8 +6,8 @@ from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks, SparseSte
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
     Choice,
+    Clip,
     EvenHeads,
-    Fixed,
     HeadDim,
     Implied,
     KeyValueHeads,
@@ -60,7 +60,7 @@ OLMOE = Family(
         KeyValueHeads(),
         pieces.ROPE,
         pieces.TIED,
-        Fixed("clip_qkv", None),
+        Clip("clip_qkv"),
         Implied("model.qk_norm", "full"),
         Same("moe.num_experts", ("num_experts", "num_local_experts"), 64),
         Same("moe.top_k", "num_experts_per_tok", 8),
