@@ -244,6 +244,18 @@ def _schedule(schedule: str, pp: int, stages: int, count: int) -> Broken:
 
 def _precision(config: Config) -> Broken:
     training, backend = config.training, config.moe.backend
+    if training.dtype == "float16":
+        yield (
+            "training.dtype = float16: updates of master weights are below what it resolves, and squares of gradients "
+            "below what it holds.",
+            "Set training.dtype to float32, or bfloat16.",
+        )
+    if training.reduce_dtype == "float16":
+        yield (
+            f"training.reduce_dtype = float16 holds nothing above 65,504, which gradients computed in "
+            f"training.param_dtype = {training.param_dtype} may sum to.",
+            "Set training.reduce_dtype to float32, or bfloat16.",
+        )
     if training.param_dtype == "float16":
         yield "training.param_dtype = float16 needs loss scaling, which is not here.", "Set it to bfloat16 or float32."
     if BITS[training.param_dtype] > BITS[training.dtype]:

@@ -208,13 +208,13 @@ class Run:
         self.meter.add(self.step, values)
 
     def _validate(self, loader: Loader) -> Tensor:
-        """Mean loss over ``training.validation_sequences`` held-out sequences, the same ones every time."""
+        """Mean loss of the targets in ``training.validation_sequences`` held-out sequences, the same every time."""
         start = loader.state_dict()
         training = self.trainer.config.training
         batches = training.validation_sequences // training.global_batch_size
-        losses = [evaluate(self.trainer, read_batch(self.trainer, loader)) for _ in range(batches)]
+        loss = evaluate(self.trainer, (read_batch(self.trainer, loader) for _ in range(batches)))
         loader.load_state_dict(start)
-        return torch.stack(losses).mean()
+        return loss
 
     def _must_stop(self, result: StepResult) -> bool:
         """Whether a step since the last look was not finite and the run is to stop. Looks before anything is saved."""

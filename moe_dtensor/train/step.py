@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -81,15 +82,24 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
-    """Mean loss of a global batch, of which ``batch`` is this dp rank's share, routed as in evaluation; float64."""
+def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
+    """Mean loss of the target tokens of all ``batches``, routed as in evaluation; float64.
+
+    Args:
+        batches: of each global batch this dp rank's share.
+    """
     for part in trainer.parts:
         part.eval()
-    loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
+    loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    targets = torch.zeros_like(loss)
+    for batch in batches:
+        loss += trainer.runner.evaluate(batch)
+        targets += count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
-    return sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
+    total = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
+    return total / targets
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:

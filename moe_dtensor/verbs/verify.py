@@ -45,15 +45,15 @@ def main(argv: list[str]) -> int:
 
     # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from moe_dtensor.verify.cases import Case
-    from moe_dtensor.verify.miniature import shrink, steps_to_show
+    from moe_dtensor.verify.cases import whole_case
+    from moe_dtensor.verify.miniature import shrink
 
     cases: list[tuple[str, Case]] = []
     for name, variant in variants.items():
         chosen = _with_backend(variant, options)
         layouts, refused = choose_layouts(chosen, options.meshes, options.schedules)
         miniature = shrink(chosen, layouts, options.dtype, options.compiled)
-        cases += [(name, Case(layout, miniature, steps=steps_to_show(miniature))) for layout in layouts]
+        cases += [(name, whole_case(layout, miniature)) for layout in layouts]
         for mesh, reason in refused.items():
             print(f"{f'{name} ' if name else ''}{mesh} not run: {reason}")
     # Cases on the same mesh share one start of its ranks.

@@ -68,6 +68,15 @@ class Case:
     config: Config
     empty_expert: bool = False
     steps: int = 1
+    skipped: tuple[int, ...] = ()
+    """Steps, from 1, in which one rank's gradient is made infinite."""
+    restarted: int = 0
+    """Step after which all is saved, built anew and loaded; 0: none."""
+
+
+def whole_case(layout: Layout, config: Config) -> Case:
+    """Four steps, of which the second is skipped; after the third the run is saved and goes on from its checkpoint."""
+    return Case(layout, config, steps=4, skipped=(2,), restarted=3)
 
 
 def possible(setting: Setting) -> bool:

@@ -89,17 +89,33 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
             "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
             "checkpoint.enable": False,
-            # Where a second step is taken: the oracle knows no way down.
-            "lr_scheduler.decay": "constant",
             "data.corpus": "random",
             "data.tokenizer": "bytes",
             # Padded to 320: over 8 tp ranks the last has padding alone, the one before it both.
             "model.vocab_size": 261,
         },
     )
+    small = override(small, _telling_updates(config))
     for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
         small = step(small, resolve(config, 1), layouts)
     return small
+
+
+def _telling_updates(config: Config) -> dict[str, Any]:
+    """An optimizer whose every part is a large share of an update: betas and eps are the config's.
+
+    At a rate as in training a weight moves by less than narrow dtypes tell from rounding, decay adds to that by a
+    fiftieth, and a norm that is not clipped shows in nothing.
+    """
+    optimizer, most = config.optimizer, config.training.max_grad_norm
+    return {
+        "optimizer.lr": max(optimizer.lr, 1e-2),
+        "optimizer.weight_decay": max(optimizer.weight_decay, 4.0) if optimizer.weight_decay else 0.0,
+        "training.max_grad_norm": min(most, 0.1),
+        "lr_scheduler.warmup_steps": 0,
+        # The oracle knows no way down.
+        "lr_scheduler.decay": "constant",
+    }
 
 
 def _refuse_unknown_parts(config: Config) -> None:
@@ -191,13 +207,6 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
         split = lcm(*(layout.tp for layout in layouts))
         small = override(small, {"moe.shared_hidden_dim": lcm(20, split)})
     return _first_legal(small, range(least, moe.num_experts + 1), lambda n: {"moe.num_experts": n}, layouts)
-
-
-def steps_to_show(config: Config) -> int:
-    """2 where a step depends on what balancing took over from the one before, else 1."""
-    moe = config.moe
-    carries = moe.bias_rate > 0 or (moe.balance_loss > 0 and moe.balance_over == "batch")
-    return 2 if moe.num_experts and carries else 1
 
 
 def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:

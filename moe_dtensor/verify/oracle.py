@@ -12,7 +12,7 @@ F hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,14 @@ class Answer:
     means: dict[int, dict[str, float]]
     routing: dict[int, list[Tensor]]
     kept: dict[int, list[Tensor]]
+    first_moments: dict[str, Tensor]
+    second_moments: dict[str, Tensor]
+    updates: int
+    """Steps until now whose update was applied."""
+    validation: float | None
+    """Loss of the same batch after the step, routed as in evaluation, and the experts chosen there; None where there is
+    no evaluation: after the first of several steps, so that two follow each other."""
+    validation_routing: dict[int, list[Tensor]]
 
 
 def one_step(
@@ -71,32 +79,40 @@ def steps(
     initial: Mapping[str, Tensor],
     batches: Sequence[Batch],
     bias: Mapping[int, Tensor] | None = None,
+    skipped: Collection[int] = (),
 ) -> list[Answer]:
-    """Loss, gradients, one clipped AdamW step and the routing of each global batch, one after the other.
+    """Loss, gradients, one clipped AdamW step, routing and evaluation of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
         batches: one for each step.
         bias: what each MoE block's choice starts with, ``(E,)`` float32 by the block's index; None: 0.
+        skipped: steps, from 1, whose gradient norm is infinite: nothing is updated, no bias moves.
     """
     adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
     experts = config.moe.num_experts
     balance = {i: Balance(bias[i] if bias else torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
     answers = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
         model = _Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-        norm = gradient_norm(gradients, config.training.norm_type)
-        adamw.step(gradients, norm)
+        norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
+        if number not in skipped:
+            adamw.step(gradients, norm, learning_rate(config, number))
         load = {
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()
         }
         means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
-        balance = {i: balance[i].after(config.moe.bias_rate, load[i]) for i in balance}
+        rate = 0.0 if number in skipped else config.moe.bias_rate
+        balance = {i: balance[i].after(rate, load[i]) for i in balance}
+        validation: float | None = None
+        evaluated: dict[int, list[Routed]] = {}
+        if number > 1 or len(batches) == 1:
+            validation, evaluated = _evaluate(config, adamw.parameters, balance, batch)
         answers.append(
             Answer(
                 loss,
@@ -109,6 +125,11 @@ def steps(
                 means,
                 {i: [r.chosen_TK for r in routed] for i, routed in model.routed.items()},
                 {i: [r.kept_TK for r in routed] for i, routed in model.routed.items()},
+                dict(adamw.first),
+                dict(adamw.second),
+                adamw.steps,
+                validation,
+                {i: [r.chosen_TK for r in routed] for i, routed in evaluated.items()},
             )
         )
     return answers
@@ -130,6 +151,16 @@ def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
         torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
         losses = [loss + float(part.detach()) for loss, part in zip(losses, parts, strict=True)]
     return losses
+
+
+@torch.no_grad()
+def _evaluate(
+    config: Config, parameters: Mapping[str, Tensor], balance: Mapping[int, Balance], batch: Batch
+) -> tuple[float, dict[int, list[Routed]]]:
+    """The mean cross-entropy of all targets, and the routing of each MoE block."""
+    model = _Transformer(config, parameters, balance, training=False)
+    total = sum(float(_cross_entropy(model.logits(m)[0], m.labels.reshape(-1))) for m in batch)
+    return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model.routed
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
@@ -160,12 +191,11 @@ class AdamW:
         self.second = {name: torch.zeros_like(value) for name, value in parameters.items()}
         self.steps = 0
 
-    def step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
         """New parameters; the old tensors stay as they are."""
         optimizer, limit = self.config.optimizer, self.config.training.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         self.steps += 1
-        lr = learning_rate(self.config, self.steps)
         for name, value in self.parameters.items():
             g = gradients[name] * clip
             self.first[name] = optimizer.beta1 * self.first[name] + (1 - optimizer.beta1) * g
@@ -201,14 +231,17 @@ def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 class _Transformer:
-    def __init__(self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance]) -> None:
+    def __init__(
+        self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance], training: bool = True
+    ) -> None:
         self.config = config
+        self.training = training
         self.weights = weights
         self.balance = balance
         self.routed: dict[int, list[Routed]] = {}
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
-        """``(T, V)`` of one microbatch, V without padding: of the next token, then of each further one."""
+        """``(T, V)`` of one microbatch, V without padding: of the next token, then in training of each further one."""
         model = self.config.model
         embedding = model.embedding_scale * self.weights["tok_embeddings.weight"]
         x_BSD = embedding[microbatch.tokens]
@@ -216,7 +249,7 @@ class _Transformer:
             x_BSD = self._block(i, x_BSD, microbatch)
         x_BSD = self._norm("norm", x_BSD)
         logits = [self._head(x_BSD)]
-        for k in range(model.mtp_depth):
+        for k in range(model.mtp_depth if self.training else 0):
             block = f"layers.{model.num_layers + k}.mtp_"
             length = microbatch.tokens.shape[1]
             ahead_BS = microbatch.tokens[:, [min(s + k + 1, length - 1) for s in range(length)]]
@@ -284,11 +317,11 @@ class _Transformer:
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.moe."
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
-        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter else x_TD
+        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
         if self.config.moe.router_bias:
             logits_TE = logits_TE + self.weights[prefix + "router.logit_bias"]
-        routed = route(self.config, logits_TE, at, self.balance[layer])
+        routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]

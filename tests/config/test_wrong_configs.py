@@ -193,6 +193,12 @@ WRONG = [
     # Precision.
     ("--training.param_dtype float16", "training.param_dtype = float16 needs loss scaling", "bfloat16"),
     ("--training.param_dtype float64", "training.param_dtype = float64 is wider", "training.dtype = float64"),
+    ("--training.dtype float16 --training.param_dtype bfloat16", "training.dtype = float16", "float32"),
+    (
+        "--training.param_dtype bfloat16 --training.reduce_dtype float16",
+        "training.reduce_dtype = float16 holds",
+        "float32",
+    ),
     ("--training.reduce_dtype bfloat16", "training.reduce_dtype = bfloat16 is narrower", "float32"),
     ("--moe.backend grouped_gemm", "moe.backend = grouped_gemm computes in bfloat16", "reference"),
     (

@@ -86,7 +86,7 @@ def _validation() -> tuple[float, float, float]:
     trainer, loader = start({"mesh.pp": 2})
     batch = read_batch(trainer, loader)
     before = whole(trainer)
-    first, second = evaluate(trainer, batch).item(), evaluate(trainer, batch).item()
+    first, second = evaluate(trainer, [batch]).item(), evaluate(trainer, [batch]).item()
     assert all(torch.equal(before[name], value) for name, value in whole(trainer).items())
     return first, second, train_step(trainer, batch).loss.item()
 

@@ -70,13 +70,13 @@ MUTATIONS = [
         changes={"moe.layers": (1,)},
     ),
     Expected(mutations.gates_detached, r"layers\.\d\.moe\.router\.weight", ratio=0.0),
-    Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "parameter"),
+    Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "update"),
     Expected(mutations.pipeline_scales_gradients, ".*", ratio=0.25, layout=PP2),
     Expected(mutations.routing_over_own_tokens, r"layers\.0\.moe\..*", "routing"),
     Expected(
         mutations.norms_decayed,
         r".*(norm|router|tok_embeddings)\.weight",
-        "parameter",
+        "update",
         changes={"optimizer.lr": 0.1, "lr_scheduler.warmup_steps": 0},
     ),
 ]

@@ -169,7 +169,7 @@ def test_clipped_steps_are_torchs_adamw(order: float) -> None:
         for group in theirs.param_groups:
             group["lr"] = lr
         theirs.step()
-        ours.step(gradients, float(norm))
+        ours.step(gradients, float(norm), lr)
         for name, p in parameters.items():
             torch.testing.assert_close(ours.parameters[name], p.data, msg=name)
 

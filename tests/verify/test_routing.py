@@ -222,9 +222,9 @@ def losses_of(configs: Sequence[Config]) -> list[tuple[float, float]]:
         load_parameters(trainer, inputs.initial_values(config))
         trainer.balance.bias_LE.copy_(torch.arange(16.0).view(2, 8).flip(1) / 50)
         batch = own_share(trainer, inputs.global_batch(config))
-        before = float(evaluate(trainer, batch))
+        before = float(evaluate(trainer, [batch]))
         train_step(trainer, batch)
-        results.append((before, float(evaluate(trainer, batch))))
+        results.append((before, float(evaluate(trainer, [batch]))))
     return results
 
 
