@@ -317,6 +317,10 @@ class Data:
     are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences. concatenate: one after the other, cut where a sequence ends. best_fit: whole
+    documents, each where it fits best, the rest filled up (arXiv:2404.10830); needs document_mask and a finite
+    corpus."""
     sources: tuple[Source, ...] = ()
     """Several sources instead of ``corpus`` and ``path``: ``[[data.sources]]``."""
 
