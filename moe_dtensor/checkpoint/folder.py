@@ -63,10 +63,11 @@ class AtomicWriter(FileSystemWriter):
         folder: holds the checkpoints; seen by every rank (a shared file system when there are several hosts).
         step: the step's number.
         keep_last: whole checkpoints to keep, this one included; 0 keeps all.
+        file_per_tensor: write each tensor to a file of its own. DCP holds what goes into one file until it is written.
     """
 
-    def __init__(self, folder: Path, step: int, keep_last: int) -> None:
-        super().__init__(folder / f".step-{step:08d}.partial")
+    def __init__(self, folder: Path, step: int, keep_last: int, file_per_tensor: bool = False) -> None:
+        super().__init__(folder / f".step-{step:08d}.partial", single_file_per_rank=not file_per_tensor)
         self._folder = folder
         self._step = step
         self._keep_last = keep_last

@@ -116,7 +116,7 @@ def write_native(
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}
-    writer = AtomicWriter(folder, 0, keep_last=0)
+    writer = AtomicWriter(folder, 0, keep_last=0, file_per_tensor=True)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 

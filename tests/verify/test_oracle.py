@@ -101,8 +101,8 @@ def test_every_gradient_is_the_slope_of_the_loss(name: str) -> None:
         assert torch.isclose(expected, slope, rtol=1e-5, atol=1e-8), parameter
 
 
-def model_of(config: Config, weights: dict[str, torch.Tensor]) -> oracle._Transformer:
-    return oracle._Transformer(config, weights, {})
+def model_of(config: Config, weights: dict[str, torch.Tensor]) -> oracle.Transformer:
+    return oracle.Transformer(config, weights, {})
 
 
 def test_attention_is_torchs() -> None:
