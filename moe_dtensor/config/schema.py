@@ -445,6 +445,12 @@ class Checkpoint:
     """Write in the background."""
     keep_last: int = 2
     """Checkpoints kept (at least 2). 0: all."""
+    initial: str = ""
+    """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
+    schedule and data start anew. Empty: from random values."""
+    export_hf: bool = False
+    """When the run ends, also write its weights to <run.folder>/hugging_face as transformers and inference engines read
+    them."""
 
 
 @dataclass(frozen=True)
