@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dtensor.checkpoint.hugging_face.config_json import Raw
 from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
-from moe_dtensor.checkpoint.hugging_face.function import Function, differing, function_of, neutral_function
+from moe_dtensor.checkpoint.hugging_face.function import TABLES, Function, differing, function_of, neutral_function
 from moe_dtensor.checkpoint.hugging_face.keys import Implied
 from moe_dtensor.checkpoint.hugging_face.table import Family
 from moe_dtensor.config.build import build
@@ -75,11 +75,11 @@ def describe(content: Mapping[str, Any], where: str) -> Described:
 
 def config_of(described: Described) -> Config:
     """A config of ours, not resolved, that computes this function; all else is default but the dtype of computation."""
-    model: dict[str, Any] = {}
-    moe: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
     for key, value in described.function.items():
         table, _, name = key.partition(".")
-        (model if table == "model" else moe)[name] = value
+        tables[table][name] = value
+    model, moe = tables["model"], tables["moe"]
     dense_blocks = model["num_layers"] - len(moe["layers"])
     if not dense_blocks or not moe["num_experts"]:
         moe["layers"] = ()
@@ -90,8 +90,8 @@ def config_of(described: Described) -> Config:
         number, rest = divmod(width, moe["hidden_dim"])
         moe |= {"num_shared_experts": 1, "shared_hidden_dim": width} if rest else {"num_shared_experts": number}
     else:
-        moe = {"num_experts": 0}
-    config = build({"model": model, "moe": moe})
+        tables["moe"] = {"num_experts": 0}
+    config = build(tables)
     dtype = COMPUTED_IN.get(described.dtype, "bfloat16")
     master = "float64" if dtype == "float64" else "float32"
     training = replace(config.training, param_dtype=dtype, dtype=master, reduce_dtype=master)  # type: ignore[arg-type]

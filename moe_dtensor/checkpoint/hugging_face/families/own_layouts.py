@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
     AttentionScale,
+    Clip,
     EvenHeads,
     Fixed,
     Implied,
     Inverse,
     KeyValueHeads,
-    Rope,
     Same,
     Unused,
 )
@@ -56,7 +57,6 @@ GRANITE_MOE = Family(
     ),
 )
 
-NO_CLIP = 1e30
 BLOCK = "transformer.blocks.{i}."
 ATTENTION_NORM = BLOCK + "norm_attn_norm."
 
@@ -72,8 +72,7 @@ DBRX = Family(
         KeyValueHeads("attn_config.kv_n_heads", 1),
         Unused("num_key_value_heads"),
         Rope(10000.0, also="attn_config.rope_theta"),
-        # Its class cannot do without a clip; one that nothing reaches is none.
-        Fixed("attn_config.clip_qkv", NO_CLIP, also=(None,)),
+        Clip("attn_config.clip_qkv"),
         pieces.TIED,
         Implied("model.norm", "layernorm"),
         Implied("model.norm_eps", 1e-5),
