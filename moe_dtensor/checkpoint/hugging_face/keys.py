@@ -219,34 +219,23 @@ class AttentionScale:
 
 @dataclass(frozen=True)
 class Clip:
-    """Queries, keys and values are cut at this; null: not. DBRX's class cannot do without: one beyond reach is none."""
+    """Queries, keys and values are cut at this.
+
+    Args:
+        none: what stands for no clip. DBRX's class cannot do without one, so there it is one that nothing reaches.
+    """
 
     hf: str
-    beyond_reach: float = 1e30
+    none: float | None = None
 
     def read(self, raw: Raw, function: Function) -> None:
-        """Null and what is beyond reach as 0."""
-        value = float(raw.take((self.hf,), self.beyond_reach))
-        function["model.clip_qkv"] = 0.0 if value >= self.beyond_reach else value
+        """None as 0."""
+        value = raw.take((self.hf,), self.none)
+        function["model.clip_qkv"] = 0.0 if value is None or value == self.none else float(value)
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """As a number."""
-        put(raw, self.hf, function["model.clip_qkv"] or self.beyond_reach)
-
-
-@dataclass(frozen=True)
-class OptionalClip:
-    """The same in a class that takes null for none."""
-
-    hf: str
-
-    def read(self, raw: Raw, function: Function) -> None:
-        """Null as 0."""
-        function["model.clip_qkv"] = float(raw.take((self.hf,), 0.0))
-
-    def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """0 as null."""
-        put(raw, self.hf, function["model.clip_qkv"] or None)
+        """0 as what stands for none."""
+        put(raw, self.hf, function["model.clip_qkv"] or self.none)
 
 
 @dataclass(frozen=True)

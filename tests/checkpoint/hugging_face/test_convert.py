@@ -94,7 +94,12 @@ FAULTS = {
         lambda f: change_config(f, num_local_experts=7),
         "lacks model.layers.0.block_sparse_moe.experts.6.w1",
     ),
-    "window": (lambda f: change_config(f, sliding_window=64), "sliding_window = 64"),
+    "windows of some": (
+        lambda f: change_config(
+            f, sliding_window=64, layer_types=["full_attention", "sliding_attention", "full_attention"]
+        ),
+        "layer_types = ",
+    ),
     "unknown key": (lambda f: change_config(f, soft_cap=30.0), "soft_cap = 30.0"),
     "scaled positions": (
         lambda f: change_config(f, rope_scaling={"rope_type": "longrope", "factor": 4.0}),

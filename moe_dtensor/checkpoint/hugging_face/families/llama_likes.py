@@ -7,11 +7,11 @@ from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks, SparseSte
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
     Choice,
+    Clip,
     EvenHeads,
     HeadDim,
     Implied,
     KeyValueHeads,
-    OptionalClip,
     Same,
 )
 from moe_dtensor.checkpoint.hugging_face.table import Family, Tensor
@@ -59,7 +59,7 @@ OLMOE = Family(
         KeyValueHeads(),
         pieces.ROPE,
         pieces.TIED,
-        OptionalClip("clip_qkv"),
+        Clip("clip_qkv"),
         Implied("model.qk_norm", "full"),
         Same("moe.num_experts", ("num_experts", "num_local_experts"), 64),
         Same("moe.top_k", "num_experts_per_tok", 8),

@@ -72,7 +72,7 @@ DBRX = Family(
         KeyValueHeads("attn_config.kv_n_heads", 1),
         Unused("num_key_value_heads"),
         Rope(10000.0, also="attn_config.rope_theta"),
-        Clip("attn_config.clip_qkv"),
+        Clip("attn_config.clip_qkv", none=1e30),
         pieces.TIED,
         Implied("model.norm", "layernorm"),
         Implied("model.norm_eps", 1e-5),
