@@ -46,6 +46,9 @@ class Rope:
             raw.refuse("rope_theta", theta, f"rope_parameters says {stated}")
         function["model.rope_theta"] = float(next(x for x in (stated, theta, beside, self.default) if x is not None))
         self._read_width(raw, new, function)
+        kinds = [where.get("rope_type", where.get("type")) for where in (old, new)]
+        if all(kinds) and kinds[0] != kinds[1]:
+            raw.refuse("rope_scaling", dict(old), f"rope_parameters says {kinds[1]}")
         stated = {**old, **new}
         if self.alpha and stated.get("alpha"):
             width = function["model.head_dim"]

@@ -58,7 +58,13 @@ def gradients_of(theirs: Any, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", tiny_models.ATTENTION_CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.full) if case in tiny_models.ONLY_FULL else case
+        for case in tiny_models.ATTENTION_CASES
+    ],
+)
 def test_logits_and_every_gradient_are_transformers(case: str, tmp_path: Path) -> None:
     folder = tiny_models.save_model(case, tmp_path / "model")
     theirs = tiny_models.build_model(case)

@@ -24,7 +24,13 @@ def convert(way: str, source: Path, output: Path, *more: str) -> int:
     return main(["convert", "--from", start, "--to", end, "--input", str(source), "--output", str(output), *more])
 
 
-@pytest.mark.parametrize("case", tiny_models.CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.full) if case in tiny_models.ONLY_FULL else case
+        for case in tiny_models.CASES
+    ],
+)
 def test_there_and_back_is_the_same_bits(case: str, tmp_path: Path) -> None:
     source = tiny_models.save_model(case, tmp_path / "hf")
     assert convert("hf>native", source, tmp_path / "native") == 0

@@ -171,6 +171,8 @@ ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "n_group": 1, "topk_group": 1}),
 }
 """Of each, one key or more of attention that no case below has."""
+ONLY_FULL = set(ATTENTION_CASES) - {"glm4_moe", "exaone_moe", "gpt_oss", "deepseek_v3"}
+"""Left to the long tests."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # Experts as wide as the model: a transposed projection keeps its shape.
