@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_dtensor.parallel.compiling import can_order
+from moe_dtensor.parallel.blocks import can_order
 from moe_dtensor.parallel.ordering import OrderForOverlap, order
 from moe_dtensor.testing.ranks import run_on_ranks
 
