@@ -372,7 +372,7 @@ class Training:
     reduce_dtype: DType = "float32"
     """dtype in which gradients are summed."""
     deterministic: bool = False
-    """Use deterministic algorithms: two runs on the same mesh are then bitwise equal on GPUs too."""
+    """Allow only algorithms that torch promises to repeat bit for bit on the same mesh, on GPUs too."""
     validation_interval: int = 0
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
