@@ -133,6 +133,8 @@ class Run:
             f"on {self.device.type}; run folder {self.folder.path}"
         )
         display.say(self.told)
+        if packing := self.loader.told():
+            display.say(packing)
         if notice := routing_notice(self.config):
             display.say(notice)
         return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]

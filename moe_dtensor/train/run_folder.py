@@ -31,7 +31,7 @@ CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
 _FREE_KEYS = {"model": {"attention_backend"}, "rope": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
-    "data": ("document_mask", "sources"),
+    "data": ("document_mask", "packing", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 
