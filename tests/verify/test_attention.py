@@ -7,9 +7,10 @@ from collections import defaultdict
 
 import pytest
 
-from moe_dtensor.verify.attention_cases import MESH_SETS, attention_cases, dimensions, possible, settings
 from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.run import prove
+
+from .attention_cases import MESH_SETS, attention_cases, dimensions, possible, settings
 
 MESHES = [mesh for meshes in MESH_SETS for mesh in meshes]
 
