@@ -20,11 +20,10 @@ from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
-from moe_dtensor.train.display import Display
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.run_folder import RunFolder, open_run_folder
-from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, train_step
 from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
