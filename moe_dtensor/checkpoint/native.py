@@ -112,7 +112,7 @@ def write_native(
         folder: of checkpoints.
         shapes: shape and dtype of every parameter by name.
         values: gives a parameter when its turn comes.
-        balance: as :class:`moe_dtensor.model.balance.BalanceState` saves it.
+        balance: as :class:`moe_dtensor.model.balance_state.BalanceState` saves it.
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}

@@ -14,7 +14,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 
