@@ -6,12 +6,14 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.config.build import override
+from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch as LoadedBatch
 from moe_dtensor.testing.ranks import run_on_ranks
@@ -98,6 +100,21 @@ class Task:
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
+
+
+def computation(case: Case) -> str:
+    """What tells a case from others: its placed config, without what does nothing there."""
+    placed = case.layout.place(case.config)
+    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0}
+    if case.layout.pp == 1:
+        idle |= {"pipeline.schedule": "1F1B"}
+    if case.layout.tp == 1:
+        idle |= {"mesh.sequence_parallel": True}
+    if expert_ranks(placed) == 1 or not placed.moe.num_experts:
+        idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
+    return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
+
+
 IRRELEVANT = {
     "model.attention_backend": "auto",
     "moe.backend": "auto",
