@@ -130,7 +130,8 @@ def draws(seed: int, on_each_mesh: int = 8) -> Iterator[Drawn]:
 
 def draw(layout: Layout, order: random.Random) -> Drawn:
     """One case: each of some keys in turn takes a value by chance, if the config stays legal on the layout."""
-    config, changes = smallest(layout), {}
+    config = smallest(layout)
+    changes: dict[str, Any] = {}
     groups = [(key,) for key in drawn_keys()] + list(TOGETHER)
     for keys in order.sample(groups, order.randint(1, len(groups) // 2)):
         wanted = {key: order.choice(values_of(all_fields()[key])) for key in keys}
