@@ -31,7 +31,10 @@ BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm")
 
 def main(argv: list[str]) -> int:
     """Print a table, a row for each mesh and schedule; 1 if any differs from the oracle, else 0."""
+    if any(word.partition("=")[0] == "--against" for word in argv):
+        return _against(argv)
     parser = Parser("verify", HELP)
+    parser.add_argument("--against", metavar="FILE", help="judge a step file of any trainer; needs no --config")
     parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help=f"default: {' '.join(DEFAULT_MESHES)}")
     parser.add_argument("--schedules", nargs="+", metavar="NAME", help="for meshes with pp > 1; default: the config's")
     parser.add_argument("--dtype", default="float64", choices=DTYPES, help="computation; default: float64")
@@ -94,6 +97,30 @@ def _distinct(
         else:
             same[told] = earlier
     return kept, same
+
+
+def _against(argv: list[str]) -> int:
+    """Say whether the step in a file is the oracle's; 1 if not."""
+    parser = argparse.ArgumentParser("python -m moe_dtensor verify", description=HELP)
+    parser.add_argument("--against", type=Path, required=True, metavar="FILE", help="a step file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdict to a file")
+    options = parser.parse_args(argv)
+    from moe_dtensor.verify.against import explain, judge_step
+    from moe_dtensor.verify.step_file import read_step_file
+
+    step = read_step_file(options.against)
+    verdict = judge_step(step)
+    worst = explain(step, verdict)
+    for line in worst[:12]:
+        print(line)
+    if len(worst) > 12:
+        print(f"… and {len(worst) - 12} more")
+    outcome = f"{len(worst)} of {len(verdict.deviations)} quantities differ" if worst else "agrees with the oracle"
+    print(f"{step.trainer}, {step.dtype}: {outcome}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(verdict.to_json() | {"differ": worst}, indent=1) + "\n", encoding="utf-8")
+    return 0 if verdict.ok else 1
 
 
 def _fuzz(options: argparse.Namespace, config: Config) -> int:

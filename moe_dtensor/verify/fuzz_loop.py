@@ -43,7 +43,7 @@ def fuzz(count: int, seed: int, config_file: str, base: Config, say: Callable[[s
         chunk = list(itertools.islice(coming, min(TOGETHER, count - done)))
         for drawn, verdict in zip(chunk, prove([d.case for d in chunk], timeout=TIMEOUT), strict=True):
             done += 1
-            keys.update(drawn.changes)
+            keys.update(list(drawn.changes))
             computations.add(computation(drawn.case))
             if not verdict.ok:
                 failures.append(_failure(drawn, verdict, config_file, base, [f["kind"] for f in failures]))
