@@ -1,4 +1,4 @@
-"""Write a step file of transformers' Qwen3-MoE: python scripts/step_file_transformers.py OUT.json [--double-softmax]."""
+"""Write a step file of transformers' Qwen3-MoE: step_file_transformers.py OUT.json [--double-softmax]."""
 
 from __future__ import annotations
 

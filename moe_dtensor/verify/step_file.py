@@ -1,4 +1,4 @@
-"""A training step of any trainer as a file: what it was given and what it made of it. The format is in docs/verify.md."""
+"""A training step of any trainer as a file: what it was given and what it made of it. Format: docs/verify.md."""
 
 from __future__ import annotations
 
