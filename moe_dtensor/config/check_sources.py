@@ -16,6 +16,20 @@ SMALLEST_SHARE = 1e-5
 
 def broken(config: Config) -> Broken:
     """(rule with its values, remedy), for each broken rule."""
+    if config.data.packing == "best_fit":
+        if not config.data.document_mask:
+            yield (
+                "data.packing = best_fit puts documents beside each other that have nothing in common; "
+                "data.document_mask = false lets them see each other.",
+                "Set data.document_mask = true, or data.packing = concatenate.",
+            )
+        corpora = {source.corpus for source in config.data.sources} or {config.data.corpus}
+        if streamed := sorted(corpora & {"datasets", "random"}):
+            yield (
+                f"data.packing = best_fit looks at all documents first; corpus = {streamed[0]!r} is read as training "
+                "goes.",
+                "Set the corpus to files, or write token files first: the verb tokenize.",
+            )
     if config.data.sources:
         yield from _together(config)
         for number, source in enumerate(config.data.sources, 1):

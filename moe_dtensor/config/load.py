@@ -59,6 +59,21 @@ def dump(config: Config) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def dump_changes(config: Config) -> str:
+    """TOML text of the fields that are not at their default."""
+    blocks = []
+    for table in tables().values():
+        values = getattr(config, table.name)
+        lines = [
+            f"{name} = {show(getattr(values, name))}"
+            for name, field in table.fields.items()
+            if getattr(values, name) != field.default
+        ]
+        if lines:
+            blocks.append("\n".join([f"[{table.name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -317,6 +317,10 @@ class Data:
     are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences. concatenate: one after the other, cut where a sequence ends. best_fit: whole
+    documents, each where it fits best, the rest filled up (arXiv:2404.10830); needs document_mask and a finite
+    corpus."""
     sources: tuple[Source, ...] = ()
     """Several sources instead of ``corpus`` and ``path``: ``[[data.sources]]``."""
 
@@ -372,7 +376,7 @@ class Training:
     reduce_dtype: DType = "float32"
     """dtype in which gradients are summed."""
     deterministic: bool = False
-    """Use deterministic algorithms: two runs on the same mesh are then bitwise equal on GPUs too."""
+    """Allow only algorithms that torch promises to repeat bit for bit on the same mesh, on GPUs too."""
     validation_interval: int = 0
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
@@ -445,6 +449,12 @@ class Checkpoint:
     """Write in the background."""
     keep_last: int = 2
     """Checkpoints kept (at least 2). 0: all."""
+    initial: str = ""
+    """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
+    schedule and data start anew. Empty: from random values."""
+    export_hf: bool = False
+    """When the run ends, also write its weights to <run.folder>/hugging_face as transformers and inference engines read
+    them."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_dtensor.config.errors import ConfigError, RankError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import sequences_before, span_at, spans
+from moe_dtensor.data.fit import FittedWindows
 from moe_dtensor.data.mixture import Mixture, MixtureWindows, build_segments
 from moe_dtensor.data.pack import check_ids, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
@@ -60,6 +61,12 @@ class Loader:
 
     def __init__(self, config: Config, corpus: Any, split: str = "train") -> None:
         self.config, self.corpus, self.split = config, corpus, split
+        for one in corpus.corpora if isinstance(corpus, Mixture) else [corpus]:
+            if config.data.packing == "best_fit" and getattr(one, "streaming", False):
+                raise ConfigError(
+                    f"data.packing = best_fit looks at all documents first; {type(one).__name__} is streamed.",
+                    "Set data.packing = concatenate, or write token files first: the verb tokenize.",
+                )
         self.document_mask = config.data.document_mask
         self.tokenizer = corpus.tokenizer
         self.seed = config.training.seed if split == "train" else VALIDATION_SEED
@@ -98,6 +105,12 @@ class Loader:
             return {}
         return dict(zip(self.corpus.names, self.windows.tokens_read(), strict=True))
 
+    def told(self) -> str:
+        """What packing by best fit makes of the documents; empty without it."""
+        fitted = self.windows.windows() if isinstance(self.windows, MixtureWindows) else {"": self.windows}
+        lines = {name: w.told() for name, w in fitted.items() if isinstance(w, FittedWindows)}
+        return "\n".join(f"{name}: {line}" if name else line for name, line in lines.items())
+
     def _open_windows(self) -> Windows:
         """The windows of the first span; a mixture's know all spans."""
         if not isinstance(self.corpus, Mixture):
@@ -108,7 +121,8 @@ class Loader:
         else:
             segments = build_segments(replace(self.config, stages=()), self.spans)
             total = self.config.training.validation_sequences or self.config.training.global_batch_size
-        return MixtureWindows(self.corpus, self.split, segments, self.seed, total)
+        best_fit = self.config.data.packing == "best_fit"
+        return MixtureWindows(self.corpus, self.split, segments, self.seed, total, best_fit)
 
     def _go_on(self) -> None:
         """Enter the span that the next sequence belongs to."""
@@ -170,7 +184,11 @@ def open_windows(config: Config, corpus: Any, split: str, seed: int, key: tuple[
         stream = TokenStream(corpus, split, least=wanted * seq_len + 1)
         return StreamWindows(stream, seq_len, seed, BLOCK_WINDOWS if split == "train" else 1)
     tokens_N = corpus.token_array(split) if hasattr(corpus, "token_array") else packed(corpus, split).tokens_N
-    windows = ArrayWindows(tokens_N, seq_len, seed, key)
+    windows = (
+        FittedWindows(tokens_N, seq_len, seed, corpus.tokenizer.end_id, key)
+        if config.data.packing == "best_fit"
+        else ArrayWindows(tokens_N, seq_len, seed, key)
+    )
     if windows.num_windows < wanted:
         raise ConfigError(
             f"the {split} split must fill one global batch: training.global_batch_size = {wanted} sequences of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config, Source
 from moe_dtensor.config.stages import Span, sequences_before
 from moe_dtensor.data.files import check_apart
+from moe_dtensor.data.fit import FittedWindows
 from moe_dtensor.data.pack import packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
 from moe_dtensor.data.tokenizer import Tokenizer
@@ -115,14 +116,17 @@ class MixtureWindows:
         split: ``train`` or ``validation``.
         segments: of the run.
         seed: of the order.
-        total: sequences that will be read, to check that the sources have them; 0: unknown.
+        total: sequences that will be read, to check that the sources have them.
+        best_fit: pack whole documents.
 
     Raises:
         ConfigError: a source has no window, or would be read more often than its ``epochs`` allow.
     """
 
-    def __init__(self, mixture: Mixture, split: str, segments: list[Segment], seed: int, total: int) -> None:
-        self.mixture, self.split, self.segments, self.seed = mixture, split, segments, seed
+    def __init__(
+        self, mixture: Mixture, split: str, segments: list[Segment], seed: int, total: int, best_fit: bool = False
+    ) -> None:
+        self.mixture, self.split, self.segments, self.seed, self.best_fit = mixture, split, segments, seed, best_fit
         self.position = 0
         self.source_B = np.empty(0, np.int64)
         """Source of each sequence of the latest read."""
@@ -132,6 +136,7 @@ class MixtureWindows:
             for name, corpus in zip(mixture.names, mixture.corpora, strict=True)
             if not getattr(corpus, "streaming", False)
         }
+        self._made: dict[tuple[str, int], ArrayWindows] = {}
         self._check_epochs(total)
         self._enter(segments[0], 0)
 
@@ -140,8 +145,7 @@ class MixtureWindows:
         self.segment = segment
         segment.turns.seek(place)
         self._windows: dict[str, ArrayWindows | StreamWindows] = {
-            name: ArrayWindows(tokens_N, segment.seq_len, self.seed, (name, segment.generation))
-            for name, tokens_N in self._arrays.items()
+            name: self._cut(name, segment) for name in self._arrays
         }
         for source, corpus in zip(self.mixture.sources, self.mixture.corpora, strict=True):
             if source.name in self._arrays:
@@ -178,6 +182,22 @@ class MixtureWindows:
         self.position += count
         return out
 
+    def _cut(self, name: str, segment: Segment) -> ArrayWindows:
+        """The windows of a source that is an array."""
+        key = (name, segment.generation)
+        if key not in self._made:
+            end_id = self.mixture.tokenizer.end_id
+            self._made[key] = (
+                FittedWindows(self._arrays[name], segment.seq_len, self.seed, end_id, key)
+                if self.best_fit
+                else ArrayWindows(self._arrays[name], segment.seq_len, self.seed, key)
+            )
+        return self._made[key]
+
+    def windows(self) -> Mapping[str, ArrayWindows | StreamWindows]:
+        """The windows of each source in the present segment."""
+        return self._windows
+
     def tokens_read(self) -> list[int]:
         """Tokens that each source has given so far."""
         counts = self.segment.turns.counts
@@ -207,7 +227,7 @@ class MixtureWindows:
         for segment, end in zip(self.segments, ends, strict=True):
             counts = segment.turns.counts_at(max(0, end - segment.first))
             for name, tokens_N in self._arrays.items():
-                count, windows = counts[self.mixture.names.index(name)], max(0, (len(tokens_N) - 1) // segment.seq_len)
+                count, windows = counts[self.mixture.names.index(name)], self._cut(name, segment).num_windows
                 if windows == 0:
                     raise ConfigError(
                         f"data.sources.{name}: the {self.split} split must fill one sequence of training.seq_len = "

@@ -45,9 +45,13 @@ class ArrayWindows:
     def __init__(self, tokens_N: Any, seq_len: int, seed: int, key: tuple[object, ...] | None = None) -> None:
         self.tokens_N, self.seq_len, self.seed, self.key = tokens_N, seq_len, seed, key
         self.num_windows = max(0, (len(tokens_N) - 1) // seq_len)
-        self.keyed = key is not None or self.num_windows > TABLE_WINDOWS
         self.position = 0
         self._table: tuple[int, np.ndarray] | None = None
+        self.choose_order()
+
+    def choose_order(self) -> None:
+        """By a table or by a keyed permutation, as the number of windows says."""
+        self.keyed = self.key is not None or self.num_windows > TABLE_WINDOWS
 
     def read(self, count: int, first: int, last: int) -> np.ndarray:
         """See :class:`Windows`; only the asked windows are touched."""
@@ -59,9 +63,13 @@ class ArrayWindows:
         """The windows with these numbers in the order of all epochs, (len(numbers), seq_len + 1)."""
         out = np.empty((len(numbers), self.seq_len + 1), self.tokens_N.dtype)
         for row, index in enumerate(self._places(numbers)):
-            start = index * self.seq_len
-            out[row] = self.tokens_N[start : start + self.seq_len + 1]
+            self._fill(out[row], index)
         return out
+
+    def _fill(self, out_S1: np.ndarray, index: int) -> None:
+        """Put window ``index`` of the array into ``out_S1``."""
+        start = index * self.seq_len
+        out_S1[:] = self.tokens_N[start : start + self.seq_len + 1]
 
     def _places(self, numbers: Sequence[int]) -> list[int]:
         """Which window of the array each number is."""

@@ -1,4 +1,4 @@
-"""``bench layer``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
+"""``bench layer``, ``bench attention``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
 
-HELP = "time the expert layer (bench layer), training steps (bench train), a transformers model (bench transformers)"
+HELP = (
+    "time the expert layer, attention, training steps, a transformers model (bench layer|attention|train|transformers)"
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark that the first word names; 1 if a backend gave a wrong answer."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
-    benches = {"layer": _layer, "train": _train, "transformers": _transformers}
+    benches = {"layer": _layer, "attention": _attention, "train": _train, "transformers": _transformers}
     if what in benches:
         return benches[what](rest)
     if what in ("-h", "--help"):
@@ -52,6 +54,25 @@ def _layer(argv: list[str]) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 1 if any(result.failure for result in results) else 0
+
+
+def _attention(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_dtensor bench attention",
+        description="attention, forward and backward, on one device: documents, windows, sinks and latent heads, "
+        "beside plain causal attention",
+    )
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all but tiny")
+    parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
+    options = parser.parse_args(argv)
+    from moe_dtensor.bench.attention import DEFAULT, bench_attention
+
+    try:
+        results = bench_attention(options.shapes or DEFAULT, options.json)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    # What is there for comparison may fail.
+    return 1 if any(result.failure for result in results if result.way.startswith("attend")) else 0
 
 
 def _train(argv: list[str]) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from moe_dtensor.data import Loader, build_corpus, tokenizer
+from moe_dtensor.data import Loader, build_corpus
 
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```", (Path(__file__).parents[2] / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL
@@ -36,14 +34,3 @@ def test_the_corpus_of_ones_own(make_config, tmp_path: Path, monkeypatch: pytest
     table.write_text(table.read_text() + "\nmore,and more")
     assert corpus.fingerprint() != before
     sys.modules.pop("my_recipe_data")
-
-
-def test_the_token_file(tmp_path, text_files: Path, tokenizer_file: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tokenizer_file.parent, tmp_path / "tokenizers" / "mine")
-    exec(find_block("write_token_file"), {})
-    assert capsys.readouterr().out.split() == ["tokens/train.uint16.bin", "tokens/validation.uint16.bin"]
-    ids = np.fromfile("tokens/train.uint16.bin", "<u2")
-    library = tokenizer.HuggingFaceTokenizer("tokenizers/mine")
-    assert ids[-1] == library.end_id
-    assert library.decode(ids).startswith("file ")

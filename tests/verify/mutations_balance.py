@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dtensor.layers import router
 from moe_dtensor.layers.balance import chosen_mask
 from moe_dtensor.layers.router import Router
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.train import step
 
 

@@ -15,7 +15,7 @@ from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout
 from moe_dtensor.verify.run import prove
 
-from . import mutations, mutations_balance
+from . import mutations, mutations_attention, mutations_balance
 
 TP2, DP2, PP2 = Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 1, "1F1B")
 CONFIG = override(
@@ -125,6 +125,31 @@ MUTATIONS += [
         "routing",
         layout=DP2,
         changes={"moe.router": "topk", "moe.jitter": 0.5},
+    ),
+]
+LATENT = {"model.num_kv_heads": 0, "model.kv_rank": 10, "model.nope_dim": 6, "model.rope_dim": 4, "model.v_dim": 5}
+DENSE = {"moe.num_experts": 0}
+MUTATIONS += [
+    Expected(
+        mutations_attention.latent_not_summed,
+        r"layers\.\d\.attention\.w(q|kv)_a\.weight",
+        changes=LATENT | {"model.q_rank": 14},
+    ),
+    Expected(
+        mutations_attention.output_bias_of_every_rank,
+        ".*",
+        changes=DENSE | {"model.attention_bias": "all", "model.num_layers": 1},
+    ),
+    Expected(
+        mutations_attention.sink_without_gradient,
+        r"layers\.\d\.attention\.sinks",
+        ratio=0.0,
+        changes={"model.sinks": True},
+    ),
+    Expected(
+        mutations_attention.window_off_by_one,
+        ".*",
+        changes=DENSE | {"model.window": 3, "model.num_layers": 1},
     ),
 ]
 
