@@ -115,7 +115,7 @@ def export(path: Path, mended: bool = False) -> None:
         mended: sum the gate's gradient over tp, as torchtitan does since its pull request 2416 (February 2026).
     """
     tokens, labels = torch.randint(0, VOCAB, (2, 2, 12), generator=torch.Generator().manual_seed(1)).unbind()
-    loss, found = run_on_ranks(gradients, TP, tokens, labels, mended)[0]
+    loss, found = run_on_ranks(gradients, TP, tokens, labels, mended, timeout=600.0)[0]
     write_step_file(
         path,
         trainer=f"torchtitan {version('torchtitan')} Qwen3-MoE, tp = {TP}{', mended' if mended else ''}",
