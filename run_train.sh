@@ -5,6 +5,7 @@
 #   NGPU           ranks on this machine (default: its GPUs, else 4 CPU ranks)
 #   NNODES         machines, each started with this script (default 1)
 #   RDZV_ENDPOINT  host:port of one of them, needed for NNODES > 1
+#   RDZV_TIMEOUT   seconds to wait for the others (default 600)
 #   PYTHON         the Python to make .venv with (default: the first >= 3.11)
 set -euo pipefail
 
@@ -47,7 +48,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1)
 
 if [ "$nodes" -gt 1 ]; then
     : "${RDZV_ENDPOINT:?NNODES > 1 needs RDZV_ENDPOINT=host:port, the same on every machine}"
-    rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-moe_dtensor}")
+    meeting="$(python scripts/meet.py "$RDZV_ENDPOINT" "$nodes" --config "$config" --ranks "$ranks" \
+        --timeout "${RDZV_TIMEOUT:-600}" -- "$@")"
+    read -r host_number address port interface <<<"$meeting"
+    rendezvous=(--nnodes "$nodes" --node-rank "$host_number" --master-addr "$address" --master-port "$port")
+    if [ -n "$interface" ]; then
+        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
+    fi
 else
     rendezvous=(--standalone)
 fi

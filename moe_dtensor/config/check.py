@@ -51,6 +51,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _stages_per_rank(config)
     config_as_given, config = config, resolve(config, world_size)
     yield from _names(config)
+    yield from _checkpoint(config)
     yield from _model(config_as_given)
     yield from check_attention.attention(config)
     yield from check_experts.experts(config)
@@ -77,6 +78,14 @@ def _names(config: Config) -> Broken:
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
     if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
+
+
+def _checkpoint(config: Config) -> Broken:
+    if config.checkpoint.export_hf and not config.checkpoint.enable:
+        yield (
+            "checkpoint.export_hf = true writes what the last checkpoint holds, but checkpoint.enable = false.",
+            "Set both, or take checkpoint.export_hf out.",
+        )
 
 
 def _model(config: Config) -> Broken:

@@ -22,7 +22,7 @@ class Attention(Layer):
     How many heads it has is read off its weights, so a part of the heads is computed by the same code; ``sum_heads``
     then adds what is summed over heads of queries and of keys to that of the other parts, ``sum_output`` the output.
     The projections take tokens in any order: ``to_sequences`` brings what they give into whole sequences,
-    ``from_sequences`` back.
+    ``from_sequences`` back. ``attend`` may be another that remembers keys and values.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -37,6 +37,7 @@ class Attention(Layer):
         self.output_bias = nn.Parameter(torch.zeros(model.dim)) if model.attention_bias == "all" else None
         self.gate = Linear(model.dim, model.num_heads * widths.value) if model.attention_gate else None
         self.sinks = nn.Parameter(torch.zeros(model.num_heads)) if model.sinks else None
+        self.attend: Callable[..., Tensor] = attend
         self.sum_heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _all_here
         self.sum_output: Callable[[Tensor], Tensor] = _as_they_are
         self.to_sequences: Callable[[Tensor], Tensor] = _as_they_are
@@ -65,7 +66,7 @@ class Attention(Layer):
         ``from_sequences`` gives."""
         place = positions.window if self.has_window else positions.full
         q, k, v = self.project(x_BSD, place)
-        y_BHSC = attend(
+        y_BHSC = self.attend(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),

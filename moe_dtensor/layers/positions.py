@@ -56,22 +56,33 @@ def build_positions(
         documents_BS: document of each token; None: a sequence is one document.
         dtype: of the stream; angles are computed in at least float32.
     """
-    model, plain = config.model, config.rope
+    model = config.model
     flex = uses_flex(model.attention_backend, min(head_widths(config)[:2]), dtype, device)
     wide = torch.promote_types(dtype, torch.float32)
     if positions_BS is None:
         positions_BS = torch.arange(shape[1], device=device)[None]
-    if not config.rope.scale_windows:
-        plain = type(plain)()
 
     def place(window: int) -> Place:
-        rope, theta = (plain, model.window_theta or model.rope_theta) if window else (config.rope, model.rope_theta)
-        turn = frequencies(head_widths(config).rotated, theta, rope, shape[1], wide, device)
-        angle = positions_BS.to(wide)[..., None, None] * turn
-        factor = attention_factor(rope)
-        visible = build_visible(documents_BS, window, shape, device, flex=flex, sinks=model.sinks)
-        return Place(angle.cos() * factor, angle.sin() * factor, visible)
+        cos, sin = rotation(config, window > 0, positions_BS, shape[1], wide)
+        return Place(cos, sin, build_visible(documents_BS, window, shape, device, flex=flex, sinks=model.sinks))
 
     places = {window: place(window) for window in {block_window(config, layer) for layer in layers}}
     any_place = next(iter(places.values()))
     return Positions(places.get(0, any_place), places.get(model.window, any_place))
+
+
+def rotation(
+    config: Config, has_window: bool, positions_BS: Tensor, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles of one kind of block, as :class:`Place` has them.
+
+    Args:
+        length: of the sequences, by which longrope chooses its factors.
+        dtype: at least float32.
+    """
+    model, rope, theta = config.model, config.rope, config.model.rope_theta
+    if has_window:
+        rope, theta = rope if rope.scale_windows else type(rope)(), model.window_theta or theta
+    turn = frequencies(head_widths(config).rotated, theta, rope, length, dtype, positions_BS.device)
+    angle, factor = positions_BS.to(dtype)[..., None, None] * turn, attention_factor(rope)
+    return angle.cos() * factor, angle.sin() * factor

@@ -74,6 +74,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         tokens_BS: Tensor | None = None,
         sequence_B: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """Run the held blocks.
 
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
             documents_BS: document of each token; None: no document mask.
             tokens_BS: the tokens, for a part that is not the first.
             sequence_B: number of each sequence in the run; None: from 0.
+            positions: rotations made already, for who remembers earlier tokens; None: of ``positions_BS``.
 
         Returns:
             The stream ``(B, S, D)``, beside it the embeddings of tokens ahead if multi-token prediction is to read
@@ -93,12 +95,12 @@ class Transformer(nn.Module):
         if self.is_first:
             tokens_BS = x
             depths = range(self.mtp_depth + 1) if self.training or not self.is_last else [0]
-            x, *ahead = (self._embed(tokens_BS if k == 0 else tokens_ahead(tokens_BS, k)) for k in depths)
+            x, *ahead = (self.embed(tokens_BS if k == 0 else tokens_ahead(tokens_BS, k)) for k in depths)
         else:
             x, *ahead = x.split(self.dim, dim=-1)
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
-        positions = build_positions(
+        positions = positions or build_positions(
             self.config,
             map(int, self.layers),
             (tokens_BS.shape[0], tokens_BS.shape[1]),
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
             self._keep(records)
             return torch.cat([x, *ahead], dim=-1) if self.mtp_depth else x
         x = self.norm(x)
-        logits_BSV = self._logits(x)
+        logits_BSV = self.logits(x)
         if labels_BS is None:
             self._keep(records)
             return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
@@ -128,11 +130,13 @@ class Transformer(nn.Module):
         self._keep(records)
         return loss_B
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """The stream ``(B, S, D)`` before the first block."""
         x = self.tok_embeddings(tokens_BS)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the normalised stream: ``(B, S, V)`` over the held rows, padding included."""
         # The head's input is scaled, not the logits, which are many times as large.
         return self.head(self.before_head(x if self.logit_scale == 1 else x * self.logit_scale))
 
@@ -154,7 +158,7 @@ class Transformer(nn.Module):
             x, record_R, normed = block(x, ahead_BSD, positions, tokens)
             records.append(record_R)
             labels = labels_ahead(labels_BS, documents_BS, depth)
-            losses.append(self.token_loss(self._logits(normed), labels).sum(-1))
+            losses.append(self.token_loss(self.logits(normed), labels).sum(-1))
         loss_K = torch.stack([loss.detach().sum() for loss in losses])
         self.mtp_loss_K = loss_K if self.mtp_loss_K is None else self.mtp_loss_K + loss_K
         return AlsoMinimize.apply(loss_B, self.mtp_weight * torch.stack(losses).sum(0))

@@ -21,13 +21,13 @@ from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.data.prefetch import Prefetcher
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
-from moe_dtensor.train.display import Display
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.run_folder import RunFolder, open_run_folder
-from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
+from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
 
 
 def train(config: Config) -> int:
@@ -39,6 +39,7 @@ def train(config: Config) -> int:
     check_sinks(config)
     corpus = build_corpus(config)
     config = set_vocabulary(config, corpus)
+    check_weights(config)
     folder = open_run_folder(config, corpus.fingerprint())
     status = 0
     if folder.state == "finished":
@@ -94,6 +95,7 @@ class Run:
     def __post_init__(self) -> None:
         config = self.config
         self.told = describe(config, self.corpus)
+        self.exported = plan_export(config, self.folder.checkpoints)
         self.trainer: Trainer = build(config, self.device)
         self.loader = Loader(config, self.corpus)
         self.batches = Prefetcher(self.loader, self.trainer.mesh["dp"].get_local_rank(), config.mesh.dp)
@@ -109,6 +111,8 @@ class Run:
             self.trainer.balance,
         )
         self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
+        if config.checkpoint.initial and self.step == 0:
+            load_initial(self.trainer, open_initial(config))
         self.is_rank_0 = dist.get_rank() == 0
         self.profiler = Profiler(config.profiling, self.folder.path, dist.get_rank())
         self.meter = Meter(
@@ -164,6 +168,8 @@ class Run:
                 return 1
             self._save()
         self._close()
+        if self.exported is not None:
+            _say(f"The weights are in {write_export(self.exported, self.folder.path)}.")
         if self.is_rank_0:
             self.folder.finish(self.step)
         return 0

@@ -29,6 +29,8 @@ from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLD
 
 CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
+EXPORT_FOLDER = "hugging_face"
+"""Where ``checkpoint.export_hf`` writes."""
 _FREE_KEYS = {"model": {"attention_backend"}, "rope": set[str](), "moe": {"backend", "rows"}}
 _FIXED_KEYS = {
     "data": ("document_mask", "packing", "sources"),
@@ -209,7 +211,7 @@ def _clear(path: Path, checkpoints: Path) -> None:
     if not (path / RUN_FILE).is_file():
         return
     remove_all(checkpoints)
-    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER):
+    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER, EXPORT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (METRICS_FILE, CONFIG_FILE, RUN_FILE):
         (path / name).unlink(missing_ok=True)

@@ -175,7 +175,7 @@ def progress(word: str, total: int) -> Iterator[Done]:
 
 
 def _balance(weights: HuggingFaceSource) -> dict[str, torch.Tensor]:
-    """As :class:`moe_dtensor.model.balance.BalanceState` saves it."""
+    """As :class:`moe_dtensor.model.balance_state.BalanceState` saves it."""
     layers, experts = sorted(moe_layers(weights.config)), weights.config.moe.num_experts
     bias_LE = torch.zeros(len(layers), experts)
     for number, layer in enumerate(layers):

@@ -24,14 +24,26 @@ def plain_attention(
     seen = at_S <= at_S[:, None]
     if first_BS is not None:
         seen = (seen & (at_S >= first_BS[..., None]))[:, None]
+    return masked_attention(q_BHSC, k_BGSC, v_BGSV, seen, scale, sink_H)
+
+
+def masked_attention(
+    q_BHSC: Tensor, k_BGNC: Tensor, v_BGNV: Tensor, seen: Tensor | None, scale: float, sink_H: Tensor | None
+) -> Tensor:
+    """The same for any number N of keys.
+
+    Args:
+        seen: which keys each query sees, of a shape that goes with ``(B, H, S, N)``; None: all.
+    """
     if sink_H is None:
         return F.scaled_dot_product_attention(
-            q_BHSC, k_BGSC, v_BGSV, attn_mask=seen, scale=scale, enable_gqa=q_BHSC.shape[1] != k_BGSC.shape[1]
+            q_BHSC, k_BGNC, v_BGNV, attn_mask=seen, scale=scale, enable_gqa=q_BHSC.shape[1] != k_BGNC.shape[1]
         )
-    k_BHSC, v_BHSV = (t.repeat_interleave(q_BHSC.shape[1] // t.shape[1], dim=1) for t in (k_BGSC, v_BGSV))
+    k_BHNC, v_BHNV = (t.repeat_interleave(q_BHSC.shape[1] // t.shape[1], dim=1) for t in (k_BGNC, v_BGNV))
     wide = torch.promote_types(q_BHSC.dtype, torch.float32)
-    score_BHSS = (q_BHSC @ k_BHSC.mT).to(wide) * scale
-    score_BHSS = score_BHSS.masked_fill(~seen, -torch.inf)
-    sink = sink_H.to(wide)[:, None, None].expand(*score_BHSS.shape[:3], 1)
-    weight = torch.cat((score_BHSS, sink), dim=-1).softmax(-1)[..., :-1]
-    return weight.to(v_BHSV.dtype) @ v_BHSV
+    score_BHSN = (q_BHSC @ k_BHNC.mT).to(wide) * scale
+    if seen is not None:
+        score_BHSN = score_BHSN.masked_fill(~seen, -torch.inf)
+    sink = sink_H.to(wide)[:, None, None].expand(*score_BHSN.shape[:3], 1)
+    weight = torch.cat((score_BHSN, sink), dim=-1).softmax(-1)[..., :-1]
+    return weight.to(v_BHNV.dtype) @ v_BHNV
