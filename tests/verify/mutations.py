@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import Replicate
 
 from moe_dtensor.layers import moe
@@ -167,7 +168,7 @@ def loss_over_own_targets() -> Iterator[None]:
 
 @contextmanager
 def pipeline_scales_gradients() -> Iterator[None]:
-    right = pipeline.get_schedule_class
+    right = schedules.get_schedule_class
 
     def wrong(name: str) -> Any:
         cls = right(name)
@@ -178,7 +179,7 @@ def pipeline_scales_gradients() -> Iterator[None]:
 
         return Scaling
 
-    with mock.patch.object(pipeline, "get_schedule_class", wrong):
+    with mock.patch.object(schedules, "get_schedule_class", wrong):
         yield
 
 
