@@ -95,7 +95,7 @@ class NativeWeights:
         entry = self.entries[key]
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         table, _, name = key.partition(".")
-        with _alone():
+        with alone():
             dcp.load({table: {name: out}}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
         return out
 
@@ -117,12 +117,12 @@ def write_native(
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}
     writer = AtomicWriter(folder, 0, keep_last=0)
-    with _alone():
+    with alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """DCP warns where it runs in one process, as is meant here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
