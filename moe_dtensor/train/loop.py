@@ -71,8 +71,8 @@ def start_ranks(config: Config) -> torch.device:
     return device
 
 
-def end_ranks() -> None:
-    """Leave the process group together."""
+def end_ranks(status: int = 0) -> None:
+    """Leave the process group together; of several CPU ranks the processes end here, with ``status``."""
     dist.barrier()
     dist.destroy_process_group()
     if not torch.cuda.is_available() and int(os.environ["WORLD_SIZE"]) > 1:
@@ -80,7 +80,7 @@ def end_ranks() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
-        os._exit(0)
+        os._exit(status)
 
 
 @dataclass
