@@ -31,7 +31,7 @@ class Row:
     """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
 
 
-PLAN: tuple[Row, ...] = (
+TABLE: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
     Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
@@ -73,13 +73,13 @@ EXPERTS: dict[str, tuple[Row, Row, Row]] = {
 """The experts' rows, ``w_up`` (E, G, F, D), ``w_down`` (E, D, F) and ``up_bias`` (E, G, F), by ``mesh.experts``."""
 
 
-def build_plan(config: Config) -> tuple[Row, ...]:
+def build_table(config: Config) -> tuple[Row, ...]:
     """The table for one config: its experts' rows, and heads that cannot be split over tp held whole."""
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
         whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
     rows = []
-    for row in (*PLAN, *EXPERTS[config.mesh.experts]):
+    for row in (*TABLE, *EXPERTS[config.mesh.experts]):
         if row.pattern in whole:
             row = Row(row.pattern, row.dp, tp=None, gradient="heads")
         rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]
@@ -100,14 +100,14 @@ def _qk_norm_rows(config: Config) -> list[Row]:
     ]
 
 
-def find_row(plan: tuple[Row, ...], name: str) -> Row:
+def find_row(table: tuple[Row, ...], name: str) -> Row:
     """The one row for a parameter.
 
     Raises:
         ValueError: no row matches, or more than one.
     """
     short = re.sub(r"^layers\.\d+\.", "", name)
-    rows = [row for row in plan if re.fullmatch(row.pattern, short)]
+    rows = [row for row in table if re.fullmatch(row.pattern, short)]
     if len(rows) != 1:
         raise ValueError(f"Parameter {name} matches {len(rows)} rows of the placement table; it needs exactly one.")
     return rows[0]

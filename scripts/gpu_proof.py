@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_seen import tree_hashes
 
-from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.measure import provenance
 
 CONFIG = "train_configs/debug.toml"
 SMALL = (

@@ -21,9 +21,16 @@ from typing import Any
 
 import torch
 
-from moe_dtensor.bench.measure import graph_milliseconds, kernel_times, measure_memory, peak_mib, several, wait
+from moe_dtensor.bench.measure import (
+    graph_milliseconds,
+    kernel_times,
+    measure_memory,
+    peak_mib,
+    provenance,
+    several,
+    wait,
+)
 from moe_dtensor.bench.peers import installed_peers
-from moe_dtensor.bench.provenance import provenance
 from moe_dtensor.bench.shapes import Layer, parse_shape
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
-from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.measure import provenance
 from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus

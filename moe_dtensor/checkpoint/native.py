@@ -95,7 +95,7 @@ class NativeWeights:
         entry = self.entries[key]
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         table, _, name = key.partition(".")
-        with _alone():
+        with alone():
             dcp.load({table: {name: out}}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
         return out
 
@@ -112,17 +112,22 @@ def write_native(
         folder: of checkpoints.
         shapes: shape and dtype of every parameter by name.
         values: gives a parameter when its turn comes.
-        balance: as :class:`moe_dtensor.model.balance.BalanceState` saves it.
+        balance: as :class:`moe_dtensor.model.balance_state.BalanceState` saves it.
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}
+<<<<<<< HEAD
     writer = AtomicWriter(folder, 0, keep_last=0, file_per_tensor=True)
     with _alone():
+=======
+    writer = AtomicWriter(folder, 0, keep_last=0)
+    with alone():
+>>>>>>> main
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """DCP warns where it runs in one process, as is meant here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

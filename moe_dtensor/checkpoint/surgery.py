@@ -117,8 +117,8 @@ def cut_config(config: Config, cuts: Mapping[int, Cut]) -> Config:
     _check(config, cuts)
     cut = next(iter(cuts.values()))
     experts, top_k, scale = len(cut.sources), moe.top_k, moe.gate_scale
-    times = experts // moe.num_experts
-    if cut.new and experts == times * moe.num_experts:
+    times = _copied(config, cut)
+    if times > 1:
         top_k *= times
         # Softmax shares a probability out among copies; sigmoids do not, unless they are made to sum to 1.
         scale = scale / times if moe.score == "sigmoid" and not moe.normalize_gates else scale
@@ -163,13 +163,26 @@ def cut_state(key: str, value: Any, cuts: Mapping[int, Cut]) -> Any:
     return made
 
 
-def cut_balance(balance: Mapping[str, Tensor], cuts: Mapping[int, Cut]) -> dict[str, Tensor]:
-    """Biases ``(L, N)`` follow their experts, loads of merged ones add up, those of copies are 0."""
+def _copied(config: Config, cut: Cut) -> int:
+    """How often every expert is there then, if all are equally often and only copies were added; else 1."""
+    times, rest = divmod(len(cut.sources), config.moe.num_experts)
+    return times if cut.new and rest == 0 else 1
+
+
+def cut_balance(config: Config, balance: Mapping[str, Tensor], cuts: Mapping[int, Cut]) -> dict[str, Tensor]:
+    """Biases ``(L, N)`` follow their experts, loads of merged ones add up, those of copies are 0.
+
+    Where copies share a softmax's probability, the bias that is added to it is divided as well.
+
+    Args:
+        config: before the cut.
+    """
+    shared = config.moe.score == "softmax" and config.moe.score_before_top_k
     order = sorted(cuts)
     bias, load = [], []
     for row, layer in enumerate(order):
         cut = cuts[layer]
-        bias.append(_mean_rows(balance["bias"][row], cut))
+        bias.append(_mean_rows(balance["bias"][row], cut) / (_copied(config, cut) if shared else 1))
         old = balance["previous_load"][row]
         load.append(torch.stack([old[list(s)].sum() * (n not in cut.new) for n, s in enumerate(cut.sources)]))
     return {"bias": torch.stack(bias), "previous_load": torch.stack(load)}

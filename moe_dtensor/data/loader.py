@@ -105,6 +105,13 @@ class Loader:
             return {}
         return dict(zip(self.corpus.names, self.windows.tokens_read(), strict=True))
 
+    def close(self) -> None:
+        """Give back what streams share with the host's other ranks. Nothing is read afterwards."""
+        windows = self.windows.windows().values() if isinstance(self.windows, MixtureWindows) else [self.windows]
+        for one in windows:
+            if isinstance(one, StreamWindows):
+                one.stream.close()
+
     def told(self) -> str:
         """What packing by best fit makes of the documents; empty without it."""
         fitted = self.windows.windows() if isinstance(self.windows, MixtureWindows) else {"": self.windows}

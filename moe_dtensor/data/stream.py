@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.data.host import host_chunks
 from moe_dtensor.data.pack import Document, join_documents, take_chunk, token_dtype
 
 BLOCK_WINDOWS = 256  # a stream is shuffled within blocks of this many windows
@@ -43,6 +45,7 @@ class TokenStream:
     def __init__(self, corpus: Any, split: str, least: int, epochs: float = 0.0, name: str = "") -> None:
         self.corpus, self.split, self.least, self.epochs, self.name = corpus, split, least, epochs, name
         self.dtype = token_dtype(corpus.tokenizer.vocab_size)
+        self._chunks_of_host = host_chunks(f"{corpus.fingerprint()} {split}")
         self.seek({"epoch": 0, "documents": None, "seen": 0, "offset": 0})
 
     def read(self, count: int) -> np.ndarray:
@@ -85,6 +88,20 @@ class TokenStream:
         """The iterator's position; None at its start."""
         return self._documents.state_dict() if hasattr(self._documents, "state_dict") else (self._count or None)
 
+    def close(self) -> None:
+        """Give back what the host's ranks share."""
+        self._chunks_of_host.close()
+
+    def _encode(self, documents: list[Document], state: Any) -> np.ndarray:
+        """The tokens of a chunk; text is tokenised by one of the host's ranks for all."""
+
+        def make() -> np.ndarray:
+            return join_documents(documents, self.corpus.tokenizer, self.dtype)
+
+        if isinstance(documents[0], np.ndarray):
+            return make()
+        return self._chunks_of_host.get(json.dumps([self._epoch, state, self._count]), make)
+
     def _fetch(self) -> Chunk:
         """The next chunk, from the next epoch when this one is at its end."""
         while True:
@@ -107,7 +124,7 @@ class TokenStream:
                 )
             self._open(None)
         self._count += len(documents)
-        chunk = Chunk(self._epoch, state, self._seen, join_documents(documents, self.corpus.tokenizer, self.dtype))
+        chunk = Chunk(self._epoch, state, self._seen, self._encode(documents, state))
         self._seen += len(chunk.tokens_N)
         return chunk
 

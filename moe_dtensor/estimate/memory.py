@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers, stream_width
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.activations import block_bytes, head_bytes
 from moe_dtensor.estimate.dispatch import settle
+from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
 from moe_dtensor.estimate.schedule import in_flight
 from moe_dtensor.estimate.shards import Share, accumulates, stage_shares
 from moe_dtensor.estimate.sizes import BYTES, tokens

@@ -18,7 +18,7 @@ from moe_dtensor.config.resolve import (
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import Shape, attention_shapes
-from moe_dtensor.placement import Row, build_plan, find_row
+from moe_dtensor.placement import Row, build_table, find_row
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
         shapes["norm.weight"] = (dim,)
         if not config.model.tie_embeddings:
             shapes["output.weight"] = (rows, dim)
-    plan = build_plan(config)
-    return [_share(config, plan, name, shape) for name, shape in shapes.items()]
+    table = build_table(config)
+    return [_shard_of(config, table, name, shape) for name, shape in shapes.items()]
 
 
 def accumulates(config: Config) -> bool:
@@ -99,8 +99,8 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
     return [Folded(pattern, len(group), group[0]) for (pattern, _), group in groups.items()]
 
 
-def _share(config: Config, plan: tuple[Row, ...], name: str, shape: Shape) -> Share:
-    row = find_row(plan, name)
+def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> Share:
+    row = find_row(table, name)
     after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
     local = _cut(after_tp, row.dp, config.mesh.dp)
     return Share(name, shape, row, after_tp if row.fsdp else local, local)

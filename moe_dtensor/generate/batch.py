@@ -97,7 +97,7 @@ def complete(
     new_BS = torch.stack(new, 1)
     error = _check(model, own, new_BS, torch.stack(logits, 1), slots.total) if check else 0.0
     new_BS = torch.nn.functional.pad(new_BS, (0, max_tokens - new_BS.shape[1]), value=-1)
-    everyone = collectives.gather_alike(new_BS, dp, 0) if dp.size() > 1 else new_BS
+    everyone = collectives.gather_replicated(new_BS, dp, 0) if dp.size() > 1 else new_BS
     return [_completion(row, ends) for row in everyone[: len(prompts)].tolist()], error
 
 

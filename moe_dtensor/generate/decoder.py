@@ -77,4 +77,4 @@ def whole_vocabulary(held_BSV: Tensor, config: Config, tp: DeviceMesh) -> Tensor
         return held_BSV
     rows = padded_vocab(config) // tp.size()
     padded = torch.nn.functional.pad(held_BSV, (0, rows - held_BSV.shape[-1]))
-    return collectives.gather_alike(padded, tp, 2)[..., : config.model.vocab_size]
+    return collectives.gather_replicated(padded, tp, 2)[..., : config.model.vocab_size]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import ceil_div
+from moe_dtensor.kernels.library import ceil_div
 
 _BLOCK = 4096
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.placement import build_plan, find_row
+from moe_dtensor.placement import build_table, find_row
 
 
 def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
@@ -20,8 +20,8 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
 
     Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums gradients over tp.
     """
-    plan = build_plan(config)
-    rows = {param: find_row(plan, name) for name, param in part.named_parameters()}
+    table = build_table(config)
+    rows = {param: find_row(table, name) for name, param in part.named_parameters()}
     training, fsdp = config.training, config.fsdp
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.param_dtype),

@@ -11,12 +11,11 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus
 from moe_dtensor.mesh import build_mesh
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.parallel.pipeline import Runner, build_runner
-from moe_dtensor.train.optimizer import Optimizers, build_optimizers
-from moe_dtensor.train.schedule import Schedule, build_schedulers
+from moe_dtensor.train.optimizer import Optimizers, Schedule, build_optimizers, build_schedulers
 
 
 @dataclass(frozen=True)

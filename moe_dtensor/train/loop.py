@@ -18,15 +18,15 @@ from moe_dtensor.config.resolve import FORCED, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
+from moe_dtensor.data.prefetch import Prefetcher
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
-from moe_dtensor.train.display import Display
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.run_folder import RunFolder, open_run_folder
-from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks
 from moe_dtensor.train.stages import give, keep, same_sizes
-from moe_dtensor.train.step import StepResult, evaluate, read_batch, train_step
+from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
 
 
@@ -71,8 +71,8 @@ def start_ranks(config: Config) -> torch.device:
     return device
 
 
-def end_ranks() -> None:
-    """Leave the process group together."""
+def end_ranks(status: int = 0) -> None:
+    """Leave the process group together; of several CPU ranks the processes end here, with ``status``."""
     dist.barrier()
     dist.destroy_process_group()
     if not torch.cuda.is_available() and int(os.environ["WORLD_SIZE"]) > 1:
@@ -80,7 +80,7 @@ def end_ranks() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
-        os._exit(0)
+        os._exit(status)
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Run:
         self.exported = plan_export(config, self.folder.checkpoints)
         self.trainer: Trainer = build(config, self.device)
         self.loader = Loader(config, self.corpus)
+        self.batches = Prefetcher(self.loader, self.trainer.mesh["dp"].get_local_rank(), config.mesh.dp)
         # Made now, though used later: a split that is too small is told at once.
         self.validation = Loader(config, self.corpus, "validation") if config.training.validation_interval else None
         self.checkpoints = CheckpointManager(
@@ -106,7 +107,7 @@ class Run:
             list(self.trainer.parts),
             self.trainer.optimizers,
             self.trainer.schedule,
-            self.loader,
+            self.batches,
             self.trainer.balance,
         )
         self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
@@ -153,7 +154,7 @@ class Run:
             self._enter_stage()
             self.profiler.before_step(self.step)
             lr = self.trainer.schedule.lr
-            result = train_step(self.trainer, read_batch(self.trainer, self.loader))
+            result = train_step(self.trainer, to_device(self.batches.next(), self.device))
             self._record(result, lr)
             self.profiler.after_step(self.step)
             if self._must_stop(result):
@@ -196,16 +197,19 @@ class Run:
         )
 
     def _close(self) -> None:
+        self.batches.close()
+        self.loader.close()
         self.profiler.close()
         self.checkpoints.wait()
         self.meter.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        values["data_wait_seconds"] = self.batches.wait_seconds
         values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
         if result.source_loss_N is not None:
             values["source_loss"] = result.source_loss_N
-            values["source_tokens"] = torch.tensor([*self.loader.tokens_by_source().values()], dtype=torch.float64)
+            values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.verbs import convert_experts
 
 HELP = "convert weights from or to a Hugging Face folder"
 DTYPES = ("bfloat16", "float32", "float64")
@@ -20,6 +21,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Convert, print a line on what was written, and return 0; or raise ConfigError and leave nothing behind."""
     options = _parse(argv)
+    if convert_experts.changes(options):
+        print(convert_experts.run(options))
+        return 0
+    if options.source == options.to:
+        raise ConfigError(
+            f"--from {options.source} --to {options.to} changes nothing.",
+            "Name hf and native, or a change of experts such as --upcycle.",
+        )
     # Only now: a wrong command line is told without waiting for torch.
     from moe_dtensor.checkpoint.hugging_face import convert
 
@@ -52,9 +61,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="model_type to export as; default: auto, the first that fits",
     )
     parser.add_argument("--config-only", action="store_true", help="from hf: write the TOML alone (a file or a folder)")
+    convert_experts.add_options(parser)
     options = parser.parse_args(argv)
-    if options.source == options.to:
-        raise ConfigError(f"--from {options.source} --to {options.to} changes nothing.", "Name hf and native.")
     if options.to == "native" and options.architecture != "auto":
         raise ConfigError("--architecture is for --to hf: a folder's config.json names its own.", "Take it out.")
     if options.to == "hf" and options.config_only:

@@ -76,6 +76,8 @@ class Verdict:
     seconds: float = 0.0
     failure: str = ""
     """What a rank raised, if none of this could be compared."""
+    experts_ran_as: str = ""
+    """The backend of the experts, whatever ``auto`` came to."""
 
     @property
     def ok(self) -> bool:
@@ -104,6 +106,7 @@ class Verdict:
             "compared": len(self.deviations),
             "failed": self.failed(),
             "failure": self.failure,
+            "experts_ran_as": self.experts_ran_as,
             "seconds": round(self.seconds, 2),
         }
 

@@ -74,11 +74,23 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
     Raises:
         ConfigError: a layout does not accept the config at its full size, or verify cannot judge it.
     """
-    _refuse_unknown_parts(config)
     for layout in layouts:
         layout.place(config)
+    small = override(judged(config, dtype, compiled), _telling_updates(config))
+    for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
+        small = step(small, resolve(config, 1), layouts)
+    return small
+
+
+def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Config:
+    """``config`` at its own size in this dtype, without what the oracle does not know.
+
+    Raises:
+        ConfigError: verify cannot judge it.
+    """
+    _refuse_unknown_parts(config)
     wide = dtype if dtype in ("float64", "float32") else "float32"
-    small = override(
+    return override(
         config,
         {
             "training.dtype": wide,
@@ -91,14 +103,11 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
             "checkpoint.enable": False,
             "data.corpus": "random",
             "data.tokenizer": "bytes",
-            # Padded to 320: over 8 tp ranks the last has padding alone, the one before it both.
-            "model.vocab_size": 261,
+            "model.vocab_size": config.model.vocab_size or 261,
+            # The oracle knows no way down.
+            "lr_scheduler.decay": "constant",
         },
     )
-    small = override(small, _telling_updates(config))
-    for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
-        small = step(small, resolve(config, 1), layouts)
-    return small
 
 
 def _telling_updates(config: Config) -> dict[str, Any]:
@@ -113,8 +122,8 @@ def _telling_updates(config: Config) -> dict[str, Any]:
         "optimizer.weight_decay": max(optimizer.weight_decay, 4.0) if optimizer.weight_decay else 0.0,
         "training.max_grad_norm": min(most, 0.1),
         "lr_scheduler.warmup_steps": 0,
-        # The oracle knows no way down.
-        "lr_scheduler.decay": "constant",
+        # Padded to 320: over 8 tp ranks the last has padding alone, the one before it both.
+        "model.vocab_size": 261,
     }
 
 

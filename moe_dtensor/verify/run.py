@@ -6,14 +6,17 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.config.build import override
+from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch as LoadedBatch
+from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.step import StepResult, evaluate, train_step
@@ -98,6 +101,21 @@ class Task:
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
+
+
+def computation(case: Case) -> str:
+    """What tells a case from others: its placed config, without what does nothing there."""
+    placed = case.layout.place(case.config)
+    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0}
+    if case.layout.pp == 1:
+        idle |= {"pipeline.schedule": "1F1B"}
+    if case.layout.tp == 1:
+        idle |= {"mesh.sequence_parallel": True}
+    if expert_ranks(placed) == 1 or not placed.moe.num_experts:
+        idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
+    return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
+
+
 IRRELEVANT = {
     "model.attention_backend": "auto",
     "moe.backend": "auto",
@@ -147,7 +165,8 @@ def _prove_on_one_mesh(cases: list[Case], answers: Answers, timeout: float) -> I
         absent = set(task.initial) - {d.name for d in deviations if d.kind == "gradient"}
         lost_parameters = tuple(missing(name, "gradient", 0.0) for name in sorted(absent))
         seconds = max(rank[i][1] for rank in ranks)
-        yield Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
+        verdict = Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
+        yield replace(verdict, experts_ran_as=ranks[0][i][2])
 
 
 def _task(case: Case, answers: Answers) -> Task:
@@ -162,15 +181,27 @@ def _task(case: Case, answers: Answers) -> Task:
     return Task(config, *answers[key], case.skipped, case.restarted)
 
 
-def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float]]:
-    """On every rank: the deviations that this rank sees, and the seconds, of each task."""
+def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float, str]]:
+    """On every rank: of each task the deviations that this rank sees, the seconds, and what experts ran as."""
     where = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     results = []
     for task in tasks:
         start = time.perf_counter()
         deviations = judge(task, where)
-        results.append((deviations, time.perf_counter() - start))
+        results.append((deviations, time.perf_counter() - start, _experts_run_as(task.config, where)))
     return results
+
+
+def _experts_run_as(config: Config, device: torch.device) -> str:
+    """The backend that the experts' sizes, dtype and device come to; empty without experts."""
+    if not config.moe.num_experts:
+        return ""
+    hidden = config.moe.hidden_dim // (config.mesh.tp if config.mesh.experts == "tp_hidden" else 1)
+    x_TD, w_EGFD = (
+        torch.empty(shape, dtype=getattr(torch, config.training.param_dtype), device=device)
+        for shape in ((0, config.model.dim), (0, 1, hidden, config.model.dim))
+    )
+    return choose_backend(config.moe.backend, x_TD, w_EGFD)
 
 
 def judge(task: Task, device: torch.device) -> list[Deviation]:

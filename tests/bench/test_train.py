@@ -40,7 +40,11 @@ def bench(config: Config, path: Path, peers: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "peers"),
-    [(1, ("torchtitan", "torchtitan_amp")), pytest.param(2, ("torchtitan",), marks=pytest.mark.full)],
+    [
+        (1, ("torchtitan",)),
+        pytest.param(1, ("torchtitan", "torchtitan_amp"), marks=pytest.mark.full),
+        pytest.param(2, ("torchtitan",), marks=pytest.mark.full),
+    ],
 )
 def test_peers_train_on_the_same_batches(tmp_path: Path, ranks: int, peers: tuple[str, ...]) -> None:
     path = tmp_path / "out.json"

@@ -14,7 +14,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 
@@ -54,7 +54,7 @@ def cut_model(config: Config, cuts: Mapping[int, Cut], biases: Tensor | None = N
     after, its_balance = mixture(after_config)
     values = before.state_dict()
     after.load_state_dict({name: surgery.cut_parameter(name, value, cuts) for name, value in values.items()})
-    its_balance.load_state_dict(surgery.cut_balance(balance.state_dict(), cuts))
+    its_balance.load_state_dict(surgery.cut_balance(config, balance.state_dict(), cuts))
     with torch.no_grad():
         old, new = before(TOKENS), after(TOKENS)
     return float((new - old).abs().max() / old.abs().max()), after
@@ -84,9 +84,10 @@ def test_an_expert_that_nobody_chooses_is_not_missed(gates: dict[str, object]) -
 @pytest.mark.parametrize("gates", [{}, *GATES], ids=str)
 @pytest.mark.parametrize("times", [1, 2])
 def test_copies_of_all_experts_change_nothing(gates: dict[str, object], times: int) -> None:
-    config = override(MIXTURE, gates)
+    config = override(MIXTURE, {"moe.selection_bias": True, **gates})
     cuts = {i: surgery.add(torch.ones(EXPERTS), times * EXPERTS) for i in moe_layers(config)}
-    error, after = cut_model(config, cuts)
+    biases = torch.randn(2, EXPERTS, generator=torch.Generator().manual_seed(0)) / 8
+    error, after = cut_model(config, cuts, biases)
     assert error < 1e-13
     assert surgery.cut_config(config, cuts).moe.top_k == 2 * (1 + times)
     assert after.state_dict()["layers.2.moe.router.weight"].shape[0] == EXPERTS * (1 + times)
@@ -138,10 +139,10 @@ def test_the_optimizers_rows_go_with_their_experts() -> None:
 
 def test_biases_and_loads_go_with_their_experts() -> None:
     balance = {"bias": torch.tensor([[0.1, 0.2, 0.3]]), "previous_load": torch.tensor([[4.0, 1, 3]])}
-    merged = surgery.cut_balance(balance, {1: surgery.merge_groups(torch.tensor([4.0, 1, 3]), [(0, 2), (1,)])})
+    merged = surgery.cut_balance(MIXTURE, balance, {1: surgery.merge_groups(torch.tensor([4.0, 1, 3]), [(0, 2), (1,)])})
     assert merged["previous_load"].tolist() == [[7, 1]]
     assert merged["bias"].tolist() == [[pytest.approx((4 * 0.1 + 3 * 0.3) / 7), pytest.approx(0.2)]]
-    added = surgery.cut_balance(balance, {1: surgery.add(torch.tensor([4.0, 1, 3]), 1)})
+    added = surgery.cut_balance(MIXTURE, balance, {1: surgery.add(torch.tensor([4.0, 1, 3]), 1)})
     assert added["bias"].tolist() == [[*balance["bias"][0].tolist(), pytest.approx(0.1)]]
     assert added["previous_load"].tolist() == [[4, 1, 3, 0]]
 

@@ -15,7 +15,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.batch import Completion, Model, complete
 from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.mesh import build_mesh
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.testing.ranks import run_on_ranks
 

@@ -37,7 +37,9 @@ KEYS = {
         pytest.param(False, {"activation_checkpoint.mode": "selective"}, marks=pytest.mark.full),
         pytest.param(True, {}, marks=pytest.mark.full),
         pytest.param(True, {"activation_checkpoint.mode": "full"}, marks=pytest.mark.full),
-        (True, {"activation_checkpoint.mode": "selective", "model.num_kv_heads": 2}),
+        pytest.param(
+            True, {"activation_checkpoint.mode": "selective", "model.num_kv_heads": 2}, marks=pytest.mark.full
+        ),
     ],
 )
 def test_it_is_the_oracles(compiled: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

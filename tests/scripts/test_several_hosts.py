@@ -6,9 +6,11 @@ Needs root and iproute2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -50,6 +52,8 @@ def hosts() -> Iterator[list[str]]:
             ip("-n", name, "link", "set", "lo", "up")
         yield names
     finally:
+        for name in names:
+            kill(name)
         for name in (*names, switch):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
@@ -65,7 +69,6 @@ def start(host: str, folder: Path, hosts: int, *more: str, **environment: str) -
             env=os.environ | variables | environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
 
@@ -81,10 +84,12 @@ def finish(processes: list[subprocess.Popen], folder: Path, seconds: float = 400
         assert code == 0, logs
 
 
-def kill(process: subprocess.Popen) -> None:
-    """The host and all that runs on it, at once."""
-    os.killpg(process.pid, 9)
-    process.wait()
+def kill(host: str) -> None:
+    """All that runs on a host, at once: torchrun's ranks are no children of its process group."""
+    pids = subprocess.run(["ip", "netns", "pids", host], check=False, capture_output=True, text=True).stdout.split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -102,7 +107,8 @@ def test_a_killed_host_and_a_resume(hosts: list[str], tmp_path: Path) -> None:
     while not list((tmp_path / "run/run").glob("checkpoint*/step-*/.metadata")):
         assert time.monotonic() < deadline, (tmp_path / f"run/{hosts[0]}.log").read_text()
         time.sleep(0.5)
-    kill(pair[1])
+    kill(hosts[1])
+    pair[1].wait()
     assert pair[0].wait(300) != 0
     steps = max(int(path.name[5:]) for path in (tmp_path / "run/run").glob("checkpoint*/step-*"))
     again = [start(host, tmp_path / "run", 2, "--training.steps", str(steps + 2)) for host in hosts[:2]]

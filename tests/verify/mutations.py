@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import Replicate
 
 from moe_dtensor.layers import moe
 from moe_dtensor.layers.router import Router
-from moe_dtensor.parallel import collectives, gradients, loss, pipeline, tensor
+from moe_dtensor.parallel import collectives, gradients, pipeline, tensor
 from moe_dtensor.train import optimizer, step
 
 
@@ -167,7 +168,7 @@ def loss_over_own_targets() -> Iterator[None]:
 
 @contextmanager
 def pipeline_scales_gradients() -> Iterator[None]:
-    right = pipeline.get_schedule_class
+    right = schedules.get_schedule_class
 
     def wrong(name: str) -> Any:
         cls = right(name)
@@ -178,7 +179,7 @@ def pipeline_scales_gradients() -> Iterator[None]:
 
         return Scaling
 
-    with mock.patch.object(pipeline, "get_schedule_class", wrong):
+    with mock.patch.object(schedules, "get_schedule_class", wrong):
         yield
 
 
@@ -202,12 +203,12 @@ def routing_over_own_tokens() -> Iterator[None]:
 @contextmanager
 def padding_in_the_softmax() -> Iterator[None]:
     """Rows of the head that no id has take part in the loss."""
-    right = loss.cross_entropy
+    right = tensor.cross_entropy
 
     def wrong(*args: Any, vocab_size: int, **kwargs: Any) -> Tensor:
         return right(*args, **kwargs)
 
-    with mock.patch.object(loss, "cross_entropy", wrong):
+    with mock.patch.object(tensor, "cross_entropy", wrong):
         yield
 
 

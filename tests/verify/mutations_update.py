@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.config.resolve import microbatches
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.parallel import gradients, pipeline
 from moe_dtensor.train import optimizer, step
 from moe_dtensor.train.optimizer import Optimizers

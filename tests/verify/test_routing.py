@@ -21,9 +21,10 @@ from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout, legal
 from moe_dtensor.verify.oracle import steps
-from moe_dtensor.verify.routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 from moe_dtensor.verify.run import prove
 from moe_dtensor.verify.subject import build_subject, load_parameters, own_share
+
+from .routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 
 MESHES = [mesh for meshes in MESH_SETS for mesh in meshes]
 TP, PP = Layout(2, 1, 2), Layout(1, 2, 2, "1F1B")

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor as Values
 
 from moe_dtensor.checkpoint.hugging_face.function import Function
@@ -34,6 +35,7 @@ class Row:
         file: the file tensor's, with ``{e}`` and the like still open.
         shape: ours, padded rows of the vocabulary included.
         sizes: of every axis, as files have them.
+        rotated: width of the part of a head that is turned, where that is not all.
         start: where this part begins along the file tensor's first dimension.
         whole: that dimension of the whole file tensor.
     """
@@ -43,6 +45,7 @@ class Row:
     file: str
     shape: tuple[int, ...]
     sizes: Mapping[str, int]
+    rotated: int = 0
     start: int = 0
     whole: int = 0
 
@@ -115,6 +118,8 @@ class Row:
         for axis, (index, _) in self.entry.fixed.items():
             values = values.select(order.index(axis), index)
             order.remove(axis)
+        for axis in self.entry.order:
+            values = values.index_select(order.index(axis), file_order(self.sizes[axis], self.rotated))
         rest = [[axis for axis in dim if axis not in self.named] for dim in self.dims]
         values = values.permute([order.index(axis) for dim in rest for axis in dim])
         values = values.reshape([math.prod(sizes[axis] for axis in dim) for dim in rest if dim])
@@ -138,6 +143,9 @@ class Row:
             values = values.narrow(number, 0, math.prod(self.sizes[axis] for axis in dim))
         values = self._spread(values, rest, self.sizes)
         order = [axis for dim in rest for axis in dim]
+        for axis in self.entry.order:
+            back = file_order(self.sizes[axis], self.rotated).argsort()
+            values = values.index_select(order.index(axis), back)
         wanted = [axis for dim in self.layout for axis in dim if axis not in self.entry.fixed]
         return values.permute([order.index(axis) for axis in wanted])
 
@@ -178,6 +186,7 @@ def axis_sizes(entry: Tensor, shape: Sequence[int], function: Function) -> dict[
         "k": function["model.num_kv_heads"],
         "c": function["model.head_dim"],
         "two": 2,
+        "one": 1,
     } | {axis: size for axis, (_, size) in entry.fixed.items()}
     dims = parse(entry.axes)
     used = {axis for dim in dims for axis in dim} | set(entry.fixed)
@@ -188,9 +197,16 @@ def axis_sizes(entry: Tensor, shape: Sequence[int], function: Function) -> dict[
             sizes[dim[0]] = size
         else:
             # Of a group, what is not known by its letter (or stands for half of it) is what is left.
-            known = [axis for axis in dim if axis in ("h", "k", "two")]
+            known = [axis for axis in dim if axis in ("h", "k", "two", "one")]
             open_axes = [axis for axis in dim if axis not in known]
             left = size // math.prod(sizes[axis] for axis in known)
             if len(open_axes) == 1:
                 sizes[open_axes[0]] = left
     return {axis: size for axis, size in sizes.items() if axis in used}
+
+
+def file_order(size: int, rotated: int) -> Values:
+    """Where in a file each entry of an axis of ours lies, whose last ``rotated`` are pairs: there the two of a pair are
+    neighbours, here one is in the first half and one in the second."""
+    pairs = torch.arange(size - rotated, size).unflatten(0, (-1, 2))
+    return torch.cat((torch.arange(size - rotated), pairs.T.flatten()))

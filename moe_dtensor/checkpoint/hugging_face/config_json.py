@@ -16,7 +16,7 @@ HARMLESS = tuple(
     for pattern in (
         r"_?(name_or_path|commit_hash|attn_implementation|experts_implementation)",
         r"architectures|auto_map|model_type|transformers_version|(torch_)?dtype|id2label|label2id|problem_type",
-        r"(bos|eos|pad|sep|unk|cls|mask|decoder_start|begin_suppress)_token_ids?",
+        r"(bos|eos|eod|pad|sep|unk|cls|mask|decoder_start|begin_suppress)_token_ids?",
         r"use_cache|is_encoder_decoder|is_decoder|return_dict|output_\w+|torchscript|chunk_size_feed_forward",
         r"max_position_embeddings|max_seq_len|seq_length|max_length|model_max_length|tokenizer_class",
         r"initializer_range|initializer_cutoff_factor|pretraining_tp|gradient_checkpointing",

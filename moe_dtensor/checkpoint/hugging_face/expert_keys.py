@@ -26,10 +26,11 @@ class DenseFirst:
     """The first blocks are dense (``first_k_dense_replace``), all others have experts."""
 
     default: int = 0
+    name: str = "first_k_dense_replace"
 
     def read(self, raw: Raw, function: Function) -> None:
         """After the number of blocks."""
-        first = raw.take(("first_k_dense_replace",), self.default)
+        first = raw.take((self.name,), self.default)
         every = raw.take(("moe_layer_freq",), 1)
         if every != 1:
             raw.refuse("moe_layer_freq", every, "only 1 can be expressed")
@@ -37,7 +38,7 @@ class DenseFirst:
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
         """The first MoE block's index."""
-        put(raw, "first_k_dense_replace", min(function["moe.layers"], default=function["model.num_layers"]))
+        put(raw, self.name, min(function["moe.layers"], default=function["model.num_layers"]))
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class SparseStep:
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """``mlp_layer_types`` names each block dense or sparse; absent: the first is dense."""
+    """``mlp_layer_types`` names each block dense or sparse; absent: the first ``dense`` ones are dense."""
+
+    dense: int = 1
 
     def read(self, raw: Raw, function: Function) -> None:
         """After the number of blocks. ``first_k_dense_replace`` is an older name of the same."""
         count = function["model.num_layers"]
-        first = raw.take(("first_k_dense_replace",), 1)
+        first = raw.take(("first_k_dense_replace",), self.dense)
         kinds = raw.take(("mlp_layer_types",), ["dense"] * first + ["sparse"] * (count - first))
         if len(kinds) != count or set(kinds) - {"dense", "sparse"}:
             raw.refuse("mlp_layer_types", kinds, f"it must call each of {count} blocks dense or sparse")
@@ -130,3 +133,28 @@ class SharedExperts:
         """Rounded down where the width is no multiple, which reading back then shows."""
         for name in self.hf:
             put(raw, name, function["moe.shared_hidden_dim"] // function["moe.hidden_dim"])
+
+
+@dataclass(frozen=True)
+class GreedyGroups:
+    """DeepSeek-V2: ``greedy`` over all experts, or over groups by their best expert (``group_limited_greedy``)."""
+
+    def read(self, raw: Raw, function: Function) -> None:
+        """Groups that the method does not look at are none."""
+        method, groups, kept = (
+            raw.take((name,), default)
+            for name, default in (("topk_method", "greedy"), ("n_group", 1), ("topk_group", 1))
+        )
+        if method not in ("greedy", "group_limited_greedy"):
+            raw.refuse("topk_method", method, "it must be greedy or group_limited_greedy")
+        if method == "greedy" or groups == kept:
+            return
+        function["moe.expert_groups"], function["moe.expert_groups_kept"] = groups, kept
+        function["moe.group_score"] = "max"
+
+    def write(self, function: Function, raw: dict[str, Any]) -> None:
+        """By method."""
+        grouped = function["moe.expert_groups"] > 0
+        put(raw, "topk_method", "group_limited_greedy" if grouped else "greedy")
+        put(raw, "n_group", function["moe.expert_groups"] or 1)
+        put(raw, "topk_group", function["moe.expert_groups_kept"] or 1)

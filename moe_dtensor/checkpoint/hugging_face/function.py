@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from moe_dtensor.config.attention import block_rotates, block_window
 from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 
@@ -53,10 +54,7 @@ def function_of(config: Config) -> Function:
     values["moe.layers"] = tuple(sorted(moe_layers(config)))
     values["moe.router"] = config.moe.router if config.moe.router in FORCED else "topk"
     values["moe.selection_bias"] = has_selection_bias(config)
-    if values["model.rotary_dim"] == values["model.head_dim"]:
-        values["model.rotary_dim"] = 0
-    if values["model.attention_scale"] == 1 / math.sqrt(values["model.head_dim"]):
-        values["model.attention_scale"] = 0.0
+    _canonical_attention(values, config)
     # Shared experts are one feed-forward: only its width counts.
     del values["moe.num_shared_experts"]
     if values["moe.expert_groups"] == values["moe.expert_groups_kept"]:
@@ -67,6 +65,25 @@ def function_of(config: Config) -> Function:
         if not values["moe.selection_bias"] and not values["moe.expert_groups"]:
             values["moe.score_before_top_k"] = True
     return values
+
+
+def _canonical_attention(values: Function, config: Config) -> None:
+    """Usual widths and scales as 0; patterns that name each block, and only where blocks differ."""
+    model, blocks = config.model, range(config.model.num_layers)
+    if model.kv_rank or model.rotary_dim == model.head_dim:
+        values["model.rotary_dim"] = 0
+    if model.attention_scale == 1 / math.sqrt(model.head_dim):
+        values["model.attention_scale"] = 0.0
+    windows = [block_window(config, i) > 0 for i in blocks]
+    rotated = [block_rotates(config, i) for i in blocks]
+    values["model.window"] = model.window if any(windows) else 0
+    mixed = any(windows) and not all(windows)
+    values["model.window_layers"] = tuple("window" if w else "full" for w in windows) if mixed else ()
+    values["model.rope_layers"] = () if all(rotated) else tuple("rope" if r else "none" for r in rotated)
+    if not any(windows) or model.window_theta == model.rope_theta:
+        values["model.window_theta"] = 0.0
+    if not any(windows) or config.rope.scaling == "none":
+        values["rope.scale_windows"] = True
 
 
 def has_selection_bias(config: Config) -> bool:

@@ -170,85 +170,6 @@ class KeyValueHeads:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary positions in both styles: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5).
-
-    Args:
-        default: theta where nothing states it.
-        also: where else the older style keeps theta; read last.
-    """
-
-    default: float = 10000.0
-    also: str = ""
-
-    def read(self, raw: Raw, function: Function) -> None:
-        """Refuse scaled positions and a part of a head."""
-        new = raw.take(("rope_parameters",), {}) or {}
-        old = raw.take(("rope_scaling",), None)
-        theta = raw.take(("rope_theta",), None)
-        beside = raw.take((self.also,), None) if self.also else None
-        stated = new.get("rope_theta")
-        if theta is not None and stated is not None and theta != stated:
-            raw.refuse("rope_theta", theta, f"rope_parameters says {stated}")
-        found = next((x for x in (stated, theta, beside) if x is not None), self.default)
-        for name, where in (("rope_parameters", new), ("rope_scaling", old or {})):
-            kind = where.get("rope_type", where.get("type", "default"))
-            if kind != "default":
-                raw.refuse(name, where, "scaled rotary positions cannot be expressed")
-        for name, part in (
-            ("rope_parameters.partial_rotary_factor", new.get("partial_rotary_factor")),
-            ("partial_rotary_factor", raw.take(("partial_rotary_factor",), None)),
-        ):
-            if part not in (None, 1, 1.0):
-                raw.refuse(name, part, "only whole heads are turned")
-        function["model.rope_theta"] = float(found)
-
-    def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """Both styles at once: either reader finds its own."""
-        theta = function["model.rope_theta"]
-        put(raw, "rope_theta", theta)
-        put(raw, "rope_scaling", None)
-        put(raw, "rope_parameters", {"rope_theta": theta, "rope_type": "default"})
-        if self.also:
-            put(raw, self.also, theta)
-
-
-@dataclass(frozen=True)
-class NoWindow:
-    """No block attends to a window only.
-
-    Args:
-        switch: the class looks at ``sliding_window`` only where ``use_sliding_window`` is true.
-        from_layer: windows begin at block ``max_window_layers``.
-        default: window of the class where config.json states none.
-    """
-
-    switch: bool = False
-    from_layer: bool = False
-    default: int | None = None
-
-    def read(self, raw: Raw, function: Function) -> None:
-        """Refuse a window that some block has."""
-        window = raw.take(("sliding_window",), None if raw.has("sliding_window") else self.default)
-        on = raw.take(("use_sliding_window",), False) if self.switch else True
-        first = raw.take(("max_window_layers",), 0) if self.from_layer else 0
-        kinds = raw.take(("layer_types",), None)
-        if kinds is not None:
-            if window is not None and any(kind != "full_attention" for kind in kinds):
-                raw.refuse("layer_types", kinds, "attention in windows cannot be expressed")
-        elif window is not None and on and first < function["model.num_layers"]:
-            raw.refuse("sliding_window", window, "attention in windows cannot be expressed")
-
-    def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """None."""
-        put(raw, "sliding_window", None)
-        if self.switch:
-            put(raw, "use_sliding_window", False)
-        if self.from_layer:
-            put(raw, "max_window_layers", function["model.num_layers"])
-
-
-@dataclass(frozen=True)
 class Inverse:
     """A factor here, a divisor there."""
 
@@ -315,3 +236,19 @@ class Clip:
     def write(self, function: Function, raw: dict[str, Any]) -> None:
         """0 as what stands for none."""
         put(raw, self.hf, function["model.clip_qkv"] or self.none)
+
+
+@dataclass(frozen=True)
+class RootScale:
+    """A factor that is the root of the width where a flag says so, else 1. After the width."""
+
+    native: str
+    hf: str
+
+    def read(self, raw: Raw, function: Function) -> None:
+        """By the flag."""
+        function[self.native] = math.sqrt(function["model.dim"]) if raw.take((self.hf,), False) else 1.0
+
+    def write(self, function: Function, raw: dict[str, Any]) -> None:
+        """Whether there is a factor; another one shows when it is read back."""
+        put(raw, self.hf, function[self.native] != 1.0)

@@ -62,7 +62,7 @@ def _row(family: Family, function: Function, name: str, shape: tuple[int, ...]) 
         raise ValueError(f"{name} has {len(entries)} entries in the table of {family.model_type}; it needs one.")
     entry = entries[0]
     file = entry.file if block is None else entry.file.replace("{i}", block[1])
-    return Row(entry, name, file, shape, axis_sizes(entry, shape, function))
+    return Row(entry, name, file, shape, axis_sizes(entry, shape, function), function["model.rope_dim"])
 
 
 def _stacked(family: Family, rows: Mapping[str, Row]) -> dict[str, Row]:

@@ -41,6 +41,8 @@ class Tensor:
     """Empty: ``axes`` without those in the file's name."""
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Of axes in the file's name that are no numbers: what stands there for 0, 1, …"""
+    order: Mapping[str, str] = field(default_factory=dict)
+    """Of axes whose entries lie in another order in the file: which one (:func:`.axes.file_order`)."""
     fixed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Axes that only the layout has: (index of this part, size)."""
 

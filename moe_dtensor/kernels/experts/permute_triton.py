@@ -9,22 +9,22 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dtensor.kernels.experts.activation import num_up_projections
-from moe_dtensor.kernels.launch import ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 
-def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
+def permute(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
     (tokens, choices), width = position_TK.shape, x_TD.shape[1]
     block = min(2048, next_power_of_2(width))
-    _gather_rows[(tokens, ceil_div(width, block))](x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
+    _permute[(tokens, ceil_div(width, block))](x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
 
 
-def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
+def unpermute(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
     """Write ``out[t] = sum_k gate[t, k] * y[position[t, k]]``."""
     (tokens, choices), width = position_TK.shape, y_ND.shape[1]
     block = min(1024, next_power_of_2(width))
     gate_TK = None if gate_TK is None else gate_TK.contiguous()
-    _combine_rows[(tokens, ceil_div(width, block))](
+    _unpermute[(tokens, ceil_div(width, block))](
         y_ND, position_TK, gate_TK, out_TD, width, K=choices, BLOCK=block, HAS_GATE=gate_TK is not None
     )
 
@@ -74,7 +74,7 @@ def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
 
 
 @triton.jit
-def _gather_rows(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _permute(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -85,7 +85,7 @@ def _gather_rows(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _combine_rows(
+def _unpermute(
     y_ptr, position_ptr, gate_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr, HAS_GATE: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 _PROGRAMS = 132

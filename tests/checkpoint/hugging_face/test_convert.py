@@ -24,7 +24,13 @@ def convert(way: str, source: Path, output: Path, *more: str) -> int:
     return main(["convert", "--from", start, "--to", end, "--input", str(source), "--output", str(output), *more])
 
 
-@pytest.mark.parametrize("case", tiny_models.CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.full) if case in tiny_models.ONLY_FULL else case
+        for case in tiny_models.CASES
+    ],
+)
 def test_there_and_back_is_the_same_bits(case: str, tmp_path: Path) -> None:
     source = tiny_models.save_model(case, tmp_path / "hf")
     assert convert("hf>native", source, tmp_path / "native") == 0
@@ -94,7 +100,12 @@ FAULTS = {
         lambda f: change_config(f, num_local_experts=7),
         "lacks model.layers.0.block_sparse_moe.experts.6.w1",
     ),
-    "window": (lambda f: change_config(f, sliding_window=64), "sliding_window = 64"),
+    "windows of some": (
+        lambda f: change_config(
+            f, sliding_window=64, layer_types=["full_attention", "sliding_attention", "full_attention"]
+        ),
+        "layer_types = ",
+    ),
     "unknown key": (lambda f: change_config(f, soft_cap=30.0), "soft_cap = 30.0"),
     "scaled positions": (
         lambda f: change_config(f, rope_scaling={"rope_type": "longrope", "factor": 4.0}),

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from moe_dtensor.checkpoint.hugging_face.families import bias_balanced, dense, llama_likes, own_layouts
+from moe_dtensor.checkpoint.hugging_face.families import (
+    attention_kinds,
+    bias_balanced,
+    dense,
+    latent,
+    llama_likes,
+    own_layouts,
+)
 from moe_dtensor.checkpoint.hugging_face.table import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,6 +18,8 @@ FAMILIES: dict[str, Family] = {
         *llama_likes.FAMILIES,
         *bias_balanced.FAMILIES,
         *own_layouts.FAMILIES,
+        *attention_kinds.FAMILIES,
+        *latent.FAMILIES,
         *dense.FAMILIES,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope, Windows
 from moe_dtensor.checkpoint.hugging_face.expert_keys import (
     AllBlocks,
     DenseFirst,
@@ -17,8 +18,6 @@ from moe_dtensor.checkpoint.hugging_face.keys import (
     HeadDim,
     Implied,
     KeyValueHeads,
-    NoWindow,
-    Rope,
     Same,
     Unused,
 )
@@ -52,7 +51,7 @@ DOTS1 = Family(
         HeadDim(),
         KeyValueHeads(default=32),
         pieces.ROPE,
-        NoWindow(from_layer=True, default=4096),
+        Windows(from_layer=True, default=4096),
         pieces.TIED,
         Implied("model.qk_norm", "head"),
         Same("model.hidden_dim", "intermediate_size"),

@@ -1,9 +1,10 @@
-"""Llama, Mistral and Qwen3 without experts."""
+"""Llama, Mistral, Qwen2, Qwen3 and OLMo-3: without experts."""
 
 from __future__ import annotations
 
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope, Windows
 from moe_dtensor.checkpoint.hugging_face.families import pieces
-from moe_dtensor.checkpoint.hugging_face.keys import Fixed, HeadDim, Implied, KeyValueHeads, NoWindow, Same
+from moe_dtensor.checkpoint.hugging_face.keys import EvenHeads, Fixed, HeadDim, Implied, KeyValueHeads, Same
 from moe_dtensor.checkpoint.hugging_face.table import Family
 
 HIDDEN = Same("model.hidden_dim", "intermediate_size")
@@ -23,7 +24,7 @@ MISTRAL = Family(
         HeadDim(),
         KeyValueHeads(default=8),
         pieces.ROPE,
-        NoWindow(default=4096),
+        Windows(default=4096),
         pieces.TIED,
         HIDDEN,
     ),
@@ -37,7 +38,7 @@ QWEN3 = Family(
         HeadDim(128),
         KeyValueHeads(default=32),
         pieces.ROPE,
-        NoWindow(switch=True, from_layer=True),
+        Windows(switch=True, from_layer=True, kinds=True),
         pieces.TIED,
         Implied("model.qk_norm", "head"),
         HIDDEN,
@@ -45,4 +46,43 @@ QWEN3 = Family(
     tensors=(*TENSORS, *pieces.QK_NORMS),
 )
 
-FAMILIES = (LLAMA, MISTRAL, QWEN3)
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    keys=(
+        *pieces.body(bias=None),
+        EvenHeads(),
+        KeyValueHeads(default=32),
+        pieces.ROPE,
+        Windows(switch=True, from_layer=True, kinds=True, default=4096),
+        pieces.TIED,
+        Implied("model.attention_bias", "qkv"),
+        HIDDEN,
+    ),
+    tensors=(*TENSORS, *pieces.QKV_BIASES),
+)
+OLMO3 = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    keys=(
+        *pieces.body(1e-5),
+        EvenHeads(),
+        KeyValueHeads(),
+        Windows(kinds=True, default=4096, full_every=4),
+        Rope(5e5, by_kind=True),
+        pieces.TIED,
+        Implied("model.qk_norm", "full"),
+        Implied("model.norm_at", "post"),
+        HIDDEN,
+    ),
+    tensors=(
+        *pieces.EMBEDDINGS,
+        *pieces.POST_NORMS,
+        *pieces.ATTENTION,
+        *pieces.QK_NORMS,
+        *pieces.FEED_FORWARD,
+        *pieces.FINAL_NORM,
+    ),
+)
+
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope, Windows
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks, SparseStep
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
@@ -11,8 +12,6 @@ from moe_dtensor.checkpoint.hugging_face.keys import (
     HeadDim,
     Implied,
     KeyValueHeads,
-    NoWindow,
-    Rope,
     Same,
 )
 from moe_dtensor.checkpoint.hugging_face.table import Family, Tensor
@@ -27,7 +26,7 @@ MIXTRAL = Family(
         HeadDim(),
         KeyValueHeads(default=8),
         Rope(1e6),
-        NoWindow(),
+        Windows(),
         pieces.TIED,
         Same("moe.num_experts", ("num_local_experts", "num_experts"), 8),
         Same("moe.top_k", "num_experts_per_tok", 2),
@@ -89,7 +88,7 @@ QWEN3_MOE = Family(
         HeadDim(),
         KeyValueHeads(default=4),
         pieces.ROPE,
-        NoWindow(switch=True, from_layer=True),
+        Windows(switch=True, from_layer=True, kinds=True),
         pieces.TIED,
         Implied("model.qk_norm", "head"),
         Same("model.hidden_dim", "intermediate_size", 6144),

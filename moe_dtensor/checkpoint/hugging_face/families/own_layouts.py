@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
@@ -12,7 +13,6 @@ from moe_dtensor.checkpoint.hugging_face.keys import (
     Implied,
     Inverse,
     KeyValueHeads,
-    Rope,
     Same,
     Unused,
 )

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_dtensor.config.build import override
 from moe_dtensor.config.load import load
+from moe_dtensor.config.resolve import resolve
+from moe_dtensor.mesh import build_mesh
+from moe_dtensor.parallel.apply import build_parts
+from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.miniature import Layout, shrink
 from moe_dtensor.verify.run import prove
@@ -47,3 +52,22 @@ def test_asynchronous_products_need_gpus() -> None:
     )
     (verdict,) = prove([Case(layout, miniature)])
     assert "needs GPUs that reach each other's memory" in verdict.failure
+
+
+def _compilations_on_rank() -> int:
+    counter = CompileCounterWithBackend("eager")
+    torch.compile = functools.partial(torch.compile, backend=counter)  # this process ends with the function
+    keys = {"mesh.dp": 1, "mesh.pp": 1, "mesh.tp": 4, "compile.enable": True}
+    keys |= {"moe.num_experts": 0, "model.hidden_dim": 64, "model.vocab_size": 64}
+    keys |= {"model.num_layers": 3, "model.num_kv_heads": 2}
+    config = resolve(override(load(DEBUG), keys), 4)
+    cpu = torch.device("cpu")
+    (part,) = build_parts(config, build_mesh(config, cpu), cpu)
+    part(torch.zeros(1, config.training.seq_len, dtype=torch.int64))
+    return counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_of_one_kind_are_compiled_once() -> None:
+    """Each parameter's view is the same function in all blocks, also where key/value heads are fewer than ranks."""
+    assert run_on_ranks(_compilations_on_rank, 4) == [1, 1, 1, 1]
