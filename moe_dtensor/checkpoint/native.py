@@ -116,13 +116,8 @@ def write_native(
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance), "step": 0}
-<<<<<<< HEAD
     writer = AtomicWriter(folder, 0, keep_last=0, file_per_tensor=True)
-    with _alone():
-=======
-    writer = AtomicWriter(folder, 0, keep_last=0)
     with alone():
->>>>>>> main
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 
 

@@ -31,13 +31,10 @@ BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm")
 
 def main(argv: list[str]) -> int:
     """Print a table, a row for each mesh and schedule; 1 if any differs from the oracle, else 0."""
-<<<<<<< HEAD
     if any(word == "--hf" or word.startswith("--hf=") for word in argv):
         return _verify_folder(argv)
-=======
     if any(word.partition("=")[0] == "--against" for word in argv):
         return _against(argv)
->>>>>>> main
     parser = Parser("verify", HELP)
     parser.add_argument("--against", metavar="FILE", help="judge a step file of any trainer; needs no --config")
     parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help=f"default: {' '.join(DEFAULT_MESHES)}")
@@ -49,13 +46,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
     parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
-<<<<<<< HEAD
     parser.add_argument("--hf", metavar="DIR", help="instead: the transformers model in a folder, without --config")
-=======
     parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
     parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
->>>>>>> main
     options, config = parser.load(argv)
     if options.fuzz is not None:
         return _fuzz(options, config)
@@ -92,7 +86,6 @@ def main(argv: list[str]) -> int:
     return 0 if all(v.ok for v in verdicts) else 1
 
 
-<<<<<<< HEAD
 def _verify_folder(argv: list[str]) -> int:
     """The same for the transformers model in a folder: a row for each dtype."""
     parser = Parser("verify", HELP, needs_config=False)
@@ -103,7 +96,8 @@ def _verify_folder(argv: list[str]) -> int:
     from moe_dtensor.verify.hugging_face_report import report
 
     return report(options.hf, [options.dtype] if options.dtype else ["float32", "float64"], options.json)
-=======
+
+
 def _distinct(
     cases: list[tuple[str, Case]], computation: Callable[[Case], str]
 ) -> tuple[list[tuple[str, Case]], dict[str, str]]:
@@ -158,7 +152,6 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(provenance() | result, indent=1) + "\n", encoding="utf-8")
     return 1 if result["failed"] else 0
->>>>>>> main
 
 
 def _with_backend(config: Config, options: argparse.Namespace) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from moe_dtensor.__main__ import main
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
 from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
-from moe_dtensor.checkpoint.hugging_face.keys import Rope
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
 from moe_dtensor.checkpoint.hugging_face.table import Family
 from moe_dtensor.verify.hugging_face import prove_folder
