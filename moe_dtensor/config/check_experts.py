@@ -71,12 +71,15 @@ def routing(config: Config) -> Broken:
         )
     yield from _expert_groups(config)
     chosen_by_experts = moe.router == "expert_choice"
+    own_bias = moe.selection_bias and moe.bias_rate == 0
     for key, on, why in (
         ("moe.capacity_factor", moe.capacity_factor > 0 and chosen_by_experts, "gives every expert the same load"),
         ("moe.bias_rate", moe.bias_rate > 0 and chosen_by_experts, "gives every expert the same load"),
         ("moe.normalize_gates", moe.normalize_gates and chosen_by_experts, "gives tokens any number of experts"),
         ("moe.score_before_top_k", not moe.score_before_top_k and chosen_by_experts, "chooses by scores"),
         ("moe.bias_rate", moe.bias_rate > 0 and moe.router in FORCED, "looks at no bias"),
+        ("moe.selection_bias", own_bias and moe.router in FORCED, "looks at no bias"),
+        ("moe.selection_bias", own_bias and chosen_by_experts, "lets experts choose, not tokens"),
         ("moe.gate_on = input", moe.gate_on == "input" and chosen_by_experts, "gives tokens any number of experts"),
     ):
         if on:

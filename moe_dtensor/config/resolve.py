@@ -45,6 +45,7 @@ def resolve(config: Config, world_size: int) -> Config:
             moe,
             group_sequences=moe.group_sequences or training.microbatch_size,
             score=moe.score if moe.score != "auto" else _score(config),
+            selection_bias=moe.selection_bias or moe.bias_rate > 0,
             shared_hidden_dim=moe.shared_hidden_dim or moe.num_shared_experts * moe.hidden_dim,
         ),
         mesh=replace(mesh, dp=dp),

@@ -136,7 +136,10 @@ class Moe:
     """Coefficient of the router z-loss: the mean square of the logits' logsumexp (ST-MoE, eq. 5)."""
     bias_rate: float = 0.0
     """Balance without a loss: after each step an expert's bias, which only the choice sees, moves by this toward the
-    average load (arXiv:2408.15664). 0: no bias."""
+    average load (arXiv:2408.15664). 0: it stays as it is."""
+    selection_bias: bool = False
+    """Add a bias to what the choice goes by, and to no gate. It is 0 at the start or as loaded, and moves by bias_rate.
+    A bias_rate above 0 sets it to true."""
     rows: Literal["exact", "worst"] = "exact"
     """Rows of copies that a rank makes room for where it cannot know how many will come. exact: reads the number from
     the device once a layer. worst: as many as could come, without a read."""

@@ -129,7 +129,7 @@ def goes_by_score(config: Config) -> bool:
     """Whether something is added to the ranking (a bias, or in sums over groups of experts), so that it must be scores;
     else logarithms give the same order."""
     moe = config.moe
-    return moe.score_before_top_k and (moe.bias_rate > 0 or moe.expert_groups > 0)
+    return moe.score_before_top_k and (moe.selection_bias or moe.expert_groups > 0)
 
 
 def score(logits: Tensor, name: str) -> Tensor:

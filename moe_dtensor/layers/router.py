@@ -164,7 +164,7 @@ class Router(nn.Module):
     def _limited(self, ranking_BSE: Tensor) -> Tensor:
         """With the experts' bias, and within the groups of experts that a token may choose from."""
         moe = self.moe
-        if moe.bias_rate > 0:
+        if moe.selection_bias:
             ranking_BSE = ranking_BSE + self.bias.to(ranking_BSE.dtype)
         if not moe.expert_groups:
             return ranking_BSE

@@ -12,13 +12,14 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.ordering import OrderForOverlap
 
 
 def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
     """Compile each block's forward. Blocks of one kind share one compilation."""
     if not config.compile.enable:
         return
+    from moe_dtensor.parallel.ordering import OrderForOverlap  # loads the compiler
+
     # Counts that a layer reads from the device (moe.rows = exact) stay inside its graph.
     torch._dynamo.config.capture_scalar_outputs = True
     if config.mesh.pp > 1:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages
@@ -19,6 +17,9 @@ from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.fsdp import next_microbatch
 from moe_dtensor.parallel.runner import Runner
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 FIRST_TORCH_TO_SPLIT = (2, 13)
 """torch 2.11 loses autograd nodes of the experts between the two halves of a backward pass, and its V schedules hang on
@@ -84,6 +85,9 @@ class Pipeline:
     """pp > 1: a schedule of torch.distributed.pipelining over this rank's stages."""
 
     def __init__(self, parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> None:
+        # Here, since it loads the compiler, which a rank without a pipeline may not need yet.
+        from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
         stages = rank_stages(config, mesh["pp"].get_local_rank())
         self.has_first = 0 in stages
         self.has_last = num_stages(config) - 1 in stages
@@ -132,6 +136,8 @@ def _build_stage(
     part: Transformer, index: int, config: Config, mesh: DeviceMesh, device: torch.device
 ) -> PipelineStage:
     """A stage whose shapes are given, so that nothing is run to infer them."""
+    from torch.distributed.pipelining import PipelineStage
+
     training, model = config.training, config.model
     length = training.seq_len // (mesh["tp"].size() if config.mesh.sequence_parallel else 1)
     dtype = getattr(torch, training.param_dtype)

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo  # what every rank needs in time (an optimizer loads it) is loaded once, before the fork
 import torch.distributed as dist
 
 

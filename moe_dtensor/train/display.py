@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, TextIO
 
 from moe_dtensor.train.sinks import Record
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINES_KEPT = 20
 _WIDTH_FOR_BAR = 120
@@ -33,6 +33,9 @@ class Display:
         self._keep_every = every * max(1, steps // every // _LINES_KEPT)
         self._progress: Progress | None = None
         if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             console = Console(file=self._stream, highlight=False)
             room = console.width >= _WIDTH_FOR_BAR
             bar = [BarColumn(bar_width=16), TimeRemainingColumn(compact=True)] if room else []

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import AdamW, Optimizer
 
 from moe_dtensor.config.schema import Config
 
-with warnings.catch_warnings():
-    # Importing torchtitan imports inductor, which trips over torch's own deprecations.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torchtitan.components.optimizer import OptimizersContainer
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-class Optimizers(OptimizersContainer):
+class Optimizers:
     """One AdamW for each model part (pipeline stage) of this rank, stepped together.
 
     The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``: free of the mesh, of the
@@ -27,8 +29,8 @@ class Optimizers(OptimizersContainer):
 
     def __init__(self, parts: list[nn.Module], config: Config) -> None:
         options = config.optimizer
-        self.model_parts = parts
-        self.optimizers = []
+        self._parts = parts
+        self._optimizers: list[Optimizer] = []
         for part in parts:
             optimizer = AdamW(
                 parameter_groups(part, options.weight_decay),
@@ -38,18 +40,37 @@ class Optimizers(OptimizersContainer):
                 fused=True,
             )
             _fill_state(optimizer)
-            self.optimizers.append(optimizer)
-        # An Optimizer by name, so that what expects one (hooks, checkpoint) takes the container.
-        Optimizer.__init__(self, [p for part in parts for p in part.parameters()], {})
+            self._optimizers.append(optimizer)
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return iter(self._optimizers)
+
+    def step(self) -> None:
+        """Update the parameters of all parts by their gradients."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of all parts."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Flat optimizer state of all parts; tensors are those of the optimizers, not copies."""
-        return {key: value for key, value in super().state_dict().items() if key.startswith("state.")}
+        return {key: value for key, value in self._with_groups().items() if key.startswith("state.")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over moments and step counts; groups keep their hyperparameters."""
-        groups = {key: value for key, value in super().state_dict().items() if key.startswith("param_groups.")}
-        super().load_state_dict({**groups, **state_dict})
+        groups = {key: value for key, value in self._with_groups().items() if key.startswith("param_groups.")}
+        for part, optimizer in zip(self._parts, self._optimizers, strict=True):
+            set_optimizer_state_dict(part, optimizer, optim_state_dict={**groups, **state_dict}, options=_FLAT)
+
+    def _with_groups(self) -> dict[str, Any]:
+        """State and hyperparameters of all parts, by parameter name."""
+        merged: dict[str, Any] = {}
+        for part, optimizer in zip(self._parts, self._optimizers, strict=True):
+            merged |= get_optimizer_state_dict(part, optimizer, options=_FLAT)
+        return merged
 
 
 def build_optimizers(parts: list[nn.Module], config: Config) -> Optimizers:

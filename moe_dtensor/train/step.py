@@ -119,6 +119,6 @@ def update(trainer: Trainer, finite: Tensor) -> None:
             trainer.optimizers.step()
     else:
         for optimizer in trainer.optimizers:
-            optimizer.found_inf = (~finite).to(torch.float32)
+            optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             optimizer.step()
     trainer.schedule.step()

@@ -106,6 +106,14 @@ def initial_values(config: Config, *, empty_expert: bool = False) -> dict[str, T
     return values
 
 
+def initial_bias(config: Config) -> dict[int, Tensor]:
+    """What each MoE block's choice starts with, ``(E,)`` float32 by the block's index: of the size of scores where
+    there is a bias, so that it changes choices at once, else 0."""
+    generator = torch.Generator().manual_seed(config.training.seed)
+    size = 0.05 if config.moe.selection_bias else 0.0
+    return {i: torch.randn(config.moe.num_experts, generator=generator) * size for i in sorted(moe_layers(config))}
+
+
 def global_batch(config: Config, step: int = 1) -> list[Microbatch]:
     """A step's microbatches in order; every sequence has its own number of targets, the first of several only one."""
     training = config.training

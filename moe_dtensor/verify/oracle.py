@@ -56,22 +56,30 @@ class Answer:
     kept: dict[int, list[Tensor]]
 
 
-def one_step(config: Config, initial: Mapping[str, Tensor], batch: Batch) -> Answer:
+def one_step(
+    config: Config, initial: Mapping[str, Tensor], batch: Batch, bias: Mapping[int, Tensor] | None = None
+) -> Answer:
     """The first of :func:`steps`."""
-    return steps(config, initial, [batch])[0]
+    return steps(config, initial, [batch], bias)[0]
 
 
-def steps(config: Config, initial: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Answer]:
+def steps(
+    config: Config,
+    initial: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    bias: Mapping[int, Tensor] | None = None,
+) -> list[Answer]:
     """Loss, gradients, one clipped AdamW step and the routing of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
         batches: one for each step.
+        bias: what each MoE block's choice starts with, ``(E,)`` float32 by the block's index; None: 0.
     """
     adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
     experts = config.moe.num_experts
-    balance = {i: Balance(torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
+    balance = {i: Balance(bias[i] if bias else torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
     answers = []
     for batch in batches:
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}

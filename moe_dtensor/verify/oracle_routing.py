@@ -179,7 +179,7 @@ def _plain(config: Config, fixed_TE: Tensor) -> Rows:
 def _limit(config: Config, rows: Rows, balance: Balance) -> Rows:
     """Add the bias, then hide the experts outside the best groups of experts."""
     moe, bias = config.moe, balance.bias.double().tolist()
-    if moe.bias_rate > 0:
+    if moe.selection_bias:
         rows = [[value + b for value, b in zip(row, bias, strict=True)] for row in rows]
     if not moe.expert_groups:
         return rows

@@ -34,6 +34,7 @@ BALANCES: dict[str, dict[str, Any]] = {
     "batch": {"moe.balance_loss": 0.5, "moe.balance_over": "batch"},
     "z": {"moe.z_loss": 0.2},
     "bias": {"moe.bias_rate": 0.1},
+    "fixed bias": {"moe.selection_bias": True},
     "all": {"moe.balance_loss": 0.5, "moe.balance_over": "batch", "moe.z_loss": 0.2, "moe.bias_rate": 0.1},
 }
 GATES: dict[str, dict[str, Any]] = {
@@ -103,7 +104,7 @@ def possible(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> bool:
             return False
     if s.get("recompute") == "selective" and s.get("schedule") in SPLIT_BACKWARD:
         return False
-    router, gates, biased = s.get("router"), s.get("gates", "plain"), s.get("balance") in ("bias", "all")
+    router, gates, biased = s.get("router"), s.get("gates", "plain"), s.get("balance") in ("bias", "fixed bias", "all")
     sums_to_one = gates in ("normalized", "after top-k", "sigmoid, normalized, scaled")
     if sums_to_one and (s.get("top_k") == 1 or router == "expert_choice"):
         return False

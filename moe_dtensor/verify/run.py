@@ -28,7 +28,7 @@ from moe_dtensor.verify.compare import (
     worst_of_each,
 )
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
-from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, own_share
+from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, load_bias, own_share
 
 LIMITS = {
     "float64": {"gradient": 1e-9, "loss": 1e-9, "grad_norm": 1e-9, "parameter": 1e-9, "statistic": 1e-9},
@@ -53,11 +53,12 @@ class Task:
 
     config: Config
     initial: Mapping[str, Tensor]
+    bias: Mapping[int, Tensor]
     batches: Sequence[Batch]
     answers: Sequence[Answer]
 
 
-Answers = dict[str, tuple[Mapping[str, Tensor], Sequence[Batch], Sequence[Answer]]]
+Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
 IRRELEVANT = {"moe.backend": "auto", "moe.rows": "exact", "mesh.experts": "tp", "mesh.dispatch": "all_gather"}
 """How a thing is computed, which the oracle does not ask."""
 
@@ -109,8 +110,9 @@ def _task(case: Case, answers: Answers) -> Task:
     key = repr((override(case.config, IRRELEVANT), case.empty_expert, case.steps))
     if key not in answers:
         initial = inputs.initial_values(config, empty_expert=case.empty_expert)
+        bias = inputs.initial_bias(config)
         batches = [inputs.global_batch(config, step) for step in range(1, case.steps + 1)]
-        answers[key] = initial, batches, steps(config, initial, batches)
+        answers[key] = initial, bias, batches, steps(config, initial, batches, bias)
     return Task(config, *answers[key])
 
 
@@ -139,6 +141,7 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     if task.config.compile.enable:
         torch.compiler.reset()  # what the case before compiled is not to be mistaken for this one's
     trainer, recorder = build_subject(task.config, task.initial, device, replayed)
+    load_bias(trainer, task.bias)
     for number, (batch, answer) in enumerate(zip(task.batches, task.answers, strict=True), 1):
         result = train_step(trainer, own_share(trainer, batch))
         for deviation in itertools.chain(

@@ -84,6 +84,12 @@ def load_parameters(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
             param.copy_(value)
 
 
+def load_bias(trainer: Trainer, bias: Mapping[int, Tensor]) -> None:
+    """Start every router's choice with the given bias, ``(E,)`` by its block's index."""
+    for row_E, layer in zip(trainer.balance.bias_LE, sorted(bias), strict=True):
+        row_E.copy_(bias[layer])
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a distributed tensor, as this rank sees it; a copy."""
     tensor = tensor.detach()

@@ -85,6 +85,8 @@ WRONG = [
     ("--moe.router expert_choice --moe.normalize_gates true", "any number of experts", "moe.normalize_gates out"),
     ("--moe.router expert_choice --moe.score_before_top_k false", "chooses by scores", "moe.score_before_top_k out"),
     ("--moe.router uniform --moe.bias_rate 0.001", "looks at no bias", "moe.bias_rate out"),
+    ("--moe.router hash --moe.selection_bias true", "looks at no bias", "moe.selection_bias out"),
+    ("--moe.router expert_choice --moe.selection_bias true", "lets experts choose", "moe.selection_bias out"),
     ("--moe.jitter 1", "moe.jitter = 1.0 could hide the router's input altogether", "below 1"),
     ("--moe.jitter -0.1", "moe.jitter = -0.1 lies outside 0 to 1", "0 to 1"),
     ("--moe.gate_scale 0", "moe.gate_scale = 0.0 must be above 0", "1.0"),

@@ -145,6 +145,15 @@ def test_a_step_that_is_not_finite_moves_no_bias() -> None:
     assert churn.tolist() == [0.25, 0.75]
 
 
+def test_without_a_rate_the_bias_stays_as_it_was_loaded() -> None:
+    state, part = balance_state(**{"moe.selection_bias": True})
+    part.to(torch.bfloat16)
+    loaded = torch.rand(2, 4)
+    state.load_state_dict({"bias": loaded, "previous_load": torch.zeros(2, 4)})
+    state.step(torch.tensor([[4.0, 0, 2, 2], [2, 2, 2, 2]]), torch.tensor(True))
+    assert torch.equal(state.state_dict()["bias"], loaded), "float32, whatever the model's dtype"
+
+
 def test_the_bias_balances() -> None:
     router = build_router(router="topk", bias_rate=0.005, score="sigmoid")
     state, _ = balance_state(**{"moe.bias_rate": 0.005, "moe.layers": (1,), "moe.num_experts": EXPERTS})

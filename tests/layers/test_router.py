@@ -105,6 +105,24 @@ def test_bias_and_expert_groups_hold_in_evaluation() -> None:
     assert load(route(router).expert_BSK).tolist() == [0] * 6 + [TOKENS, TOKENS]
 
 
+@pytest.mark.parametrize("router", ["topk", "sinkhorn"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_bias_without_a_rate_moves_the_choice_and_no_gate(router: str, before: bool) -> None:
+    keys = {"router": router, "score_before_top_k": before}
+    biased, plain = build_router(**keys, selection_bias=True), build_router(**keys)
+    for module in (biased, biased.eval()):
+        module.bias = torch.zeros(EXPERTS)
+        module.bias[6:] = 100.0
+        routing = route(module)
+        assert load(routing.expert_BSK).tolist() == [0] * 6 + [TOKENS, TOKENS]
+        logits = torch.nn.functional.linear(vectors(), module.weight)
+        scores = logits.softmax(-1).gather(-1, routing.expert_BSK)
+        expected = scores if before else scores / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(routing.gate_BSK, expected)
+    plain.bias = biased.bias
+    assert load(route(plain).expert_BSK)[0] > 0, "without the key nobody looks at it"
+
+
 def test_jitter_changes_the_choice_but_not_what_experts_see() -> None:
     """It is drawn by the number of a token in the run: the same each time, another one in another step."""
     router, x = build_router(router="topk", jitter=0.3), vectors()

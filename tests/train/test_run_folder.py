@@ -11,6 +11,7 @@ import pytest
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
+from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config, Run
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.run_folder import open_run_folder
@@ -120,6 +121,16 @@ def test_a_key_younger_than_the_run_counts_as_its_default(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"moe.jitter = 0.0 there, 0.1 here"):
         open_run_folder(config_of(folder, moe={"jitter": 0.1}), "text")
     assert open_run_folder(config_of(folder), "text").run_id == first.run_id
+
+
+def test_a_younger_key_counts_as_what_the_others_make_of_it(folder: Path) -> None:
+    """A run with a bias rate always had the bias, also before there was a key that says so."""
+    config = resolve(config_of(folder, moe={"bias_rate": 0.01}), 1)
+    assert config.moe.selection_bias
+    open_run_folder(config, "text")
+    path = folder / "config.toml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "selection_bias" not in line))
+    assert open_run_folder(config, "text").state == "unfinished"
 
 
 def test_what_changes_no_bit_may_change(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -125,6 +126,19 @@ def batch_loss_of_the_microbatch() -> Iterator[None]:
         return load.expand(len(expert), -1)
 
     with mock.patch.object(Router, "_load_of_sets", wrong):
+        yield
+
+
+@contextmanager
+def bias_only_where_it_moves() -> Iterator[None]:
+    """A bias that does not move is not looked at."""
+    right = Router._limited
+
+    def wrong(self: Router, ranking: Tensor) -> Tensor:
+        with mock.patch.object(self, "moe", replace(self.moe, selection_bias=self.moe.bias_rate > 0)):
+            return right(self, ranking)
+
+    with mock.patch.object(Router, "_limited", wrong):
         yield
 
 

@@ -99,6 +99,16 @@ def test_bias_moves_toward_the_average_and_only_the_choice_sees_it() -> None:
     assert routed.gate_TK.tolist() == [[0.25, 0.25]]
 
 
+def test_a_bias_without_a_rate_stays_and_chooses() -> None:
+    config = tiny(moe__selection_bias=True)
+    batch, weights = global_batch(config), initial_values(config)
+    bias = {i: torch.tensor([0.0, 0, 9, 9]) for i in (0, 1)}
+    biased, plain = one_step(config, weights, batch, bias), one_step(config, weights, batch)
+    assert biased.counts[0].tolist() == [0, 0, 20, 20]
+    assert plain.counts[0].tolist() != biased.counts[0].tolist()
+    assert torch.equal(biased.bias[1], bias[1])
+
+
 def test_capacity_by_hand() -> None:
     """Three tokens want expert 0 first; two copies fit. By score the weakest goes, by position the last."""
     logits = torch.tensor([[1.0, 0, -5, -5], [3, 0, -5, -5], [2, 0, -5, -5], [0, 9, -5, -5]], dtype=torch.float64)

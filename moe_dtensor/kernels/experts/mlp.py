@@ -97,9 +97,12 @@ def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor) -> str:
     return "triton" if x_TD.dtype.itemsize == 2 and _is_hopper(x_TD.device.index) else "torch"
 
 
-@torch.compiler.assume_constant_result
 def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler to say it.
+_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _log_once(backend: str, chosen: str, x_TD: Tensor) -> None:
