@@ -143,9 +143,7 @@ class CheckpointManager:
         if self._options.async_save:
             self._finish(step, lambda: self._start_writing(step, state, writer), written=False)
         else:
-            self._finish(
-                step, lambda: dcp.save(state, storage_writer=writer, process_group=self._group), written=True
-            )
+            self._finish(step, lambda: dcp.save(state, storage_writer=writer, process_group=self._group), written=True)
 
     def wait(self) -> None:
         """Return once the last ``save`` is on disk, or has failed, and older ones are gone."""
@@ -181,17 +179,15 @@ class CheckpointManager:
         """
         manifest = self._check(step)
         reader = Reader(step_folder(self.folder, step))
+        saved, values, problem = _read_index(reader, manifest)
+        if problem := next((found for found in self._gather(problem) if found), ""):
+            raise self._refusal(step, problem)
         state = {**self._tensors(), "rng": {_rng_key(): _rng()}}
+        # The generators belong to ranks: those of another number of ranks mean nothing here.
+        if any(f"rng.{_rng_key()}.{device}" not in saved for device in state["rng"][_rng_key()]):
+            del state["rng"]
         try:
-            metadata = reader.read_metadata()
-            values = manifest.values if manifest else _old_values(reader, metadata)
-            # The generators belong to ranks: those of another number of ranks mean nothing here.
-            saved = metadata.state_dict_metadata
-            if any(f"rng.{_rng_key()}.{device}" not in saved for device in state["rng"][_rng_key()]):
-                del state["rng"]
             dcp.load(state, storage_reader=reader, planner=TensorsPlanner(), process_group=self._group)
-        except (pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
-            raise self._refusal(step, f"{type(error).__name__}: {error}") from error
         except CheckpointException as error:
             raise self._refusal(step, _cause(error)) from None
         self.saved_step = step
@@ -225,6 +221,7 @@ class CheckpointManager:
                 f"checkpoint {str(place)!r} was saved by another run ({manifest.run_id}, this one is "
                 f"{self._identity.run_id}).",
                 "Set checkpoint.folder to a folder of this run alone, or move that checkpoint away.",
+                common=True,
             )
         return manifest
 
@@ -236,7 +233,7 @@ class CheckpointManager:
             if before
             else "There is none before it: start over with --run.fresh true, or put a copy of it back."
         )
-        return ConfigError(f"checkpoint {str(place)!r} is damaged: {problem}.", remedy)
+        return ConfigError(f"checkpoint {str(place)!r} is damaged: {problem}.", remedy, common=True)
 
     def _start_writing(self, step: int, state: dict[str, Any], writer: Writer) -> None:
         self._writing = (step, dcp.async_save(state, storage_writer=writer, process_group=self._group))
@@ -253,8 +250,10 @@ class CheckpointManager:
                 if not isinstance(cause, Exception):
                     raise
             newest = f"; the newest is that of step {self.saved_step}" if self.saved_step is not None else ""
-            self._tell(f"warning: the checkpoint of step {step} was not written: {_cause(error)}{newest}. "
-                       "The next save tries again.")
+            self._tell(
+                f"warning: the checkpoint of step {step} was not written: {_cause(error)}{newest}. "
+                "The next save tries again."
+            )
             self._start_tidying(keep=None)
             return
         if written:
@@ -306,12 +305,21 @@ class CheckpointManager:
         return {"model": model, "optimizer": self._optimizers.state_dict(), "balance": self._balance.state_dict()}
 
 
-def _old_values(reader: Reader, metadata: Any) -> dict[str, Any]:
-    """What is in the manifest, from a checkpoint of a version that wrote none."""
-    return {
-        "schedule": {"steps": reader.read_bytes(metadata, "schedule.steps")},
-        "loader": json.loads(reader.read_bytes(metadata, "loader")),
-    }
+def _read_index(reader: Reader, manifest: Manifest | None) -> tuple[set[str], dict[str, Any], str]:
+    """Names in the index, what is no tensor, and what is wrong; an older version kept the former beside the tensors."""
+    try:
+        metadata = reader.read_metadata()
+        values = (
+            manifest.values
+            if manifest
+            else {
+                "schedule": {"steps": reader.read_bytes(metadata, "schedule.steps")},
+                "loader": json.loads(reader.read_bytes(metadata, "loader")),
+            }
+        )
+    except (pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        return set(), {}, f"its index cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return set(metadata.state_dict_metadata), values, ""
 
 
 def _cause(error: CheckpointException) -> str:

@@ -84,7 +84,7 @@ class _CountingFiles(FileSystem):
         self.written: dict[str, tuple[int, int]] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         if "w" not in mode:
             with Path(path).open(mode) as file:
                 yield cast(io.IOBase, file)

@@ -13,18 +13,21 @@ PEER_LOST = 76
 
 
 class ConfigError(ValueError):
-    """A config or data that cannot be run: the rule with its values, then the remedy on a line of its own."""
+    """A config or data that cannot be run: the rule with its values, then the remedy on a line of its own.
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem, self.remedy = problem, remedy
+    ``common``: every rank raises the same, so that it is told as nobody's.
+    """
+
+    def __init__(self, problem: str, remedy: str = "", common: bool = False) -> None:
+        self.problem, self.remedy, self.common = problem, remedy, common
         super().__init__(f"{problem}\n{remedy}" if remedy else problem)
 
 
 class RunError(RuntimeError):
     """A run that cannot go on although config and data are right: what happened, then the remedy."""
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem, self.remedy = problem, remedy
+    def __init__(self, problem: str, remedy: str = "", common: bool = False) -> None:
+        self.problem, self.remedy, self.common = problem, remedy, common
         super().__init__(f"{problem}\n{remedy}" if remedy else problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -47,7 +48,11 @@ class Display:
             console.show_cursor(True)
 
     def log(self, record: Record) -> None:
-        """Show a step's record."""
+        """Show a step's record. An output that is closed or full is told to nobody: the run goes on."""
+        with contextlib.suppress(OSError, ValueError):
+            self._log(record)
+
+    def _log(self, record: Record) -> None:
         if record["step"] % self._every and record["step"] != self._steps:
             return
         line = format_record(record, self._steps)
@@ -60,15 +65,17 @@ class Display:
 
     def say(self, message: str) -> None:
         """Show a message, above the live line if there is one."""
-        if self._progress is None:
-            print(message, file=self._stream, flush=True)
-        else:
-            self._progress.console.print(message, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError, ValueError):
+            if self._progress is None:
+                print(message, file=self._stream, flush=True)
+            else:
+                self._progress.console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last live line and give the terminal back."""
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.stop()
             self._progress = None
 
 

@@ -59,12 +59,9 @@ def status_of(run: Callable[[], int], ranks: Ranks) -> int:
         if ended.message:
             tell_once(ranks, ended.message, ended.message)
         return ended.status
-    except ConfigError as error:
-        tell_once(ranks, words(error.problem, error.remedy, ranks.where), error.problem)
-        return WRONG
-    except RunError as error:
-        tell_once(ranks, words(error.problem, error.remedy, ranks.where), error.problem)
-        return FAILED
+    except (ConfigError, RunError) as error:
+        tell_once(ranks, words(error.problem, error.remedy, "" if error.common else ranks.where), error.problem)
+        return WRONG if isinstance(error, ConfigError) else FAILED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else DONE
     except Exception as error:

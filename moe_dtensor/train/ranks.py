@@ -23,7 +23,7 @@ from moe_dtensor.config.schema import Config
 T = TypeVar("T")
 
 
-class Ended(Exception):
+class Ended(BaseException):
     """Raised on every rank when the run ends: the status, and the words of the rank that has to say them."""
 
     def __init__(self, status: int, message: str = "") -> None:
@@ -119,7 +119,7 @@ class Ranks:
             if rank not in signs or signs[rank][0] != sign:
                 signs[rank] = (sign, now)
             elif now - signs[rank][1] > self.lost_after:
-                raise RunError(f"rank {rank} has given no sign of life for {self.lost_after:.0f} s before the first step.")
+                raise RunError(f"rank {rank} gives no sign of life for {self.lost_after:.0f} s, before the first step.")
 
     def claims(self, text: str) -> bool:
         """Whether this rank is the first to tell ``text``; ranks that have the same to say stay silent."""

@@ -29,6 +29,8 @@ class StepResult:
     """What the routers of all MoE blocks tell."""
     churn_L: Tensor
     """How much the load moved since the step before: see :meth:`BalanceState.step`."""
+    asked_to_end: Tensor
+    """Above 0 if some rank was asked to end."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -55,19 +57,23 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def train_step(trainer: Trainer, batch: Batch) -> StepResult:
-    """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share."""
+def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> StepResult:
+    """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share.
+
+    Args:
+        asked_to_end: above 0 where this rank was asked to end; every rank finds the sum in the result.
+    """
     training = trainer.config.training
     trainer.optimizers.zero_grad()
     loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
-    loss, record_LR = sum_over_ranks(trainer, loss, take_record(trainer))
+    loss, record_LR, asked = sum_over_ranks(trainer, loss, take_record(trainer), asked_to_end)
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
     routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
-    return StepResult(loss, norm, finite, routing, churn_L)
+    return StepResult(loss, norm, finite, routing, churn_L, asked)
 
 
 @torch.no_grad()
@@ -101,15 +107,18 @@ def take_record(trainer: Trainer) -> Tensor:
     return record_LR
 
 
-def sum_over_ranks(trainer: Trainer, loss: Tensor, record_LR: Tensor) -> tuple[Tensor, Tensor]:
-    """Each rank's share of loss and routing record to those of the step, in one collective."""
+def sum_over_ranks(
+    trainer: Trainer, loss: Tensor, record_LR: Tensor, asked_to_end: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each rank's share of loss and routing record to those of the step, and requests to end, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
         loss = torch.zeros_like(loss)
         record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
-    packed = torch.cat([loss.to(torch.float64).reshape(1), record_LR.flatten()])
+    asked = torch.full((1,), asked_to_end, dtype=torch.float64, device=loss.device)
+    packed = torch.cat([loss.to(torch.float64).reshape(1), asked, record_LR.flatten()])
     dist.all_reduce(packed)
-    return packed[0], packed[1:].view_as(record_LR)
+    return packed[0], packed[2:].view_as(record_LR), packed[1]
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:

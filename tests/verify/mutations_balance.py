@@ -69,9 +69,9 @@ def bias_by_own_counts() -> Iterator[None]:
     """Each rank moves its biases by the load of its own tokens."""
     right, right_step, own = step.sum_over_ranks, BalanceState.step, []
 
-    def keep(trainer: Any, loss: Tensor, record: Tensor) -> Any:
+    def keep(trainer: Any, loss: Tensor, record: Tensor, *more: Any) -> Any:
         own[:] = [record[:, : trainer.config.moe.num_experts].clone()]
-        return right(trainer, loss, record)
+        return right(trainer, loss, record, *more)
 
     def wrong(self: BalanceState, load: Tensor, finite: Tensor) -> Tensor:
         churn = right_step(self, own[0], finite)
