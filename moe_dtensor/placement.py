@@ -34,6 +34,7 @@ class Row:
 PLAN: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
     Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
+    Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"attention\.wq\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
     Row(r"attention\.wo\.weight", dp=0, tp=1),

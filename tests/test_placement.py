@@ -24,6 +24,7 @@ VARIANTS = {
         "moe.shared_hidden_dim": 96,
         "moe.shared_gate": True,
         "moe.router_bias": True,
+        "model.mtp_depth": 1,
     },
     "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
 }
@@ -32,7 +33,7 @@ VARIANTS = {
 def build(overrides: dict[str, object]) -> tuple[Config, Transformer]:
     config = resolve(override(Config(), {"model.vocab_size": 257, **overrides}), 8)
     with torch.device("meta"):
-        return config, Transformer(config, range(config.model.num_layers))
+        return config, Transformer(config, range(config.model.num_layers + config.model.mtp_depth))
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)

@@ -22,7 +22,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("MOE_DTENSOR_COMMIT") or (found if len(found) == 40 else None),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "torchtitan")}
+        "versions": {name: _version(name) for name in ("torch", "triton", "torchtitan", "transformers")}
         | {"python": platform.python_version()},
     }
 

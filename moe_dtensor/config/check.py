@@ -169,6 +169,11 @@ def _batches(config: Config) -> Broken:
             f"training.microbatch_size = {training.microbatch_size} = {each}.",
             f"Set training.global_batch_size = {-(-size // each) * each}, or change the other two.",
         )
+    if config.model.mtp_depth >= training.seq_len:
+        yield (
+            f"model.mtp_depth = {config.model.mtp_depth} looks beyond training.seq_len = {training.seq_len}.",
+            f"Set model.mtp_depth below {training.seq_len}.",
+        )
     if training.validation_interval and training.validation_sequences % size:
         yield (
             f"training.validation_sequences = {training.validation_sequences} is not a multiple of "

@@ -16,6 +16,7 @@ MINIMUM: dict[str, float] = {
     "model.head_dim": 0,
     "model.vocab_size": 0,
     "model.hidden_dim": 0,
+    "model.mtp_depth": 0,
     "moe.num_experts": 0,
     "moe.top_k": 1,
     "moe.hidden_dim": 1,
@@ -37,6 +38,7 @@ MINIMUM: dict[str, float] = {
     "training.seq_len": 1,
     "training.global_batch_size": 1,
     "training.microbatch_size": 1,
+    "training.mtp_weight": 0,
     "training.max_grad_norm": 0,
     "training.seed": 0,
     "training.validation_interval": 0,
@@ -65,6 +67,7 @@ ABOVE_ZERO = (
     "optimizer.eps",
 )
 SHARES = (
+    "data.max_bad_records",
     "moe.jitter",
     "optimizer.beta1",
     "optimizer.beta2",

@@ -77,10 +77,12 @@ def num_stages(config: Config) -> int:
 
 
 def stage_layers(config: Config, stage: int) -> range:
-    """Indices of the blocks of one stage: as even as can be, the first stages take the remainder."""
+    """Indices of the blocks of one stage: as even as can be, the first stages take the remainder, the last those of
+    multi-token prediction, which are numbered on."""
     each, more = divmod(config.model.num_layers, num_stages(config))
     start = stage * each + min(stage, more)
-    return range(start, start + each + (stage < more))
+    ahead = config.model.mtp_depth if stage == num_stages(config) - 1 else 0
+    return range(start, start + each + (stage < more) + ahead)
 
 
 def rank_stages(config: Config, pp_rank: int) -> tuple[int, ...]:
@@ -93,12 +95,17 @@ def rank_stages(config: Config, pp_rank: int) -> tuple[int, ...]:
 
 def moe_layers(config: Config) -> frozenset[int]:
     """Indices of the blocks that have experts; the others have a dense feed-forward."""
-    moe = config.moe
+    moe, layers = config.moe, config.model.num_layers
     if moe.num_experts == 0:
         return frozenset()
-    if moe.layers:
-        return frozenset(moe.layers)
-    return frozenset(i for i in range(config.model.num_layers) if (i + 1) % moe.every == 0)
+    chosen = frozenset(moe.layers) or frozenset(i for i in range(layers) if (i + 1) % moe.every == 0)
+    # Blocks of multi-token prediction are like the last.
+    return chosen | frozenset(range(layers, layers + config.model.mtp_depth) if layers - 1 in chosen else ())
+
+
+def stream_width(config: Config) -> int:
+    """Columns of what goes from stage to stage: the stream, and the embeddings that multi-token prediction reads."""
+    return config.model.dim * (1 + config.model.mtp_depth)
 
 
 def block_norms(config: Config) -> tuple[str, ...]:

@@ -62,6 +62,9 @@ class Model:
     """Multiply what attention and feed-forward add to the stream by this (Granite)."""
     logit_scale: float = 1.0
     """Multiply the logits by this (Granite: 1 / logits_scaling)."""
+    mtp_depth: int = 0
+    """Blocks after the last that predict a second, third, … next token (multi-token prediction, DeepSeek-V3). They
+    share embedding and head, are like the last block, and take no part in evaluation."""
     tie_embeddings: bool = False
     """Use the embedding as the output head. Only with mesh.pp = 1."""
     init_std: float = 0.02
@@ -197,10 +200,10 @@ class Data:
     """Where the tokens come from."""
 
     corpus: str = "stdlib"
-    """stdlib (the Python standard library's source), files (.txt, .jsonl), datasets (local or hub),
-    tokens (memory-mapped), random, or your own ``package.module:Name``."""
+    """stdlib (the Python standard library's source), files (text, JSON lines, tables: by content), datasets (local or
+    hub, read as training goes), tokens (memory-mapped), random, or your own ``package.module:Name``."""
     path: str = ""
-    """files: a path or glob; datasets: a folder or hub name; tokens: a .bin/.npy file."""
+    """files and tokens: a file, a folder or a glob; datasets: a file, a folder or a hub name."""
     validation_path: str = ""
     """The same for validation. Empty: a part of ``path`` is held out."""
     text_key: str = "text"
@@ -210,6 +213,9 @@ class Data:
     tokenizer: str = "bytes"
     """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
     (or a folder that has one)."""
+    max_bad_records: float = 0.0
+    """Share of records that may be skipped because they hold no text (broken JSON, a null); each is counted, the first
+    are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
 
@@ -228,6 +234,8 @@ class Training:
     """Sequences in one forward. A dp rank runs global_batch_size / (dp * microbatch_size) microbatches a step."""
     loss: str = "cross_entropy"
     """cross_entropy (vocabulary-parallel), or your own ``package.module:name``."""
+    mtp_weight: float = 0.3
+    """Weight of the mean loss of model.mtp_depth's predictions beside the loss of the next token."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this. 0: measure, do not clip."""
     norm_type: float = 2.0

@@ -1,7 +1,8 @@
-"""The ``datasets`` corpus: a local folder or file, or a name on the Hugging Face hub, streamed."""
+"""The ``datasets`` corpus: local files of records, or a name on the Hugging Face hub, read as training goes."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,36 +10,61 @@ from typing import Any
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data.text import get_text, is_held_out
+from moe_dtensor.data.files import DataFiles, Owners, check_apart, find_files, own_folders
+from moe_dtensor.data.records import BadRecords, Record, find_text, read_records
+from moe_dtensor.data.text import is_held_out
 from moe_dtensor.data.tokenizer import Tokenizer
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+REFUSED = {"5.0.0": "a stream that is resumed twice starts over"}
+"""Releases of the datasets library that would give wrong batches."""
 
 
 class DatasetsCorpus:
     """Records of a dataset, streamed in its own order; the text is in ``data.text_key``.
 
-    ``data.path`` is a folder or file (.jsonl, .parquet, .txt, .csv), or a hub name ``name[:config]``; ``@split`` at its
-    end overrides ``data.split``. Without ``data.validation_path`` about one record in 20, by hash of its text, is held
-    out.
+    ``data.path`` is a folder or file, or a hub name ``name[:config]``; ``@split`` at its end overrides
+    ``data.split``. Without ``data.validation_path`` about one record in 20, by hash of its text, is held out.
 
     Raises:
-        ConfigError: the package is missing, or there is no such dataset, split or text field.
+        ConfigError: the package is missing or a bad release, or there is no such dataset, split or text field.
     """
 
     streaming = True
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.data = config.data
+        self.data, self.own = config.data, own_folders(config)
+        self.files: DataFiles | None = None
+        self.validation_files: DataFiles | None = None
+        if is_local(self.data.path):
+            self.files = find_split("data.path", self.data.path, self.data.split, self.own)
+        if self.data.validation_path and is_local(self.data.validation_path):
+            self.validation_files = find_split(
+                "data.validation_path", self.data.validation_path, self.data.split, self.own
+            )
+        if self.data.validation_path:
+            if self.files and self.validation_files:
+                check_apart(self.files.taken, self.validation_files.taken)
+            names = [divide_split(path, self.data.split) for path in (self.data.path, self.data.validation_path)]
+            if not self.files and names[0] == names[1]:
+                raise ConfigError(
+                    f"data.validation_path = {self.data.validation_path!r} is what data.path trains on.",
+                    "Name another split, as name@validation, or leave it empty: then a part is held out.",
+                )
 
-    def documents(self, split: str) -> StreamedDocuments:
+    def documents(self, split: str) -> Iterator[str]:
         """Texts of a split, in an iterator with a state."""
         data = self.data
         apart = bool(data.validation_path)
         key = "data.validation_path" if apart and split == "validation" else "data.path"
-        path = data.validation_path if key == "data.validation_path" else data.path
-        return StreamedDocuments(open_dataset(key, path, data.split), path, data.text_key, None if apart else split)
+        path, files = (
+            (data.validation_path, self.validation_files) if key == "data.validation_path" else (data.path, self.files)
+        )
+        picked = None if apart else split
+        if files is not None:
+            return FileDocuments(files, data.text_key, picked, data.max_bad_records)
+        dataset = open_dataset(key, path, data.split)
+        return StreamedDocuments(dataset, path, data.text_key, picked, data.max_bad_records)
 
     def fingerprint(self) -> str:
         """Name, split and text field, and a local folder's file names and sizes."""
@@ -46,10 +72,88 @@ class DatasetsCorpus:
         local = Path(name).expanduser()
         if not local.exists():
             return f"datasets {name} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
-        root = local if local.is_dir() else local.parent
+        root, owners = local if local.is_dir() else local.parent, Owners(self.own)
         files = [f for f in ([local] if local.is_file() else sorted(local.rglob("*"))) if f.is_file()]
-        sizes = [(f.relative_to(root).as_posix(), f.stat().st_size) for f in files]
+        sizes = [(f.relative_to(root).as_posix(), f.stat().st_size) for f in files if not owners.find(str(f))]
         return f"datasets {sizes} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
+
+
+class FileDocuments:
+    """Iterator over the texts of local files, resumable.
+
+    Args:
+        files: read in their order.
+        text_key: field of the text.
+        split: ``train`` or ``validation`` to pick by hash; None takes all.
+        max_bad: share of records that may be skipped.
+    """
+
+    def __init__(self, files: DataFiles, text_key: str, split: str | None, max_bad: float) -> None:
+        self.files, self.text_key, self.split, self.max_bad = files, text_key, split, max_bad
+        self.bad = BadRecords(max_bad)
+        self._file = self._row = self._offset = 0
+        self._texts: Iterator[str] | None = None
+
+    def __iter__(self) -> FileDocuments:
+        return self
+
+    def __next__(self) -> str:
+        if self._texts is None:
+            self._texts = self._read()
+        return next(self._texts)
+
+    def _read(self) -> Iterator[str]:
+        while self._file < len(self.files.taken):
+            path = self.files.taken[self._file]
+            for record in read_records(path, self.files.formats[path], self.text_key, self._row, self._offset):
+                self._row, self._offset = record.row, record.after
+                text = self.bad.take(record, path)
+                if text is not None and (self.split is None or is_held_out(text) == (self.split == "validation")):
+                    yield text
+            self._file, self._row, self._offset = self._file + 1, 0, 0
+        self.bad.judge()
+
+    def state_dict(self) -> Any:
+        """File, record and byte after the latest text; None before the first."""
+        if self._texts is None and not (self._file or self._row):
+            return None
+        state = {"file": self._file, "row": self._row, "offset": self._offset}
+        return state | ({"bad": self.bad.count, "read": self.bad.read} if self.max_bad else {})
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue there. Call before the first record is read."""
+        if state is None:
+            return
+        if "file" not in state:
+            self._skip(records_read(state))
+            return
+        self._file, self._row, self._offset = state["file"], state["row"], state["offset"]
+        self.bad.count, self.bad.read = state.get("bad", 0), state.get("read", 0)
+
+    def _skip(self, records: int) -> None:
+        """Pass over records from the start: what an older checkpoint knows of its place."""
+        texts, read = self._read_all(), 0
+        while read < records and next(texts, None) is not None:
+            read += 1
+
+    def _read_all(self) -> Iterator[Record]:
+        while self._file < len(self.files.taken):
+            path = self.files.taken[self._file]
+            for record in read_records(path, self.files.formats[path], self.text_key):
+                self._row, self._offset = record.row, record.after
+                yield record
+            self._file, self._row, self._offset = self._file + 1, 0, 0
+
+
+def records_read(state: Any) -> int:
+    """Records that a position written by the datasets library counts."""
+    inner = state.get("examples_iterable", {}) if isinstance(state, dict) else {}
+    if "batch_idx" not in inner:
+        raise ConfigError(
+            "the checkpoint's place in the data was written by a release of the datasets library that is not known.",
+            "Start over with --run.fresh true, or resume with the version of this program that wrote it.",
+        )
+    return inner["batch_idx"]
 
 
 class StreamedDocuments:
@@ -60,10 +164,12 @@ class StreamedDocuments:
         place: named in errors.
         text_key: field of the text.
         split: ``train`` or ``validation`` to pick by hash; None takes all.
+        max_bad: share of records that may be skipped.
     """
 
-    def __init__(self, dataset: Any, place: str, text_key: str, split: str | None) -> None:
+    def __init__(self, dataset: Any, place: str, text_key: str, split: str | None, max_bad: float = 0.0) -> None:
         self.dataset, self.place, self.text_key, self.split = dataset, place, text_key, split
+        self.bad = BadRecords(max_bad)
         self._records: Iterator[Any] | None = None
         self._loaded: Any = None
 
@@ -74,8 +180,14 @@ class StreamedDocuments:
         if self._records is None:
             self._records = iter(self.dataset)
         while True:
-            text = get_text(next(self._records), self.text_key, f"a record of {self.place!r}")
-            if self.split is None or is_held_out(text) == (self.split == "validation"):
+            try:
+                record = next(self._records)
+            except StopIteration:
+                self.bad.judge()
+                raise
+            text, why = find_text(record, self.text_key)
+            text = self.bad.take(Record(text, self.bad.read + 1, why), self.place)
+            if text is not None and (self.split is None or is_held_out(text) == (self.split == "validation")):
                 return text
 
     def state_dict(self) -> Any:
@@ -95,8 +207,43 @@ def divide_split(path: str, split: str) -> tuple[str, str]:
     return (name, named) if at and not os.path.exists(os.path.expanduser(path)) else (path, split)
 
 
-def open_dataset(key: str, path: str, split: str) -> Any:
-    """The streaming dataset that ``key = path`` names."""
+def is_local(path: str) -> bool:
+    """Whether a path, without its split, is a folder or a file."""
+    return os.path.exists(os.path.expanduser(divide_split(path, "")[0]))
+
+
+def find_split(key: str, path: str, split: str, own: tuple[str, ...]) -> DataFiles:
+    """The files of a local folder that belong to a split by their names, in the datasets library's order."""
+    name, split = divide_split(path, split)
+    files = find_files(key, name, own)
+    local = os.path.abspath(os.path.expanduser(name))
+    if os.path.isfile(local):
+        return files
+    datasets = load_library()
+    try:
+        patterns = datasets.data_files.get_data_patterns(local)
+        splits = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=local)
+    except Exception as error:  # no file that it knows: then all are of one split
+        if not isinstance(error, FileNotFoundError):
+            raise
+        splits = {}
+    if "train" not in splits:
+        named = {os.path.abspath(f) for found in splits.values() for f in found}
+        splits = {"train": [f for f in files.taken if f not in named], **splits}
+    if not splits.get(split):
+        raise ConfigError(
+            f"{key} = {path!r} must have the split {split!r}; by the names of its files it has "
+            f"{', '.join(str(s) for s in splits if splits[s])}.",
+            "Set data.split to one of them.",
+        )
+    known = [os.path.abspath(f) for f in splits[split]]
+    taken = tuple(f for f in known if f in set(files.taken))
+    others = {f: f"of another split than {split!r}" for f in files.taken if f not in set(known)}
+    return DataFiles(taken, files.formats, files.left_out | others)
+
+
+def load_library() -> Any:
+    """The datasets package; ConfigError where it is missing or a release that gives wrong batches."""
     try:
         import datasets
     except ImportError as error:
@@ -104,43 +251,32 @@ def open_dataset(key: str, path: str, split: str) -> Any:
             f"data.corpus = 'datasets' needs the package datasets, which cannot be imported ({error}).",
             "Install it (pip install datasets), or set data.corpus = 'files'.",
         ) from error
+    version = importlib.metadata.version("datasets")
+    if version in REFUSED:
+        raise ConfigError(
+            f"the package datasets {version} cannot be used: {REFUSED[version]}.",
+            "Install another release: pip install -U datasets.",
+        )
     datasets.disable_progress_bars()
+    return datasets
+
+
+def open_dataset(key: str, path: str, split: str) -> Any:
+    """The streaming dataset on the hub that ``key = path`` names."""
+    datasets = load_library()
     name, split = divide_split(path, split)
-    local = Path(name).expanduser()
-    kwargs: dict[str, Any] = {"split": split, "streaming": True}
-    if local.is_file():
-        if local.suffix not in BUILDERS:
-            raise ConfigError(
-                f"{key} must end in one of {', '.join(BUILDERS)}, or be a folder of them; it is {path!r}.",
-                "Convert the file, or set data.corpus = 'files' for plain text.",
-            )
-        kwargs |= {"path": BUILDERS[local.suffix], "data_files": str(local)}
-    elif local.is_dir():
-        kwargs |= {"path": str(local)}
-    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
             f"{key} must be a folder, a file, or a hub name of the form name[:config]; {path!r} does not exist "
             f"(from {os.getcwd()!r}).",
             f"Set {key} to a folder of .jsonl, .parquet or .txt files.",
         )
-    else:
-        hub_name, _, hub_config = name.partition(":")
-        kwargs |= {"path": hub_name, "name": hub_config or None}
-    if holds_text_files(local):
-        kwargs["sample_by"] = "document"  # else every line is a record
+    hub_name, _, hub_config = name.partition(":")
     try:
-        return datasets.load_dataset(**kwargs)
+        return datasets.load_dataset(path=hub_name, name=hub_config or None, split=split, streaming=True)
     except Exception as error:  # offline, no such name, config, split, or broken files: the cause is in the message
         raise ConfigError(
             f"{key} = {path!r} (split {split!r}) must be a dataset that the datasets package can load; "
             f"{type(error).__name__}: {error}",
             f"Check {key} and data.split, and the network for a hub name.",
         ) from error
-
-
-def holds_text_files(local: Path) -> bool:
-    """Whether a local dataset is plain text: its first file by name ends in ``.txt``."""
-    if local.is_dir():
-        files = sorted(f for f in local.rglob("*") if f.suffix in BUILDERS)
-        return bool(files) and files[0].suffix == ".txt"
-    return local.is_file() and local.suffix == ".txt"

@@ -67,8 +67,7 @@ class Loader:
         if not 0 <= first <= last <= self.batch_size:
             raise ValueError(f"[{first}, {last}) is not within the global batch of {self.batch_size} sequences.")
         window_BS1 = self.windows.read(self.batch_size, first, last)
-        if window_BS1.size:
-            check_ids(window_BS1, self.tokenizer)  # a token file may be another tokenizer's
+        check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
         batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
         numbers_B = torch.arange(self.sequences + first, self.sequences + last)
         self.sequences += self.batch_size

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import os
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from typing import IO, Any
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.data.files import cache_homes
+from moe_dtensor.data.records import clean
 from moe_dtensor.data.tokenizer import Tokenizer
 
-FORMAT = "1"  # part of the cache's keys: raise it when packing changes
+FORMAT = "2"  # part of the cache's keys: raise it when packing changes
 CHUNK_DOCUMENTS = 64
 CHUNK_SIZE = 1_000_000
 
@@ -41,6 +42,10 @@ class Packed:
     """Read-only memory map, uint16 or uint32, shape (N)."""
     digest: str
     """Of the tokens."""
+    documents: int
+    """Documents in them."""
+    bad: int = 0
+    """Records that were skipped."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -62,7 +67,7 @@ def take_chunk(documents: Iterator[Document]) -> list[Document]:
 
 def join_documents(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
     """Ids of some documents, each followed by the end token; empty ones are left out. Arrays are taken as ids."""
-    texts = [d for d in documents if not isinstance(d, np.ndarray)]
+    texts = [clean(d) if isinstance(d, str) else d for d in documents if not isinstance(d, np.ndarray)]
     encoded = iter(tokenizer.encode_batch(texts) if texts else [])
     ids = [d if isinstance(d, np.ndarray) else next(encoded) for d in documents]
     end = np.array([tokenizer.end_id], dtype)
@@ -72,7 +77,7 @@ def join_documents(documents: list[Document], tokenizer: Tokenizer, dtype: np.dt
 
 def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """``ids``, or a ConfigError where one is outside the vocabulary."""
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+    if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
         raise ConfigError(
             f"token ids must be in [0, {tokenizer.vocab_size}), the tokenizer's vocabulary; the corpus has "
             f"{ids.min()} to {ids.max()}.",
@@ -81,16 +86,17 @@ def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return ids
 
 
-def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Tokenizer) -> str:
-    """Tokenise ``documents`` into ``file``, a chunk at a time; returns the digest of what was written."""
+def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Tokenizer) -> tuple[str, int]:
+    """Tokenise ``documents`` into ``file``, a chunk at a time; digest of what was written, number of documents."""
     dtype = token_dtype(tokenizer.vocab_size)
     digest = hashlib.blake2b(f"{tokenizer.fingerprint()} {dtype}".encode(), digest_size=16)
-    remaining = iter(documents)
+    remaining, count = iter(documents), 0
     while chunk := take_chunk(remaining):
         raw = join_documents(chunk, tokenizer, dtype).tobytes()
         digest.update(raw)
         file.write(raw)
-    return digest.hexdigest()
+        count += sum(len(document) > 0 for document in chunk)
+    return digest.hexdigest(), count
 
 
 def write_token_file(corpus: Any, split: str, path: str | Path) -> Path:
@@ -126,14 +132,15 @@ def packed(corpus: Any, split: str) -> Packed:
             if not meta.exists():  # another rank may have made it while this one waited
                 logging.getLogger(__name__).info("tokenising the %s split once, into %s", split, data)
                 with replace_file(data) as file:
-                    digest = write_tokens(file, corpus.documents(split), tokenizer)
+                    digest, documents = write_tokens(file, corpus.documents(split), tokenizer)
+                told = {"digest": digest, "documents": documents, "bad": getattr(corpus, "bad_records", 0)}
                 with replace_file(meta) as file:  # last: its presence says that the tokens are whole
-                    file.write(json.dumps({"digest": digest, "corpus": type(corpus).__name__, "split": split}).encode())
-    digest = json.loads(meta.read_text())["digest"]
+                    file.write(json.dumps({**told, "corpus": type(corpus).__name__, "split": split}).encode())
+    told = json.loads(meta.read_text())
     dtype = token_dtype(tokenizer.vocab_size)
-    if data.stat().st_size == 0:  # an empty file cannot be mapped
-        return Packed(np.empty(0, dtype), digest)
-    return Packed(np.memmap(data, dtype=dtype, mode="r"), digest)
+    # An empty file cannot be mapped.
+    tokens_N = np.memmap(data, dtype=dtype, mode="r") if data.stat().st_size else np.empty(0, dtype)
+    return Packed(tokens_N, told["digest"], told["documents"], told["bad"])
 
 
 def corpus_key(corpus: Any) -> str:
@@ -148,14 +155,14 @@ def corpus_key(corpus: Any) -> str:
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or a temporary folder where that is not writable."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (home / "moe_dtensor", Path(tempfile.gettempdir()) / f"moe_dtensor-{os.getuid()}"):
+    homes = cache_homes()
+    for folder in homes:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
     raise ConfigError(
-        f"tokens are cached in a folder; neither {str(home)!r} nor {tempfile.gettempdir()!r} can be written.",
+        f"tokens are cached in a folder; neither {str(homes[0])!r} nor {str(homes[1])!r} can be written.",
         "Set XDG_CACHE_HOME to a writable folder.",
     )
 

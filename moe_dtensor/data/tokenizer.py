@@ -72,12 +72,13 @@ class HuggingFaceTokenizer:
             vocabulary.
 
     Raises:
-        ConfigError: no such file, not a tokenizer, or no end token.
+        ConfigError: no such file, not a tokenizer, or no end token that it has.
     """
 
     def __init__(self, path: str) -> None:
         # Forked ranks would each print a warning, and several ranks share the cores anyhow.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._path = path
         file = Path(path).expanduser()
         if file.is_dir():
             file = file / "tokenizer.json"
@@ -111,7 +112,15 @@ class HuggingFaceTokenizer:
             cut = list(cut_in_pieces(text if isinstance(text, str) else text.decode(errors="replace")))
             counts.append(len(cut))
             pieces += cut
-        encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        try:
+            encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        except BaseException as error:  # the library's own errors are plain Exceptions, its panics not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise ConfigError(
+                f"data.tokenizer = {self._path!r} cannot encode a text of the corpus ({error}).",
+                "A vocabulary needs a token for what it does not know (unk_token), or byte fallback.",
+            ) from error
         ids = iter([np.array(e.ids, dtype=np.uint32) for e in encoded])
         return [np.concatenate([next(ids) for _ in range(n)] or [np.empty(0, np.uint32)]) for n in counts]
 
@@ -137,14 +146,21 @@ def cut_in_pieces(text: str) -> Iterator[str]:
 
 
 def find_end_token(file: Path, vocabulary: dict[str, int]) -> int:
-    """Id of the end token of the ``tokenizer.json`` ``file``; ConfigError when there is none."""
+    """Id of the end token of the ``tokenizer.json`` ``file``.
+
+    Raises:
+        ConfigError: there is none, a file beside it names one that the vocabulary lacks, or that file is broken.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = file.with_name(name)
-        if beside.is_file():
-            token: Any = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token in vocabulary:
-                return vocabulary[token]
+        token = read_end_token(beside) if beside.is_file() else None
+        if token in vocabulary:
+            return vocabulary[token]
+        if token is not None:
+            raise ConfigError(
+                f"data.tokenizer: {str(beside)!r} names the eos_token {token!r}, which {str(file)!r} does not have.",
+                "Take both files from one model, or correct eos_token.",
+            )
     for token in END_TOKENS:
         if token in vocabulary:
             return vocabulary[token]
@@ -154,6 +170,24 @@ def find_end_token(file: Path, vocabulary: dict[str, int]) -> int:
         "tokenizer_config.json beside it names one of its tokens.",
         'Put {"eos_token": "<one of its tokens>"} into a tokenizer_config.json beside the file.',
     )
+
+
+def read_end_token(file: Path) -> str | None:
+    """The ``eos_token`` that a tokenizer's settings name, if they do."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        token: Any = content.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"data.tokenizer: {str(file)!r} must be a JSON object ({type(error).__name__}: {error}).",
+            "Copy the file again, or remove it: then the vocabulary's usual end token is taken.",
+        ) from error
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(
+            f"data.tokenizer: the eos_token in {str(file)!r} must be a text; it is {token!r}.", "Correct the file."
+        )
+    return token
 
 
 def build_tokenizer(name: str) -> Tokenizer:

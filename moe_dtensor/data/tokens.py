@@ -1,55 +1,84 @@
-"""Corpora that are tokens already: a memory-mapped file, and random ids for benchmarks."""
+"""Corpora that are tokens already: memory-mapped files, and random ids for benchmarks."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.files import check_apart, list_files
+from moe_dtensor.data.pack import check_ids
 from moe_dtensor.data.text import HELD_OUT
+from moe_dtensor.data.token_files import (
+    SUFFIX,
+    TokenFile,
+    TokenFiles,
+    TokenRange,
+    open_token_file,
+    read_at,
+    verify_checksum,
+)
 from moe_dtensor.data.tokenizer import Tokenizer
 
 RANDOM_DOCUMENT = 4096  # tokens
 SAMPLES = 64  # pieces of a token file that go into its fingerprint
 SAMPLE_TOKENS = 1024
+LOOKED_AT = 1 << 27  # ids of a file that are all looked at before training
+LOOKED_AT_ONCE = 65536
 
 
 class TokensCorpus:
-    """Token ids in a file, documents followed by the tokenizer's end token; read through a memory map.
+    """Token ids in files, documents followed by the tokenizer's end token; read through memory maps.
 
-    ``.npy``: a one-dimensional integer array. ``.uint32.bin``: raw little-endian uint32. Any other ``.bin``: raw
-    little-endian uint16. Without ``data.validation_path`` the last twentieth is held out, from the end of a document.
+    ``data.path`` is a file, a folder or a glob: files of the verb ``tokenize`` (with a header), Megatron's pairs of
+    ``.bin`` and ``.idx``, one-dimensional ``.npy`` arrays, and raw little-endian ids named ``name.<dtype>.bin`` (any
+    other ``.bin``: 2-byte ids). Without ``data.validation_path`` the last twentieth is held out, from the end of a
+    document; a folder of ``tokenize`` has both splits.
 
     Raises:
-        ConfigError: no such file, or not of that form.
+        ConfigError: no such file, not of that form, not this tokenizer's ids, or files that contradict themselves.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        tokens_N = map_tokens("data.path", config.data.path)
-        if config.data.validation_path:
-            validation_N = map_tokens("data.validation_path", config.data.validation_path)
+        self.tokenizer, data = tokenizer, config.data
+        held_out = data.validation_path
+        path = data.path
+        if not held_out and has_both_splits(path):
+            path, held_out = os.path.join(path, "train"), os.path.join(path, "validation")
+        self.files, self.left_out = open_path("data.path", path)
+        whole = TokenFiles(self.files)
+        if held_out:
+            files, _ = open_path("data.validation_path", held_out)
+            check_apart([f.path for f in self.files], [f.path for f in files])
+            validation = TokenFiles(files)
+            self._splits = {
+                "train": TokenRange(whole, 0, len(whole)),
+                "validation": TokenRange(validation, 0, len(validation)),
+            }
         else:
-            cut = find_cut(tokens_N, tokenizer.end_id)
-            tokens_N, validation_N = tokens_N[:cut], tokens_N[cut:]
-        self._splits = {"train": tokens_N, "validation": validation_N}
+            cut = find_cut(whole, tokenizer.end_id)
+            self._splits = {"train": TokenRange(whole, 0, cut), "validation": TokenRange(whole, cut, len(whole))}
+        self.contents = {split: check_content(tokens, tokenizer) for split, tokens in self._splits.items()}
+        if data.document_mask:
+            check_ends(self.contents["train"], tokenizer.end_id, data.path)
 
-    def token_array(self, split: str) -> np.ndarray:
+    def token_array(self, split: str) -> np.ndarray | TokenRange:
         """The ids of a split, shape (N), end tokens included."""
-        return self._splits[split]
+        return self._splits[split].array()
 
     def documents(self, split: str) -> Iterator[np.ndarray]:
         """Ids of each document, without its end token."""
         tokens_N = self._splits[split]
         start = 0
-        for end in np.flatnonzero(tokens_N == self.tokenizer.end_id).tolist():
-            yield tokens_N[start:end]
-            start = end + 1
+        for place, ids_N in tokens_N.scan():
+            for end in (np.flatnonzero(ids_N == self.tokenizer.end_id) + place).tolist():
+                yield tokens_N[start:end]
+                start = end + 1
         if start < len(tokens_N):
             yield tokens_N[start:]
 
@@ -57,51 +86,126 @@ class TokensCorpus:
         """Digest of the number of training tokens and of samples of them, spread evenly."""
         tokens_N = self._splits["train"]
         digest = hashlib.blake2b(f"{len(tokens_N)} {self.tokenizer.fingerprint()}".encode(), digest_size=16)
-        for start in np.linspace(0, max(0, len(tokens_N) - SAMPLE_TOKENS), SAMPLES, dtype=np.int64):
+        for start in np.linspace(0, max(0, len(tokens_N) - SAMPLE_TOKENS), SAMPLES, dtype=np.int64).tolist():
             digest.update(tokens_N[start : start + SAMPLE_TOKENS].astype("<i8").tobytes())
         return digest.hexdigest()
 
 
-def find_cut(tokens_N: np.ndarray, end_id: int) -> int:
+def find_cut(whole: TokenFiles, end_id: int) -> int:
     """Where validation starts: after the first end token in the last twentieth, else at the twentieth."""
-    cut = len(tokens_N) - len(tokens_N) // HELD_OUT
-    for start in range(cut, len(tokens_N), 1 << 20):
-        found = np.flatnonzero(tokens_N[start : start + (1 << 20)] == end_id)
+    cut = len(whole) - len(whole) // HELD_OUT
+    for place, ids_N in whole.scan(cut, len(whole)):
+        found = np.flatnonzero(ids_N == end_id)
         if len(found):
-            return start + int(found[0]) + 1
+            return place + int(found[0]) + 1
     return cut
 
 
-def map_tokens(key: str, path: str) -> np.ndarray:
-    """A token file as a read-only memory map of shape (N)."""
-    file = os.path.expanduser(path)
-    if not os.path.isfile(file) or not file.endswith((".npy", ".bin")):
+def has_both_splits(path: str) -> bool:
+    """Whether a path is a folder that the verb tokenize wrote."""
+    folder = os.path.expanduser(path)
+    return all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "validation"))
+
+
+def open_path(key: str, path: str) -> tuple[list[TokenFile], dict[str, str]]:
+    """The token files behind a path, and why others beside them are left out."""
+    pattern = os.path.expanduser(path)
+    if pattern.endswith(".idx"):
+        pattern = pattern[:-4] + ".bin"
+    elif not os.path.exists(pattern) and os.path.isfile(pattern + ".bin"):
+        pattern += ".bin"  # Megatron names a pair by what both names share
+    names, opened, left_out = list_files(pattern), [], {}
+    for name in names:
+        if name.endswith(".idx") and name[:-4] + ".bin" in names:
+            continue
+        if os.path.isdir(pattern) and not name.endswith((".npy", ".bin", SUFFIX)):
+            left_out[name] = "not token ids"
+        else:
+            opened.append(open_token_file(key, name))
+    if not opened:
         raise ConfigError(
-            f"{key} must be a .npy or .bin file of token ids for data.corpus = 'tokens'; {path!r} is not "
-            f"(from {os.getcwd()!r}).",
+            f"{key} must be a .npy or .bin file of token ids, or a folder or a glob of them, for data.corpus = "
+            f"'tokens'; {path!r} is not (from {os.getcwd()!r}).",
             f"Set {key} to such a file; docs/data.md shows how to make one.",
         )
-    if file.endswith(".bin"):
-        dtype = np.dtype("<u4" if file.endswith(".uint32.bin") else "<u2")
-        size = os.path.getsize(file)
-        if size == 0 or size % dtype.itemsize:
-            raise ConfigError(
-                f"{key} = {path!r} must hold {dtype.name} ids, {dtype.itemsize} bytes each; it has {size} bytes.",
-                "Name files of 4-byte ids *.uint32.bin; other .bin files hold 2-byte ids.",
-            )
-        return np.memmap(file, dtype=dtype, mode="r")
-    try:
-        array: Any = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise ConfigError(
-            f"{key} = {path!r} is not a .npy file of numbers: {error}", "Write it with numpy.save."
-        ) from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ConfigError(
-            f"{key} = {path!r} must hold a one-dimensional integer array; it is {array.dtype} of shape {array.shape}.",
-            "Save the ids of all documents, each followed by the end token, as one array.",
+    return opened, left_out
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was seen of a split's ids."""
+
+    seen: int
+    """Ids looked at; all of them, or samples of a large file."""
+    ends: int
+    """End tokens among them."""
+    documents: int | None
+    """None: too many ids to count."""
+    closed: float | None
+    """Share of the documents, where an index tells them, that the end token closes."""
+
+
+def check_content(tokens: TokenRange, tokenizer: Tokenizer) -> Content:
+    """Look through a split: every id up to ``LOOKED_AT`` of them, samples of more.
+
+    Raises:
+        ConfigError: an id outside the vocabulary, or a header that tells of another tokenizer or other ids.
+    """
+    for file in tokens.whole.files:
+        check_header(file, tokenizer)
+    if sum(f.tokens for f in tokens.whole.files) <= LOOKED_AT:
+        pieces = (ids_N for _, ids_N in tokens.scan())
+    else:
+        places = np.linspace(0, max(0, len(tokens) - LOOKED_AT_ONCE), SAMPLES, dtype=np.int64).tolist()
+        pieces = (
+            ids_N for p in places for _, ids_N in tokens.whole.scan(tokens.start + p, tokens.start + p + LOOKED_AT_ONCE)
         )
-    return array
+    seen = ends = 0
+    for ids_N in pieces:
+        check_ids(ids_N, tokenizer)
+        seen, ends = seen + len(ids_N), ends + int(np.count_nonzero(ids_N == tokenizer.end_id))
+    documents = [file.documents for file in tokens.whole.files]
+    known = sum(n for n in documents if n is not None) if None not in documents else None
+    whole = tokens.start == 0 and tokens.stop == len(tokens.whole)
+    counted = ends if seen == len(tokens) else None
+    return Content(seen, ends, known if whole and known is not None else counted, closed_share(tokens, tokenizer))
+
+
+def closed_share(tokens: TokenRange, tokenizer: Tokenizer) -> float | None:
+    """Share of the documents of Megatron's pairs whose last id is the end token; None where no index tells them."""
+    lasts = [
+        read_at(file, int(end) - 1, 1)[0] == tokenizer.end_id
+        for file in tokens.whole.files
+        if file.ends_D is not None
+        for end in file.ends_D[: max(1, SAMPLES // len(tokens.whole.files))]
+    ]
+    return sum(map(bool, lasts)) / len(lasts) if lasts else None
+
+
+def check_header(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """ConfigError if a file of the verb tokenize is not of this tokenizer, or not as it was written."""
+    header = file.header
+    if header is None:
+        return
+    if header.tokenizer != tokenizer.fingerprint() or header.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"{file.path!r} was written with another tokenizer than data.tokenizer: its vocabulary has "
+            f"{header.vocab_size} ids and its digest is {header.tokenizer}; here {tokenizer.vocab_size} and "
+            f"{tokenizer.fingerprint()}.",
+            "Set data.tokenizer to the one that made the file.",
+        )
+    if file.tokens <= LOOKED_AT:
+        verify_checksum(file)
+
+
+def check_ends(content: Content, end_id: int, path: str) -> None:
+    """ConfigError if documents are to be masked, but no end token tells them."""
+    if content.ends == 0 or content.closed == 0:
+        raise ConfigError(
+            f"data.document_mask = true goes by end tokens (id {end_id}); {path!r} has none "
+            + (f"among {content.seen} ids." if content.ends == 0 else "at the end of its documents."),
+            "Set data.document_mask = false, or write the ids again with an end token after each document.",
+        )
 
 
 class RandomCorpus:

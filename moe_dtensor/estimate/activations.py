@@ -80,7 +80,7 @@ def head_bytes(config: Config) -> tuple[int, int]:
     at = tokens(config)
     vocab = padded_vocab(config)
     own_loss = config.training.loss != "cross_entropy"
-    columns = vocab // config.mesh.tp + (vocab if own_loss else 0)
+    columns = (vocab // config.mesh.tp + (vocab if own_loss else 0)) * (1 + config.model.mtp_depth)
     return at.whole * config.model.dim * at.compute, at.whole * (columns * at.compute + at.wide)
 
 

@@ -28,5 +28,7 @@ def flops_per_token(config: Config) -> float:
     model = config.model
     _, active = parameters(config)
     lookup = 0 if model.tie_embeddings else padded_vocab(config) * model.dim
-    attention = 6 * model.num_layers * model.num_heads * model.head_dim * config.training.seq_len
+    # Multi-token prediction runs the head once more for each depth.
+    active += model.mtp_depth * padded_vocab(config) * model.dim
+    attention = 6 * (model.num_layers + model.mtp_depth) * model.num_heads * model.head_dim * config.training.seq_len
     return 6.0 * (active - lookup) + attention

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers
+from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers, stream_width
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.activations import block_bytes, head_bytes
 from moe_dtensor.estimate.dispatch import settle
@@ -137,15 +137,19 @@ def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
     at, with_experts = tokens(config), moe_layers(config)
     stream = at.own * config.model.dim * at.compute
     blocks = sum(block_bytes(config, layer in with_experts, skewed).kept for layer in stage_layers(config, stage))
-    head = head_bytes(config)[0] if stage == num_stages(config) - 1 else 0
-    return blocks + head + (stream if stage == 0 else 0)
+    last = stage == num_stages(config) - 1
+    depth = config.model.mtp_depth
+    head = head_bytes(config)[0] * (1 + depth) if last else 0
+    # Each depth keeps the embedding of the tokens ahead, both norms' outputs joined, and the projection's.
+    ahead = depth * stream * (4 if last else 1)
+    return blocks + head + ahead + (stream if stage == 0 else 0)
 
 
 def _receive_buffers(config: Config, alive: dict[int, int]) -> int:
     """torch.distributed.pipelining makes one for each microbatch of a step: inputs, and gradients of outputs."""
     at, last = tokens(config), num_stages(config) - 1
     ends = sum((stage > 0) + (stage < last) for stage in alive)
-    return ends * microbatches(config) * at.own * config.model.dim * at.compute
+    return ends * microbatches(config) * at.own * stream_width(config) * at.compute
 
 
 def _cast_bytes(config: Config) -> int:

@@ -125,6 +125,9 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
         whole = model.qk_norm == "full"
         shapes["attention.q_norm.weight"] = (heads if whole else model.head_dim,)
         shapes["attention.k_norm.weight"] = (kv_heads if whole else model.head_dim,)
+    if layer >= model.num_layers:
+        shapes["mtp_projection.weight"] = (dim, 2 * dim)
+        shapes |= {f"mtp_{name}.weight": (dim,) for name in ("embedding_norm", "stream_norm", "norm")}
     if layer not in moe_layers(config):
         return shapes | _feed_forward(config, "feed_forward", model.hidden_dim)
     gates = 2 if model.activation in GATED else 1

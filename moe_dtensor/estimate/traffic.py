@@ -18,6 +18,7 @@ from moe_dtensor.config.resolve import (
     padded_vocab,
     rank_stages,
     stage_layers,
+    stream_width,
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
@@ -77,7 +78,7 @@ def pp_bytes(config: Config, stages: tuple[int, ...]) -> int:
     at, last = tokens(config), num_stages(config) - 1
     neighbours = [other for stage in stages for other in (stage - 1, stage + 1) if 0 <= other <= last]
     sends = sum(other not in stages for other in neighbours)
-    return sends * microbatches(config) * at.own * config.model.dim * at.compute
+    return sends * microbatches(config) * at.own * stream_width(config) * at.compute
 
 
 def activation_bytes(config: Config, stages: tuple[int, ...]) -> dict[Axis, float]:
@@ -104,7 +105,8 @@ def _ends(config: Config, stages: tuple[int, ...]) -> float:
         own_loss = config.training.loss != "cross_entropy"
         logits = at.whole * padded_vocab(config) * at.compute * others
         sent += border + (logits if own_loss else 2 * 3 * at.whole * at.wide * others)
-    return sent
+    # Multi-token prediction looks tokens up, and runs the head, once more for each depth.
+    return sent * (1 + config.model.mtp_depth)
 
 
 def _block(config: Config, is_moe: bool) -> Steps:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.norm import HeadsNorm
+from moe_dtensor.layers.norm import HeadsNorm, RMSNorm
 from moe_dtensor.layers.rope import Positions, rotate
+from moe_dtensor.layers.weights import Layer, Linear
 
 
 class Attention(nn.Module):
@@ -25,20 +26,24 @@ class Attention(nn.Module):
         model = config.model
         self.head_dim = model.head_dim
         width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        self.wq = nn.Linear(model.dim, width, bias=False)
-        self.wk = nn.Linear(model.dim, kv_width, bias=False)
-        self.wv = nn.Linear(model.dim, kv_width, bias=False)
-        self.wo = nn.Linear(width, model.dim, bias=False)
+        self.wq = Linear(model.dim, width)
+        self.wk = Linear(model.dim, kv_width)
+        self.wv = Linear(model.dim, kv_width)
+        self.wo = Linear(width, model.dim)
         self.qk_norm = model.qk_norm
         if model.qk_norm == "head":
-            self.q_norm: nn.Module = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
-            self.k_norm: nn.Module = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
+            self.q_norm: Layer = RMSNorm(model.head_dim, model.norm_eps)
+            self.k_norm: Layer = RMSNorm(model.head_dim, model.norm_eps)
         elif model.qk_norm == "full":
             self.q_norm = HeadsNorm(width, model.norm_eps)
             self.k_norm = HeadsNorm(kv_width, model.norm_eps)
         self.sum_heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _all_here
         self.to_sequences: Callable[[Tensor], Tensor] = _as_they_are
         self.from_sequences: Callable[[Tensor], Tensor] = _as_they_are
+
+    def key_value_layers(self) -> list[Layer]:
+        """The layers whose weights have a row for each unit of the key and value heads."""
+        return [self.wk, self.wv, *([self.k_norm] if self.qk_norm == "full" else [])]
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         """Attend to earlier positions of the same sequence (and document); ``(B, S, D)`` in and out, if need be in the

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import GATED
 from moe_dtensor.kernels.experts.activation import activate, activate_pair
+from moe_dtensor.layers.weights import Linear
 
 
 class FeedForward(nn.Module):
@@ -15,9 +16,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         if activation in GATED:
-            self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+            self.gate = Linear(dim, hidden_dim)
+        self.up = Linear(dim, hidden_dim)
+        self.down = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` in and out."""

@@ -15,9 +15,10 @@ from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.layers.weights import Layer, Linear
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """The expert MLPs, as grouped GEMMs over stacked weights. May hold a run of all experts from ``first_expert``."""
 
     def __init__(self, config: Config) -> None:
@@ -44,8 +45,8 @@ class Experts(nn.Module):
             x_TD, gate_TK = x_TD * gate_TK.to(x_TD.dtype), torch.ones_like(gate_TK)
         return expert_mlp(
             x_TD,
-            self.w_up,
-            self.w_down,
+            self.local_weight("w_up"),
+            self.local_weight("w_down"),
             gate_TK,
             expert_TK,
             activation=self.activation,
@@ -62,7 +63,7 @@ class SharedExpert(FeedForward):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.model.dim, config.moe.shared_hidden_dim, config.model.activation)
-        self.token_gate = nn.Linear(config.model.dim, 1, bias=False) if config.moe.shared_gate else None
+        self.token_gate = Linear(config.model.dim, 1) if config.moe.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` in and out."""

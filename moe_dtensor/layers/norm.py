@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dtensor.config.schema import Config
+from moe_dtensor.layers.weights import Layer
 
 
-def build_norm(config: Config) -> nn.Module:
-    """The block's norm over the model width: RMSNorm, or LayerNorm without bias."""
-    dim, eps = config.model.dim, config.model.norm_eps
-    if config.model.norm == "layernorm":
-        return nn.LayerNorm(dim, eps=eps, bias=False)
-    return nn.RMSNorm(dim, eps=eps)
+def build_norm(config: Config) -> Layer:
+    """The block's norm over the model width."""
+    norm = LayerNorm if config.model.norm == "layernorm" else RMSNorm
+    return norm(config.model.dim, config.model.norm_eps)
 
 
-class HeadsNorm(nn.Module):
+class RMSNorm(Layer):
+    """RMSNorm over the last dimension (arXiv:1910.07467).
+
+    Args:
+        dim: the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` in and out."""
+        return F.rms_norm(x, x.shape[-1:], self.local_weight("weight"), self.eps)
+
+
+class LayerNorm(Layer):
+    """LayerNorm over the last dimension (arXiv:1607.06450), without bias.
+
+    Args:
+        dim: the last dimension.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` in and out."""
+        return F.layer_norm(x, x.shape[-1:], self.local_weight("weight"), None, self.eps)
+
+
+class HeadsNorm(Layer):
     """RMSNorm over the whole width of all heads (OLMoE), of which this module may hold a part.
 
     In two halves, so that whoever holds a part can add up the squares of all parts in between.
@@ -28,7 +64,7 @@ class HeadsNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
         self.dim = dim
         self.eps = eps
 
@@ -44,4 +80,5 @@ class HeadsNorm(nn.Module):
 
     def forward(self, wide: Tensor, squares: Tensor) -> Tensor:
         """``(..., held width)``, given the squares' sum over the whole width; in the dtype of the weight."""
-        return (wide * torch.rsqrt(squares / self.dim + self.eps)).to(self.weight.dtype) * self.weight
+        weight = self.local_weight("weight")
+        return (wide * torch.rsqrt(squares / self.dim + self.eps)).to(weight.dtype) * weight

@@ -24,6 +24,7 @@ from moe_dtensor.layers.balance import (
 )
 from moe_dtensor.layers.record import pack
 from moe_dtensor.layers.tokens import Tokens, uniform_noise
+from moe_dtensor.layers.weights import Layer
 
 NOISE_STREAM = 1 << 40
 """Where the streams of the router's noise begin, far from those of forced assignments."""
@@ -49,7 +50,7 @@ class Routing(NamedTuple):
     """See :mod:`moe_dtensor.layers.record`."""
 
 
-class Router(nn.Module):
+class Router(Layer):
     """Scores every token against every expert, chooses K, and weights them.
 
     Scores are computed in at least float32. ``gather_positions`` begins to bring the positions of a sequence
@@ -87,9 +88,9 @@ class Router(nn.Module):
         under way then."""
         if self.training and self.moe.jitter > 0:
             x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
-        logits_TE = router_logits(x_BSD.flatten(0, 1), self.weight)
+        logits_TE = router_logits(x_BSD.flatten(0, 1), self.local_weight("weight"))
         if self.logit_bias is not None:
-            logits_TE = logits_TE + self.logit_bias.to(logits_TE.dtype)
+            logits_TE = logits_TE + self.local_weight("logit_bias").to(logits_TE.dtype)
         if not (self.assignment.over_groups and (self.training or self.assignment.forced)):
             return Scores(logits_TE, None)
         return Scores(logits_TE, self.gather_positions(logits_TE.detach().unflatten(0, x_BSD.shape[:2])))

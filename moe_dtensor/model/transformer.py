@@ -12,10 +12,11 @@ from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.embedding import Embedding
+from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import build_positions
-from moe_dtensor.layers.tokens import build_tokens
+from moe_dtensor.layers.rope import Positions, build_positions
+from moe_dtensor.layers.tokens import Tokens, build_tokens
+from moe_dtensor.layers.weights import Embedding, Linear
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
@@ -39,11 +40,15 @@ class Transformer(nn.Module):
         if first:
             self.tok_embeddings = Embedding(rows, dim)
         # Keyed by the index in the whole model, so that names do not depend on the split.
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in layers})
+        blocks = config.model.num_layers
+        self.layers = nn.ModuleDict({str(i): (Block if i < blocks else MtpBlock)(config, i) for i in layers})
+        self.mtp_depth = config.model.mtp_depth
+        self.mtp_weight = config.training.mtp_weight / max(1, self.mtp_depth)
         if last:
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
-                self.output = nn.Linear(dim, rows, bias=False)
+                self.output = Linear(dim, rows)
+        self.dim = dim
         self.seq_len, self.head_dim, self.rope_theta = (
             config.training.seq_len,
             config.model.head_dim,
@@ -55,6 +60,8 @@ class Transformer(nn.Module):
         self.moe_layers = [i for i in layers if i in with_experts]
         self.record_LR: Tensor | None = None
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
+        self.mtp_loss_K: Tensor | None = None
+        """Summed loss of each depth of multi-token prediction since the last :meth:`take_mtp_loss`."""
 
     def forward(
         self,
@@ -68,7 +75,7 @@ class Transformer(nn.Module):
         """Run the held blocks.
 
         Args:
-            x: tokens ``(B, S)`` if this is the first part, else the stream ``(B, S, D)``.
+            x: tokens ``(B, S)`` if this is the first part, else what the part before gave.
             labels_BS: next tokens, -100 where there is none; the last part then returns losses.
             positions_BS: position of each token in its document; None: in its sequence.
             documents_BS: document of each token; None: no document mask.
@@ -76,12 +83,16 @@ class Transformer(nn.Module):
             sequence_B: number of each sequence in the run; None: from 0.
 
         Returns:
-            The stream ``(B, S, D)``; from the last part the summed loss of each sequence ``(B,)``,
-            or without labels the logits ``(B, S, V)``.
+            The stream ``(B, S, D)``, beside it the embeddings of tokens ahead if multi-token prediction is to read
+            them; from the last part the summed loss of each sequence ``(B,)``, or without labels the logits
+            ``(B, S, V)``.
         """
         if self.is_first:
-            tokens_BS, x = x, self.tok_embeddings(x)
-            x = x if self.embedding_scale == 1 else x * self.embedding_scale
+            tokens_BS = x
+            depths = range(self.mtp_depth + 1) if self.training or not self.is_last else [0]
+            x, *ahead = (self._embed(tokens_BS if k == 0 else tokens_ahead(tokens_BS, k)) for k in depths)
+        else:
+            x, *ahead = x.split(self.dim, dim=-1)
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
         positions = build_positions(
@@ -93,31 +104,78 @@ class Transformer(nn.Module):
             dtype=x.dtype,
             device=x.device,
         )
-        records = []
+        records: list[Tensor | None] = []
         for block in self.layers.values():
-            x, record_R = block(x, positions, tokens)
-            if record_R is not None:
+            if not isinstance(block, MtpBlock):
+                x, record_R = block(x, positions, tokens)
                 records.append(record_R)
-        if records and self.training:
-            record_LR = torch.stack(records)
-            self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
         if not self.is_last:
-            return x
-        # The head's input, not the logits, which are many times as large.
-        x = self.norm(x) if self.logit_scale == 1 else self.norm(x) * self.logit_scale
-        logits_BSV = self.head(self.before_head(x))
-        return logits_BSV if labels_BS is None else self.token_loss(logits_BSV, labels_BS).sum(-1)
+            self._keep(records)
+            return torch.cat([x, *ahead], dim=-1) if self.mtp_depth else x
+        x = self.norm(x)
+        logits_BSV = self._logits(x)
+        if labels_BS is None:
+            self._keep(records)
+            return logits_BSV
+        loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
+        if self.mtp_depth and self.training:
+            loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
+        self._keep(records)
+        return loss_B
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        x = self.tok_embeddings(tokens_BS)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def _logits(self, x: Tensor) -> Tensor:
+        # The head's input is scaled, not the logits, which are many times as large.
+        return self.head(self.before_head(x if self.logit_scale == 1 else x * self.logit_scale))
+
+    def _with_mtp(
+        self,
+        loss_B: Tensor,
+        x: Tensor,
+        ahead: list[Tensor],
+        labels_BS: Tensor,
+        documents_BS: Tensor | None,
+        positions: Positions,
+        tokens: Tokens,
+        records: list[Tensor | None],
+    ) -> Tensor:
+        """``loss_B``, whose gradient goes to the losses of multi-token prediction too (DeepSeek-V3, eq. 24 and 25)."""
+        losses = []
+        blocks = [block for block in self.layers.values() if isinstance(block, MtpBlock)]
+        for depth, (block, ahead_BSD) in enumerate(zip(blocks, ahead, strict=True), start=1):
+            x, record_R, normed = block(x, ahead_BSD, positions, tokens)
+            records.append(record_R)
+            labels = labels_ahead(labels_BS, documents_BS, depth)
+            losses.append(self.token_loss(self._logits(normed), labels).sum(-1))
+        loss_K = torch.stack([loss.detach().sum() for loss in losses])
+        self.mtp_loss_K = loss_K if self.mtp_loss_K is None else self.mtp_loss_K + loss_K
+        return AlsoMinimize.apply(loss_B, self.mtp_weight * torch.stack(losses).sum(0))
+
+    def _keep(self, records: list[Tensor | None]) -> None:
+        """Add a forward pass's records to those of the step so far."""
+        of_moe = [record_R for record_R in records if record_R is not None]
+        if of_moe and self.training:
+            record_LR = torch.stack(of_moe)
+            self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
 
     def head(self, x_BSD: Tensor) -> Tensor:
         """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
-        return nn.functional.linear(x_BSD, self.tok_embeddings.weight)
+        return nn.functional.linear(x_BSD, self.tok_embeddings.local_weight("weight"))
 
     def take_record(self) -> Tensor | None:
         """The routing's record ``(L, R)`` since the last call, and start again; None without MoE blocks."""
         record_LR, self.record_LR = self.record_LR, None
         return record_LR
+
+    def take_mtp_loss(self) -> Tensor | None:
+        """The summed loss of each depth ``(K,)`` since the last call, and start again; None where there is none."""
+        loss_K, self.mtp_loss_K = self.mtp_loss_K, None
+        return loss_K
 
 
 def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

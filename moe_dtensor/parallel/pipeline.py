@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages
+from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages, stream_width
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
@@ -138,10 +138,11 @@ def _build_stage(
     """A stage whose shapes are given, so that nothing is run to infer them."""
     from torch.distributed.pipelining import PipelineStage
 
-    training, model = config.training, config.model
+    training = config.training
     length = training.seq_len // (mesh["tp"].size() if config.mesh.sequence_parallel else 1)
     dtype = getattr(torch, training.param_dtype)
-    stream = torch.empty(training.microbatch_size, length, model.dim, device="meta", dtype=dtype, requires_grad=True)
+    shape = (training.microbatch_size, length, stream_width(config))
+    stream = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
     tokens = torch.empty(training.microbatch_size, training.seq_len, device="meta", dtype=torch.int64)
     loss_dtype = torch.promote_types(dtype, torch.float32)
     loss = torch.empty(training.microbatch_size, device="meta", dtype=loss_dtype, requires_grad=True)

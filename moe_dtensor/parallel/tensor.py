@@ -1,7 +1,7 @@
 """Tensor, sequence and expert parallelism: parameters become DTensors, and collectives go on the borders of layers.
 
-Layers stay as written for one device. They see the local part of each weight, and hooks bring the tokens
-together before a split layer and sum the parts after it.
+Layers stay as written for one device. ``Layer.local_weight`` gives each the shard that its rank holds, and hooks gather
+the tokens before a split layer and sum the partial results after it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
-from moe_dtensor.layers.embedding import Embedding
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import MoE
-from moe_dtensor.layers.norm import HeadsNorm
+from moe_dtensor.layers.weights import Embedding, Layer, WeightView
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.borders import position_borders, token_borders
@@ -31,22 +30,20 @@ from moe_dtensor.placement import Row, build_plan, find_row
 
 
 def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
-    """Turn every parameter into a DTensor by the placement table, and let layers see its local part.
+    """Turn every parameter into a DTensor by the placement table, and let layers compute with its shard.
 
     On tp, for FSDP to split further over dp; what the table keeps out of FSDP on dp and tp at once.
     """
     plan = build_plan(config)
     for module_name, module in part.named_modules():
-        gradients: dict[str, tuple[Placement, ...]] = {}
         for name, param in list(module.named_parameters(recurse=False)):
             row = find_row(plan, f"{module_name}.{name}" if module_name else name)
             on_tp: Placement = Replicate() if row.tp is None else Shard(row.tp)
             axes, placements = (mesh["tp"], [on_tp]) if row.fsdp else (mesh["dp", "tp"], [Shard(row.dp), on_tp])
             sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded))
-            gradients[name] = (*placements[:-1], _gradient_placement(row, config))
-        if gradients:
-            _show_local(module, gradients)
+            assert isinstance(module, Layer), f"{type(module).__name__} does not read its weights by local_weight()"
+            module.weight_views[name] = _local_view((*placements[:-1], _gradient_placement(row, config)))
 
 
 def _gradient_placement(row: Row, config: Config) -> Placement:
@@ -58,33 +55,27 @@ def _gradient_placement(row: Row, config: Config) -> Placement:
     return Replicate()
 
 
-def _show_local(module: nn.Module, gradients: dict[str, tuple[Placement, ...]]) -> None:
-    """Let ``module.<name>`` read as the local tensor, whose gradient flows back with the given placements.
+@functools.cache
+def _local_view(gradient: tuple[Placement, ...]) -> WeightView:
+    """The local tensor of a parameter, whose gradient flows back with the given placements.
 
-    The parameter itself stays where FSDP, the optimizer and checkpoints look for it: in ``named_parameters()``.
+    The same function for all layers alike, so that torch.compile compiles them once.
     """
-    module.__class__ = _local_view_class(type(module), tuple(gradients.items()))  # type: ignore[arg-type]
+
+    def view(module: nn.Module, name: str) -> Tensor:
+        if len(gradient) > 1:
+            return view_copy(module, name, gradient)
+        param = getattr(module, name)
+        assert isinstance(param, DTensor)
+        return param.to_local(grad_placements=gradient)
+
+    return view
 
 
 @functools.cache
-def _local_view_class(
-    cls: type[nn.Module], gradients: tuple[tuple[str, tuple[Placement, ...]], ...]
-) -> type[nn.Module]:
-    # One class for all layers alike, so that torch.compile compiles them once.
-    return type(cls.__name__, (cls,), {name: _local_view(name, placements) for name, placements in gradients})
-
-
-def _local_view(name: str, gradient: tuple[Placement, ...]) -> property:
-    if len(gradient) > 1:
-        return property(lambda module: view_copy(module, name, gradient))
-
-    def view(module: nn.Module) -> Tensor:
-        param = module._parameters[name]
-        assert isinstance(param, DTensor)
-        # On (dp, tp) it is sharded by FSDP and not in use: FSDP itself is looking.
-        return param if param.device_mesh.ndim > 1 else param.to_local(grad_placements=gradient)
-
-    return property(view)
+def _rows_view(whole: WeightView, start: int, stop: int) -> WeightView:
+    """Some rows of what another view gives."""
+    return lambda module, name: whole(module, name)[start:stop]
 
 
 def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
@@ -135,25 +126,12 @@ def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
     if config.model.num_kv_heads % tp.size():
         copies = tp.size() // config.model.num_kv_heads
         head = tp.get_local_rank() // copies
-        rows = slice(head * config.model.head_dim, (head + 1) * config.model.head_dim)
-        _show_rows(attention.wk, rows)
-        _show_rows(attention.wv, rows)
-        if isinstance(attention.k_norm if config.model.qk_norm != "none" else None, HeadsNorm):
-            _show_rows(attention.k_norm, rows)
+        start, stop = head * config.model.head_dim, (head + 1) * config.model.head_dim
+        for layer in attention.key_value_layers():
+            for name, view in layer.weight_views.items():
+                layer.weight_views[name] = _rows_view(view, start, stop)
     if config.model.qk_norm == "full":
         attention.sum_heads = _sum_over(tp, copies)
-
-
-def _show_rows(module: nn.Module, rows: slice) -> None:
-    """Let ``module.weight`` read as some of its rows."""
-    cls = type(module)
-
-    def view(self: nn.Module) -> Tensor:
-        seen: Tensor = cls.weight.fget(self)  # type: ignore[attr-defined]
-        # The parameter itself is for FSDP to look at, whole; a slice would take its place there.
-        return seen if isinstance(seen, DTensor) else seen[rows]
-
-    module.__class__ = type(cls.__name__, (cls,), {"weight": property(view)})
 
 
 def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

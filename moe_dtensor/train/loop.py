@@ -14,7 +14,7 @@ from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
 from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data import Corpus, Loader, build_corpus
+from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.display import Display
@@ -83,6 +83,7 @@ class Run:
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.folder
+        self.told = describe(config, self.corpus)
         self.trainer: Trainer = build(config, self.device)
         self.loader, self.validation = self.loaders or build_loaders(config, self.corpus)
         self.checkpoints = CheckpointManager(
@@ -128,6 +129,7 @@ class Run:
             f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} "
             f"on {self.device.type}; run folder {self.folder.path}"
         )
+        display.say(self.told)
         if notice := routing_notice(self.config):
             display.say(notice)
         return display
@@ -206,6 +208,7 @@ class Run:
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":

@@ -241,7 +241,10 @@ def _check_owners(checkpoints: Path, run: dict[str, Any], path: Path) -> None:
     inside = path.resolve() in checkpoints.resolve().parents
     old = run.get("unsigned_until", 10**12 if run and "format" not in run else -1)
     for step, owner in owners(checkpoints).items():
-        if owner != run.get("run_id") and not (owner is None and ((inside and bool(run)) or step <= old)):
+        # One that bears no name is this run's if an older version may have written it here.
+        if owner is None and run and (inside or step <= old):
+            continue
+        if owner is None or owner != run.get("run_id"):
             raise ConfigError(
                 f"checkpoint.folder = {str(checkpoints)!r} holds checkpoints of some other run"
                 f"{f' ({owner})' if owner else ''}.",

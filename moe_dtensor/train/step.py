@@ -29,6 +29,8 @@ class StepResult:
     """What the routers of all MoE blocks tell."""
     churn_L: Tensor
     """How much the load moved since the step before: see :meth:`BalanceState.step`."""
+    mtp_loss_K: Tensor
+    """Of each depth of multi-token prediction the summed loss over the step's target tokens, in nats."""
     asked_to_end: Tensor
     """Above 0 if some rank was asked to end."""
 
@@ -65,15 +67,18 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     """
     training = trainer.config.training
     trainer.optimizers.zero_grad()
-    loss = trainer.runner.step(batch, 1.0 / count_targets(trainer, batch))
-    loss, record_LR, asked = sum_over_ranks(trainer, loss, take_record(trainer), asked_to_end)
+    scale = 1.0 / count_targets(trainer, batch)
+    loss = trainer.runner.step(batch, scale)
+    loss, record_LR, mtp_K, asked = sum_over_ranks(
+        trainer, loss, take_record(trainer), take_mtp_loss(trainer) * scale, asked_to_end
+    )
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
     routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
-    return StepResult(loss, norm, finite, routing, churn_L, asked)
+    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked)
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
     loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
-    return sum_over_ranks(trainer, loss, take_record(trainer))[0]
+    return sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer))[0]
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
@@ -107,18 +112,25 @@ def take_record(trainer: Trainer) -> Tensor:
     return record_LR
 
 
+def take_mtp_loss(trainer: Trainer) -> Tensor:
+    """The losses of multi-token prediction on this rank ``(K,)``; 0 where it has no last stage."""
+    taken = [loss_K for part in trainer.parts if (loss_K := part.take_mtp_loss()) is not None]
+    return taken[0] if taken else torch.zeros(trainer.config.model.mtp_depth, device=trainer.device)
+
+
 def sum_over_ranks(
-    trainer: Trainer, loss: Tensor, record_LR: Tensor, asked_to_end: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each rank's share of loss and routing record to those of the step, and requests to end, in one collective."""
+    trainer: Trainer, loss: Tensor, record_LR: Tensor, mtp_K: Tensor, asked_to_end: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each rank's share of losses and routing record to those of the step, and requests to end, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
-        loss = torch.zeros_like(loss)
+        loss, mtp_K = torch.zeros_like(loss), torch.zeros_like(mtp_K)
         record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
     asked = torch.full((1,), asked_to_end, dtype=torch.float64, device=loss.device)
-    packed = torch.cat([loss.to(torch.float64).reshape(1), asked, record_LR.flatten()])
+    packed = torch.cat([loss.to(torch.float64).reshape(1), mtp_K.to(torch.float64), asked, record_LR.flatten()])
     dist.all_reduce(packed)
-    return packed[0], packed[2:].view_as(record_LR), packed[1]
+    loss, mtp_K, asked, record = packed.split([1, len(mtp_K), 1, record_LR.numel()])
+    return loss[0], record.view_as(record_LR), mtp_K, asked[0]
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""``bench layer`` and ``bench train``: how fast, beside how right."""
+"""``bench layer``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,20 +13,20 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
 
-HELP = "time the expert layer (bench layer) or whole training steps (bench train)"
+HELP = "time the expert layer (bench layer), training steps (bench train), a transformers model (bench transformers)"
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark that the first word names; 1 if a backend gave a wrong answer."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if what == "layer":
-        return _layer(rest)
-    if what == "train":
-        return _train(rest)
+    benches = {"layer": _layer, "train": _train, "transformers": _transformers}
+    if what in benches:
+        return benches[what](rest)
     if what in ("-h", "--help"):
-        print("usage: python -m moe_dtensor bench {layer,train} [options]; each has --help")
+        print(f"usage: python -m moe_dtensor bench {{{','.join(benches)}}} [options]; each has --help")
         return 0
-    raise ConfigError(f"bench: {what or 'nothing'} cannot be timed.", "Write bench layer or bench train.")
+    names = ", ".join(f"bench {name}" for name in benches)
+    raise ConfigError(f"bench: {what or 'nothing'} cannot be timed.", f"Write one of {names}.")
 
 
 def _layer(argv: list[str]) -> int:
@@ -65,3 +66,31 @@ def _train(argv: list[str]) -> int:
 
     resolved = {name: resolve(variant, world_size) for name, variant in variants.items()}
     return bench_train(resolved, Options(options.warmup, options.measure, options.breakdown, options.json))
+
+
+def _transformers(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_dtensor bench transformers",
+        description="a Qwen3-MoE of transformers with these experts and with its own, forward and backward, one device",
+    )
+    known = ("moe_dtensor", "grouped_mm", "batched_mm", "eager")
+    parser.add_argument("--widths", choices=("qwen3_30b", "tiny"), help="default: qwen3_30b on a GPU, tiny without")
+    parser.add_argument("--layers", type=int, default=4, help="blocks (default: 4)")
+    parser.add_argument("--sequences", type=int, default=2, help="of a batch (default: 2)")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence (default: 4096)")
+    parser.add_argument("--implementations", nargs="+", choices=known, help="default: moe_dtensor grouped_mm eager")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to a file")
+    options = parser.parse_args(argv)
+    if min(options.layers, options.sequences, options.length) < 1:
+        raise ConfigError("--layers, --sequences and --length must be at least 1.")
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("bench transformers needs the package transformers.", "Run pip install 'transformers>=5'.")
+    import torch
+
+    from moe_dtensor.bench.transformers import IMPLEMENTATIONS, Options, bench_transformers
+
+    widths = options.widths or ("qwen3_30b" if torch.cuda.is_available() else "tiny")
+    chosen = tuple(options.implementations or IMPLEMENTATIONS)
+    sizes = (options.layers, options.sequences, options.length)
+    results = bench_transformers(Options(widths, *sizes, chosen, options.json))
+    return 1 if any(result.failure for result in results) else 0

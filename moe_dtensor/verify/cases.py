@@ -53,6 +53,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "activation": ("swiglu", "gelu"),
     "norm": ("rmsnorm", "layernorm"),
     "documents": (False, True),
+    "mtp_depth": (0, 1, 2),
 }
 SCALES = {"model.embedding_scale": 3.0, "model.residual_scale": 0.7, "model.logit_scale": 1.5}
 Setting = Mapping[str, Any]
@@ -165,6 +166,7 @@ def build_case(setting: Setting) -> Case:
             "moe.router_bias": setting["router_bias"],
             "moe.gate_on": setting["gate_on"],
             "model.norm_at": setting["norm_at"],
+            "model.mtp_depth": setting["mtp_depth"],
             **(SCALES if setting["scales"] else {}),
             "mesh.sequence_parallel": setting["sequence_parallel"],
             "data.corpus": "random",

@@ -21,8 +21,11 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     model = config.model
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (padded_vocab(config), model.dim)}
     with_experts = moe_layers(config)
-    for i in range(model.num_layers):
+    for i in range(model.num_layers + model.mtp_depth):
         block = f"layers.{i}."
+        if i >= model.num_layers:
+            shapes[block + "mtp_projection.weight"] = (model.dim, 2 * model.dim)
+            shapes |= {f"{block}mtp_{name}.weight": (model.dim,) for name in ("embedding_norm", "stream_norm", "norm")}
         for half in ("attention", "ffn"):
             if model.norm_at != "post":
                 shapes[f"{block}{half}_norm.weight"] = (model.dim,)

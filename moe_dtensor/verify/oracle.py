@@ -46,6 +46,8 @@ class Answer:
     for every microbatch the experts chosen and whether each was kept, ``(T, K)``."""
 
     loss: float
+    mtp_losses: list[float]
+    """Of each depth of multi-token prediction, over the step's targets."""
     gradients: dict[str, Tensor]
     grad_norm: float
     parameters: dict[str, Tensor]
@@ -84,7 +86,7 @@ def steps(
     for batch in batches:
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
         model = _Transformer(config, weights, balance)
-        loss = _differentiate(model, batch)
+        loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
         norm = gradient_norm(gradients, config.training.norm_type)
         adamw.step(gradients, norm)
@@ -97,6 +99,7 @@ def steps(
         answers.append(
             Answer(
                 loss,
+                mtp_losses,
                 gradients,
                 norm,
                 dict(adamw.parameters),
@@ -110,17 +113,22 @@ def steps(
     return answers
 
 
-def _differentiate(model: _Transformer, batch: Batch) -> float:
-    """Backward through all microbatches; the cross-entropy, in which no auxiliary loss is counted."""
+def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
+    """Backward through all microbatches; the cross-entropies of the next and of further tokens, in which no auxiliary
+    loss is counted."""
     targets = sum(int((m.labels != IGNORED).sum()) for m in batch)
     tokens = sum(m.tokens.numel() for m in batch)
-    loss = 0.0
+    depths = model.config.model.mtp_depth
+    losses = [0.0] * (1 + depths)
     for microbatch in batch:
-        part = _cross_entropy(model.logits(microbatch), microbatch.labels.reshape(-1)) / targets
-        auxiliary = sum(routed[-1].auxiliary for routed in model.routed.values()) / tokens
-        (part + auxiliary).backward()
-        loss += float(part.detach())
-    return loss
+        labels = [microbatch.labels.reshape(-1), *(_labels_ahead(microbatch, k + 1) for k in range(depths))]
+        logits = model.logits(microbatch)
+        parts = [_cross_entropy(*pair) / targets for pair in zip(logits, labels, strict=True)]
+        auxiliary = sum((r[-1].auxiliary for r in model.routed.values()), torch.zeros((), dtype=torch.float64)) / tokens
+        weights = [1.0] + [model.config.training.mtp_weight / max(1, depths)] * depths
+        torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
+        losses = [loss + float(part.detach()) for loss, part in zip(losses, parts, strict=True)]
+    return losses
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
@@ -198,24 +206,41 @@ class _Transformer:
         self.balance = balance
         self.routed: dict[int, list[Routed]] = {}
 
-    def logits(self, microbatch: Microbatch) -> Tensor:
-        """``(T, V)`` of one microbatch."""
+    def logits(self, microbatch: Microbatch) -> list[Tensor]:
+        """``(T, V)`` of one microbatch: of the next token, then of each further one."""
         model = self.config.model
-        x_BSD = model.embedding_scale * self.weights["tok_embeddings.weight"][microbatch.tokens]
+        embedding = model.embedding_scale * self.weights["tok_embeddings.weight"]
+        x_BSD = embedding[microbatch.tokens]
         for i in range(model.num_layers):
-            block = f"layers.{i}."
-            h_BSD = self._norm(block + "attention_norm", x_BSD)
-            y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
-            x_BSD = x_BSD + model.residual_scale * self._norm(block + "attention_post_norm", y_BSD)
-            h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
-            if block + "moe.router.weight" in self.weights:
-                y_TD = self._experts(i, h_TD, microbatch)
-            else:
-                y_TD = self._feed_forward(block + "feed_forward.", h_TD)
-            y_TD = self._norm(block + "ffn_post_norm", y_TD)
-            x_BSD = x_BSD + model.residual_scale * y_TD.view_as(x_BSD)
-        head = "tok_embeddings.weight" if model.tie_embeddings else "output.weight"
-        return self._norm("norm", x_BSD).flatten(0, 1) @ self.weights[head].T * model.logit_scale
+            x_BSD = self._block(i, x_BSD, microbatch)
+        x_BSD = self._norm("norm", x_BSD)
+        logits = [self._head(x_BSD)]
+        for k in range(model.mtp_depth):
+            block = f"layers.{model.num_layers + k}.mtp_"
+            length = microbatch.tokens.shape[1]
+            ahead_BS = microbatch.tokens[:, [min(s + k + 1, length - 1) for s in range(length)]]
+            e_BSD = self._norm(block + "embedding_norm", embedding[ahead_BS])
+            joined_BSD = torch.cat([e_BSD, self._norm(block + "stream_norm", x_BSD)], -1)
+            x_BSD = joined_BSD @ self.weights[block + "projection.weight"].T
+            x_BSD = self._block(model.num_layers + k, x_BSD, microbatch)
+            logits.append(self._head(self._norm(block + "norm", x_BSD)))
+        return logits
+
+    def _head(self, x_BSD: Tensor) -> Tensor:
+        head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
+        return x_BSD.flatten(0, 1) @ self.weights[head].T * self.config.model.logit_scale
+
+    def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
+        block, scale = f"layers.{index}.", self.config.model.residual_scale
+        h_BSD = self._norm(block + "attention_norm", x_BSD)
+        y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
+        x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
+        h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
+        if block + "moe.router.weight" in self.weights:
+            y_TD = self._experts(index, h_TD, microbatch)
+        else:
+            y_TD = self._feed_forward(block + "feed_forward.", h_TD)
+        return x_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """As it is where the config puts no norm."""
@@ -304,6 +329,18 @@ class _Transformer:
                 shared_TD = shared_TD / (1 + (-logit_T1).exp())
             y_TD = y_TD + shared_TD
         return y_TD
+
+
+def _labels_ahead(microbatch: Microbatch, depth: int) -> Tensor:
+    """``(T,)``: the label ``depth`` positions on, if every label from here to there is one, all of one document."""
+    labels, documents = microbatch.labels, microbatch.documents
+    result = torch.full_like(labels, IGNORED)
+    for b, row in enumerate(labels.tolist()):
+        for s in range(len(row) - depth):
+            apart = documents is not None and documents[b, s] != documents[b, s + depth]
+            if IGNORED not in row[s : s + depth + 1] and not apart:
+                result[b, s] = row[s + depth]
+    return result.flatten()
 
 
 def _first_positions(documents_BS: Tensor) -> Tensor:

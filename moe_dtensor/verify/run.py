@@ -169,6 +169,8 @@ def _compare_numbers(trainer: Trainer, result: StepResult, answer: Answer) -> It
     dtype = trainer.config.training.param_dtype
     limits = LIMITS[dtype]
     yield deviate_scalar("loss", "loss", float(result.loss), answer.loss, limits["loss"])
+    for k, (found, expected) in enumerate(zip(result.mtp_loss_K.tolist(), answer.mtp_losses, strict=True), start=1):
+        yield deviate_scalar(f"mtp_loss_{k}", "loss", found, expected, limits["loss"])
     yield deviate_scalar("grad_norm", "grad_norm", float(result.grad_norm), answer.grad_norm, limits["grad_norm"])
     state = trainer.balance.state_dict()
     means_L = result.routing.mean_L | {"churn": result.churn_L}

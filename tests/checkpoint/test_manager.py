@@ -230,7 +230,13 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_offered(t
 
 def test_checksums_are_compared_by_choice(tmp_path: Path) -> None:
     trained(tmp_path, 2)[0].wait()
-    break_file("flipped", tmp_path / "step-00000002")
+    manifest = read_manifest(tmp_path / "step-00000002")
+    assert manifest is not None
+    replace(manifest, files={**manifest.files, "__0_0.distcp": (manifest.files["__0_0.distcp"][0], 1)}).write(
+        tmp_path / "step-00000002"
+    )
+    with pytest.raises(ConfigError, match="not what was written"):
+        run_of(tmp_path, [Stage()], config_of())[0].load(2)
     manager, _ = run_of(tmp_path, [Stage()], config_of(verify=False))
     assert manager.load_latest() == 2
 

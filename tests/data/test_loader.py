@@ -154,8 +154,9 @@ def test_a_corpus_below_one_global_batch_is_refused(make_config, tmp_path, split
 
 def test_a_stream_below_one_global_batch_is_refused(make_config, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 63 + '"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "held out"}\n')
     path = str(tmp_path / "a.jsonl")
-    config = make_config(corpus="datasets", path=path, validation_path=path)
+    config = make_config(corpus="datasets", path=path, validation_path=str(tmp_path / "b.jsonl"))
     with pytest.raises(ConfigError, match=r"(?s)train split .*65 tokens.* has 64"):
         Loader(config, build_corpus(config))
     (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 64 + '"}\n')

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.data import build_corpus, build_tokenizer, pack
+from moe_dtensor.data import build_corpus, build_tokenizer, files, pack
 
 
 class Fixed:
@@ -111,5 +111,5 @@ def test_edited_files_are_tokenised_again(make_config, tmp_path: Path) -> None:
 def test_an_unwritable_cache_falls_back_to_a_temporary_folder(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(pack.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     assert pack.cache_folder().parent == tmp_path / "temporary"

@@ -78,7 +78,7 @@ def test_a_file_and_another_split(make_config, tmp_path: Path) -> None:
         ("./nowhere", {}, r"data\.path .*'\./nowhere' does not exist"),
         ("{folder}", {"split": "nope"}, r"(?s)data\.path .*split 'nope'.*data\.split"),
         ("{folder}", {"text_key": "body"}, r"(?s)data\.text_key.*'body'.*\['text'\]"),
-        ("{folder}/0.xyz", {}, r"data\.path must end in"),
+        ("{folder}/0.xyz", {}, r"data\.path must be a text file.*0\.xyz: empty"),
         ("{folder}", {"validation_path": "/nowhere"}, r"data\.validation_path .* does not exist"),
     ],
 )

@@ -126,11 +126,11 @@ def test_fingerprint_follows_the_content_not_the_place(make_config, text_files: 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"other": "x"}\n', r"(?s)data\.text_key.*a\.jsonl:1.*'text'.*\['other'\]"),
+        ("a.jsonl", b'{"other": "x"}\n', r"(?s)a\.jsonl:1: data\.text_key.*'text'.*\['other'\]"),
         ("a.jsonl", b'{"text": 3}\n', r"data\.text_key"),
         ("a.jsonl", b'["text"]\n', r"data\.text_key"),
-        ("a.jsonl", b"{oops\n", r"JSON object.*a\.jsonl"),
-        ("a.txt", b"\xff\xfe\x00", r"UTF-8.*a\.txt"),
+        ("a.jsonl", b"{oops\n", r"a\.jsonl:1: the line is no JSON object"),
+        ("a.txt", b"\xff\xfe", r"a\.txt:1: text files must be UTF-8"),
     ],
     ids=["no key", "not text", "not an object", "not json", "not utf-8"],
 )

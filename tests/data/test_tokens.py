@@ -48,7 +48,8 @@ def test_a_written_token_file_is_what_the_corpus_packs(make_config, text_files: 
     source = build_corpus(make_config(corpus="files", path=str(text_files)))
     path = write_token_file(source, "train", tmp_path / "mine")
     assert path.name == "mine.uint16.bin"
-    config = make_config(corpus="tokens", path=str(path), validation_path=str(path))
+    held_out = write_token_file(source, "validation", tmp_path / "held_out")
+    config = make_config(corpus="tokens", path=str(path), validation_path=str(held_out))
     np.testing.assert_array_equal(build_corpus(config).token_array("train"), packed(source, "train").tokens_N)
 
 

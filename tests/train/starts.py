@@ -125,11 +125,7 @@ TINY = {
 
 def tiny(folder: Path, **changes: str) -> list[str]:
     """The command line of a tiny run in ``folder``; ``changes`` with ``__`` for the dot."""
-    (folder.parent / "tiny.toml").write_text("")
+    file = folder.parent / "tiny.toml"
+    file.write_text("")
     values = {**TINY, "run.folder": str(folder), **{key.replace("__", "."): value for key, value in changes.items()}}
-    return [
-        "train",
-        "--config",
-        str(folder.parent / "tiny.toml"),
-        *(w for k, v in values.items() for w in (f"--{k}", v)),
-    ]
+    return ["train", "--config", str(file), *(word for key, value in values.items() for word in (f"--{key}", value))]

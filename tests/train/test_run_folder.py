@@ -401,7 +401,7 @@ def test_a_living_process_is_named_and_a_frozen_or_dead_one_loses_the_run(
     run = open_run_folder(config_of(folder), "text")
     run.check_owner()
     (folder / ".lease.json").write_text(json.dumps({"start": "later", "pid": 7, "host": "there"}))
-    with pytest.raises(RunError, match="lost the run in .* to process 7 on there"):
+    with pytest.raises(RunError, match=r"lost the run in .* to process 7 on there"):
         run.begin(0)
     run.close()
     assert (folder / ".lease.json").exists()  # the later one's

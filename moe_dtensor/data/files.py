@@ -1,0 +1,163 @@
+"""Which files a path means: what is taken, what is left out and why."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.schema import Config
+from moe_dtensor.data.formats import JSON_SUFFIXES, TABLE_SUFFIXES, TEXTS, Format, recognise, suffix
+
+RUN_MARK = "run.json"
+"""Marks the folder of a run, whose files are never documents."""
+DATA_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, ".txt")
+"""Of files of text in a folder only these are taken; the others (README.md, LICENSE) are rarely documents."""
+TOKENS = ("npy", "tokens", "bin", "idx")
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files behind a path."""
+
+    taken: tuple[str, ...]
+    """Absolute paths, sorted."""
+    formats: dict[str, Format]
+    left_out: dict[str, str]
+    """Why a file was not taken, by absolute path."""
+
+    def kinds(self) -> str:
+        """How many of each format: ``3 jsonl, 1 jsonl, gzip``."""
+        counts = Counter(str(self.formats[f]) for f in self.taken)
+        return "; ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def find_files(key: str, path: str, own_folders: Iterable[str] = ()) -> DataFiles:
+    """Files of text behind a file's name, a folder or a glob.
+
+    Args:
+        key: the key that names the path, for errors.
+        path: as in the TOML.
+        own_folders: what this program writes into (the run's folder); never read.
+
+    Raises:
+        ConfigError: nothing is left, or a file named by itself is not text.
+    """
+    pattern = os.path.expanduser(path)
+    found = list_files(pattern)
+    formats: dict[str, Format] = {}
+    left_out: dict[str, str] = {}
+    seen: dict[tuple[int, int], str] = {}
+    owners = Owners(own_folders)
+    for file in found:
+        why = reason_against(file, pattern, owners, formats, seen)
+        if why:
+            left_out[file] = why
+    taken = tuple(file for file in found if file not in left_out)
+    if not taken:
+        told = "; ".join(f"{os.path.basename(f)}: {why}" for f, why in list(left_out.items())[:5])
+        raise ConfigError(
+            f"{key} must be a text file, a folder of .txt or .jsonl files (or .json, .ndjson, .csv, .parquet, .arrow), "
+            f"or a glob; {path!r} matches no file{' of text: ' + told if told else ''} (from {os.getcwd()!r}).",
+            f"Set {key} to files that exist, such as 'texts/*.txt' or 'texts/**/*.jsonl'.",
+        )
+    return DataFiles(taken, formats, left_out)
+
+
+def cache_homes() -> tuple[Path, Path]:
+    """Where tokens are cached: ``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), else a temporary folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "moe_dtensor", Path(tempfile.gettempdir()) / f"moe_dtensor-{os.getuid()}"
+
+
+def own_folders(config: Config) -> tuple[str, ...]:
+    """What this program writes into: never documents."""
+    return (config.run.folder, *map(str, cache_homes()))
+
+
+def list_files(pattern: str) -> list[str]:
+    """Absolute paths of the files that a pattern means, sorted; a folder means all in it, at any depth."""
+    if os.path.isdir(pattern):
+        names = [os.path.join(d, name) for d, _, files in os.walk(pattern, followlinks=True) for name in files]
+    else:
+        names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    return sorted({os.path.abspath(f) for f in names if os.path.isfile(f)})
+
+
+def reason_against(
+    file: str,
+    pattern: str,
+    owners: Owners,
+    formats: dict[str, Format],
+    seen: dict[tuple[int, int], str],
+) -> str:
+    """Why a file is not taken; empty if it is. Notes its format, and the file itself in ``seen``."""
+    in_folder = os.path.isdir(pattern)
+    root = os.path.abspath(pattern) if in_folder else os.path.dirname(file)
+    hidden = any(part.startswith(".") for part in Path(file).relative_to(root).parts)
+    if in_folder and hidden:
+        return "hidden"
+    if owner := owners.find(file):
+        return f"written by a run or its cache ({owner})"
+    stat = os.stat(file)
+    same = seen.setdefault((stat.st_dev, stat.st_ino), file)
+    if same != file:
+        return f"the same file as {os.path.basename(same)}"
+    formats[file] = found = recognise(file)
+    if found.kind == "empty":
+        return "empty"
+    if found.kind in TOKENS:
+        return "token ids, which data.corpus = 'tokens' reads"
+    if found.kind not in TEXTS:
+        return "not text, nor a table of texts" + (f" ({found.compression})" if found.compression else "")
+    if in_folder and found.kind == "text" and suffix(file) not in DATA_SUFFIXES:
+        return "its name is not one of data; name it, or a glob that matches it, to take it"
+    return ""
+
+
+class Owners:
+    """Finds the run that wrote a file.
+
+    Args:
+        folders: of runs, whether they exist or not; others are known by their mark.
+    """
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        self._owned = {Path(os.path.realpath(folder)): True for folder in folders if folder}
+
+    def find(self, file: str) -> str:
+        """The folder of the run that holds the file; empty if none does."""
+        for folder in Path(os.path.realpath(file)).parents:
+            if folder not in self._owned:
+                self._owned[folder] = is_run_folder(folder)
+            if self._owned[folder]:
+                return str(folder)
+        return ""
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder bears the mark of a run."""
+    try:
+        return "run_id" in json.loads((folder / RUN_MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_apart(train: Iterable[str], validation: Iterable[str], name: str = "data") -> None:
+    """ConfigError if a file is for training and for validation, by whatever name."""
+    held_out = {os.path.realpath(f) for f in validation}
+    inodes = {(os.stat(f).st_dev, os.stat(f).st_ino) for f in held_out}
+    both = [f for f in train if os.path.realpath(f) in held_out or (os.stat(f).st_dev, os.stat(f).st_ino) in inodes]
+    if both:
+        raise ConfigError(
+            f"{name}.validation_path must hold out what {name}.path does not train on; both match "
+            f"{', '.join(both[:5])}{f' and {len(both) - 5} more' if len(both) > 5 else ''}.",
+            f"Move the files out of {name}.path's folder or glob, or leave {name}.validation_path empty: then a part "
+            "is held out.",
+        )

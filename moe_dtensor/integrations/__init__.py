@@ -1,0 +1,1 @@
+"""This package's expert kernels inside models of other libraries."""
