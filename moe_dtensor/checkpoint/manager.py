@@ -10,9 +10,8 @@ import json
 import pickle
 import threading
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +65,7 @@ class Identity:
     run_id: str = "run"
     data: str = ""
     """Fingerprint of the data."""
-    start_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    start_id: str = "start"
     """Of this start of the run; the same on every rank."""
     check_owner: Callable[[], None] = _nothing
     """Called on rank 0 before a checkpoint appears; raises RunError where another process has taken the run over."""

@@ -20,6 +20,10 @@ import moe_dtensor.train.rank  # noqa: F401  (imported here, so that no rank has
 from moe_dtensor.__main__ import leave, main
 
 
+_STORES: list[dist.TCPStore] = []
+"""Kept: one that is collected in a forked rank waits for a thread that this rank does not have."""
+
+
 @dataclass
 class Ended:
     """How the ranks of a start ended."""
@@ -63,6 +67,7 @@ class Start:
         self.begin = time.monotonic()
         # Of this process, as torchrun's agent hosts it.
         self.store = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+        _STORES.append(self.store)
         self.files = [folder / f"rank-{rank}-{self.store.port}.txt" for rank in range(world_size)]
         self.pids: list[int] = []
         for rank in range(world_size):
