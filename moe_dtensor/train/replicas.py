@@ -30,8 +30,10 @@ def check_replicas(trainer: Trainer, step: int) -> None:
     names, hashes = zip(*[(name, hash_bits(tensor)) for name, tensor in replicas(trainer)], strict=True)
     joined = torch.stack(hashes)
     own = torch.stack([torch.sum(joined[:-2] * _odd(len(names) - 2, joined.device)), hash_bits(joined[-2:])])
-    all_R2 = torch.empty(dist.get_world_size(), 2, dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(all_R2, own)
+    # A sum of rows, of which each rank fills its own.
+    all_R2 = torch.zeros(dist.get_world_size(), 2, dtype=torch.int64, device=own.device)
+    all_R2[dist.get_rank()] = own
+    dist.all_reduce(all_R2)
     if not (odd := odd_ones(all_R2.tolist(), trainer.config.mesh.tp)):
         return
     by_name = [dict(zip(names, joined.tolist(), strict=True))]

@@ -83,13 +83,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 def test_a_signal_saves_and_ends(tmp_path: Path, name: str) -> None:
     """SIGTERM ended a run with 143 and nothing saved. Sent to one rank, all save and end."""
     folder = tmp_path / "run"
-    argv = tiny(
-        folder,
-        training__steps="300",
-        checkpoint__interval="100000",
-        training__param_dtype="float64",
-        training__dtype="float64",
-    )
+    argv = tiny(folder, training__steps="300", checkpoint__interval="100000")
     start = Start(tmp_path, argv, 2)
     wait_for_step(folder, 3)
     os.kill(start.pids[1], getattr(signal, name))
@@ -108,7 +102,7 @@ def test_a_signal_saves_and_ends(tmp_path: Path, name: str) -> None:
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     """It ended the others after their timeout, with a trace that named nobody."""
     folder = tmp_path / "run"
-    argv = tiny(folder, training__steps="100000", comm__timeout_seconds="8")
+    argv = tiny(folder, training__steps="100000", comm__timeout_seconds="20")
     start = Start(tmp_path, argv, 3, environment={"TORCH_FR_BUFFER_SIZE": "100"})
     wait_for_step(folder, 3)
     os.kill(start.pids[1], signal.SIGSTOP)
@@ -119,7 +113,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert "rank 1 on " in ended.errors[0]
     assert "hangs in step " in ended.errors[0]
     assert "Rank 0 waits for it in step " in ended.text
-    assert time.monotonic() - begin < 8 + 10.5  # the stopped one is killed ten seconds after
+    assert time.monotonic() - begin < 20 + 12  # the stopped one is killed ten seconds after
     assert sorted(p.name[-11:] for p in (folder / "hangs").iterdir()) == ["rank-0.json", "rank-2.json"]
 
 
