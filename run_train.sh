@@ -6,6 +6,7 @@
 #   NNODES         machines, each started with this script (default 1)
 #   RDZV_ENDPOINT  host:port of one of them, needed for NNODES > 1
 #   MAX_RESTARTS   how often ranks that failed are started again by themselves (default 0)
+#   RDZV_TIMEOUT   seconds to wait for the others (default 600)
 #   PYTHON         the Python to make .venv with (default: the first >= 3.11)
 #
 # Exit status: 0 done, 1 failed, 2 wrong config or data, 75 ended by a signal and saved (the same command goes on).
@@ -60,7 +61,13 @@ if [ "$nodes" -gt 1 ]; then
         echo "error: NNODES > 1 needs RDZV_ENDPOINT=host:port, the same on every machine." >&2
         exit 2
     fi
-    rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-moe_dtensor}")
+    meeting="$(python scripts/meet.py "$RDZV_ENDPOINT" "$nodes" --config "$config" --ranks "$ranks" \
+        --timeout "${RDZV_TIMEOUT:-600}" -- "$@")"
+    read -r host_number address port interface <<<"$meeting"
+    rendezvous=(--nnodes "$nodes" --node-rank "$host_number" --master-addr "$address" --master-port "$port")
+    if [ -n "$interface" ]; then
+        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
+    fi
 else
     rendezvous=(--standalone)
 fi

@@ -18,7 +18,6 @@ head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export NNODES="$SLURM_NNODES"
 export NGPU="${NGPU:-8}"
 export RDZV_ENDPOINT="$head_node:${RDZV_PORT:-29500}"
-export RDZV_ID="$SLURM_JOB_ID"
 
 # One task per machine; torchrun starts that machine's ranks. A run that is requeued resumes from its last checkpoint.
 srun ./run_train.sh "$@"

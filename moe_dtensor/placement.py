@@ -31,18 +31,27 @@ class Row:
     """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
 
 
-PLAN: tuple[Row, ...] = (
+TABLE: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
     Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
-    Row(r"attention\.wq\.weight", dp=1, tp=0),
+    Row(r"attention\.(wq|gate)\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
+    Row(r"attention\.wq\.bias", dp=0, tp=0),
+    Row(r"attention\.w[kv]\.bias", dp=0, tp=0),
     Row(r"attention\.wo\.weight", dp=0, tp=1),
+    Row(r"attention\.output_bias", dp=0, tp=None, gradient="tokens"),
+    Row(r"attention\.sinks", dp=0, tp=0),
+    # Every tp rank makes the whole latents, and of them its own heads: its gradient is a share.
+    Row(r"attention\.w(q|kv)_a\.weight", dp=1, tp=None, gradient="heads"),
+    Row(r"attention\.(q|kv)_a_norm\.weight", dp=0, tp=None, gradient="heads"),
+    Row(r"attention\.w(q|kv)_b\.weight", dp=1, tp=0),
     Row(r"attention\.[qk]_norm\.weight", dp=0, tp=0),
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.router\.logit_bias", dp=0, tp=None, gradient="tokens"),
+    Row(r"moe\.down_bias", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.shared\.(gate|up)\.weight", dp=1, tp=0),
     Row(r"moe\.shared\.down\.weight", dp=0, tp=1),
     # It multiplies what a rank's hidden units give: its gradient is a sum over them.
@@ -50,26 +59,27 @@ PLAN: tuple[Row, ...] = (
     Row(r"output\.weight", dp=1, tp=0),
 )
 
-UP, DOWN = r"moe\.experts\.w_up", r"moe\.experts\.w_down"
-EXPERTS: dict[str, tuple[Row, Row]] = {
-    "tp": (Row(UP, dp=3, tp=0), Row(DOWN, dp=1, tp=0)),
-    "tp_hidden": (Row(UP, dp=3, tp=2), Row(DOWN, dp=1, tp=2)),
+UP, DOWN, UP_BIAS = r"moe\.experts\.w_up", r"moe\.experts\.w_down", r"moe\.experts\.up_bias"
+EXPERTS: dict[str, tuple[Row, Row, Row]] = {
+    "tp": (Row(UP, dp=3, tp=0), Row(DOWN, dp=1, tp=0), Row(UP_BIAS, dp=2, tp=0)),
+    "tp_hidden": (Row(UP, dp=3, tp=2), Row(DOWN, dp=1, tp=2), Row(UP_BIAS, dp=0, tp=2)),
     "dp": (
         Row(UP, dp=0, tp=None, gradient="tokens", fsdp=False),
         Row(DOWN, dp=0, tp=None, gradient="tokens", fsdp=False),
+        Row(UP_BIAS, dp=0, tp=None, gradient="tokens", fsdp=False),
     ),
-    "dp_tp": (Row(UP, dp=0, tp=0, fsdp=False), Row(DOWN, dp=0, tp=0, fsdp=False)),
+    "dp_tp": (Row(UP, dp=0, tp=0, fsdp=False), Row(DOWN, dp=0, tp=0, fsdp=False), Row(UP_BIAS, dp=0, tp=0, fsdp=False)),
 }
-"""The rows of the experts, ``w_up`` (E, G, F, D) and ``w_down`` (E, D, F), by ``mesh.experts``."""
+"""The experts' rows, ``w_up`` (E, G, F, D), ``w_down`` (E, D, F) and ``up_bias`` (E, G, F), by ``mesh.experts``."""
 
 
-def build_plan(config: Config) -> tuple[Row, ...]:
+def build_table(config: Config) -> tuple[Row, ...]:
     """The table for one config: its experts' rows, and heads that cannot be split over tp held whole."""
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
-        whole |= {r"attention\.w[kv]\.weight"}
+        whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
     rows = []
-    for row in (*PLAN, *EXPERTS[config.mesh.experts]):
+    for row in (*TABLE, *EXPERTS[config.mesh.experts]):
         if row.pattern in whole:
             row = Row(row.pattern, row.dp, tp=None, gradient="heads")
         rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]
@@ -81,7 +91,7 @@ def _qk_norm_rows(config: Config) -> list[Row]:
     if config.model.qk_norm == "none":
         return []
     shared = Row(r"attention\.[qk]_norm\.weight", dp=0, tp=None, gradient="heads")
-    if config.model.qk_norm == "head":
+    if config.model.qk_norm != "full":
         return [shared]
     split_kv = config.model.num_kv_heads % config.mesh.tp == 0
     return [
@@ -90,14 +100,14 @@ def _qk_norm_rows(config: Config) -> list[Row]:
     ]
 
 
-def find_row(plan: tuple[Row, ...], name: str) -> Row:
+def find_row(table: tuple[Row, ...], name: str) -> Row:
     """The one row for a parameter.
 
     Raises:
         ValueError: no row matches, or more than one.
     """
     short = re.sub(r"^layers\.\d+\.", "", name)
-    rows = [row for row in plan if re.fullmatch(row.pattern, short)]
+    rows = [row for row in table if re.fullmatch(row.pattern, short)]
     if len(rows) != 1:
         raise ValueError(f"Parameter {name} matches {len(rows)} rows of the placement table; it needs exactly one.")
     return rows[0]

@@ -38,7 +38,7 @@ from study_settings import (
 )
 from torch import Tensor
 
-from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.measure import provenance
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import split_overrides

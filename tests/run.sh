@@ -9,6 +9,9 @@ use_environment test
 # Tests start many ranks of their own: more threads would only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+# The last line, also after a failure.
+trap 'python scripts/gpu_seen.py' EXIT
+
 step() {
     echo "== $*"
     "$@"

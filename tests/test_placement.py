@@ -12,7 +12,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import parameters
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.placement import build_plan, find_row
+from moe_dtensor.placement import build_table, find_row
 
 VARIANTS = {
     "plain": {},
@@ -24,7 +24,17 @@ VARIANTS = {
         "moe.shared_hidden_dim": 96,
         "moe.shared_gate": True,
         "moe.router_bias": True,
+        "moe.expert_bias": True,
         "model.mtp_depth": 1,
+    },
+    "biases, sinks, a gate": {"model.attention_bias": "all", "model.sinks": True, "model.attention_gate": True},
+    "latent attention": {"model.kv_rank": 32, "model.nope_dim": 32, "model.rope_dim": 16, "model.v_dim": 24},
+    "latent queries too": {
+        "model.q_rank": 48,
+        "model.kv_rank": 32,
+        "model.nope_dim": 32,
+        "model.rope_dim": 16,
+        "model.v_dim": 24,
     },
     "tied": {"model.tie_embeddings": True, "model.norm": "layernorm"},
 }
@@ -39,14 +49,16 @@ def build(overrides: dict[str, object]) -> tuple[Config, Transformer]:
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_one_row_for_every_parameter(overrides: dict[str, object]) -> None:
     config, model = build(overrides)
-    plan = build_plan(config)
+    table = build_table(config)
     for name, param in model.named_parameters():
-        row = find_row(plan, name)
+        row = find_row(table, name)
         assert row.dp != row.tp or param.ndim == 1, f"{name}: dp and tp split the same dimension"
         if row.tp is not None:
             assert param.shape[row.tp] % config.mesh.tp == 0
-        if param.ndim > 1:
-            assert param.shape[row.dp] == config.model.dim, f"{name}: dp must split the model width"
+        if param.ndim > 1 and not name.endswith("up_bias"):
+            widths = {"wq_b": config.model.q_rank, "wkv_b": config.model.kv_rank}
+            width = widths.get(name.split(".")[-2], config.model.dim)
+            assert param.shape[row.dp] == width, f"{name}: dp must split the model width, or the latent's"
 
 
 def test_one_parameter_for_every_row() -> None:
@@ -54,15 +66,15 @@ def test_one_parameter_for_every_row() -> None:
     rows: set[str] = set()
     for overrides in VARIANTS.values():
         config, model = build(overrides)
-        plan = build_plan(config)
-        rows |= {row.pattern for row in plan}
-        seen |= {find_row(plan, name).pattern for name, _ in model.named_parameters()}
+        table = build_table(config)
+        rows |= {row.pattern for row in table}
+        seen |= {find_row(table, name).pattern for name, _ in model.named_parameters()}
     assert rows == seen
 
 
 def test_an_unknown_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match="matches 0 rows"):
-        find_row(build_plan(build({})[0]), "layers.0.attention.wz.weight")
+        find_row(build_table(build({})[0]), "layers.0.attention.wz.weight")
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)

@@ -1,4 +1,4 @@
-"""``bench layer``: one MoE layer, forward and backward, timed beside its error.
+"""``bench layer``: one MoE layer, forward and backward, compiled as in training, timed beside its error.
 
 The layer is the router's linear, top-k and gates, the expert MLP and the combine, with autograd around all of it.
 T tokens, D model width, F expert hidden width, E experts, K choices, G up-projections.
@@ -21,9 +21,16 @@ from typing import Any
 
 import torch
 
-from moe_dtensor.bench.measure import graph_milliseconds, kernel_times, measure_memory, peak_mib, several, wait
+from moe_dtensor.bench.measure import (
+    graph_milliseconds,
+    kernel_times,
+    measure_memory,
+    peak_mib,
+    provenance,
+    several,
+    wait,
+)
 from moe_dtensor.bench.peers import installed_peers
-from moe_dtensor.bench.provenance import provenance
 from moe_dtensor.bench.shapes import Layer, parse_shape
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
@@ -39,6 +46,8 @@ class Result:
     shape: dict[str, Any]
     backend: str
     skew: str
+    compiled: bool
+    """Whether it ran by ``torch.compile``."""
     error: dict[str, float] = field(default_factory=dict)
     """Relative error against float32, of the output and of each gradient: ``norm(a - b) / norm(b)``."""
     milliseconds: float | None = None
@@ -68,6 +77,7 @@ def bench_layer(
     backends: Sequence[str] = (),
     skew: str = "0",
     json_path: str | None = None,
+    compiled: bool | None = None,
 ) -> list[Result]:
     """Time one MoE layer per shape and backend; print a table, and write JSON if asked.
 
@@ -80,6 +90,7 @@ def bench_layer(
             the peers that are installed.
         skew: ``0`` near-uniform routing; ``zipf``: odds of expert e proportional to ``1 / (e + 1)``.
         json_path: file for the results with commit, versions and device.
+        compiled: run backends and peers by ``torch.compile``, as training does. None: on CUDA.
 
     Returns:
         One :class:`Result` for each pair.
@@ -92,6 +103,7 @@ def bench_layer(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
+    compiled = cuda if compiled is None else compiled
     peers = installed_peers() if cuda and not backends else {}
     names = tuple(backends) or (_installed_backends() if cuda else ("reference",))
     for name in names:
@@ -99,16 +111,16 @@ def bench_layer(
             raise ValueError(f"--backends {name!r} is not known. Use auto or some of {', '.join(BACKENDS)}.")
     results: list[Result] = []
     for shape in [parse_shape(text) for text in shapes]:
-        layer = Layer(shape, skew, device, dtype)
+        layer = Layer(shape, skew, device, dtype, compiled)
         runs: dict[str, Callable[[], None]] = {name: partial(layer.step, name) for name in names}
-        found = {name: Result(asdict(shape), _label(name, layer), skew) for name in names}
+        found = {name: Result(asdict(shape), _label(name, layer), skew, compiled) for name in names}
         expected = _reference_gradients(layer)
         for name in names:
             _check(layer, name, expected, found[name])
         del expected
         for name, build in peers.items():
-            found[name] = Result(asdict(shape), name, skew)
-            runs[name] = build(shape, layer)
+            found[name] = Result(asdict(shape), name, skew, compiled)
+            runs[name] = build(shape, layer, compiled)
             found[name].peak_mib = peak_mib(runs[name])
         _time(runs, found, layer, cuda)
         for result in found.values():
@@ -126,7 +138,7 @@ def _label(name: str, layer: Layer) -> str:
 def _reference_gradients(layer: Layer) -> dict[str, Any]:
     """The choice of experts, and output and gradients in float32 for that choice."""
     with torch.no_grad():
-        _, expert_TK = layer.route()
+        expert_TK = layer.choose()
     whole = layer.as_float32()
     y_TD = whole("reference", expert_TK)
     y_TD.backward(layer.dy_TD.float())
@@ -184,7 +196,8 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
 
 
 def _line(result: Result) -> str:
-    head = f"{result.shape['name']:>12} {result.backend:>12} skew {result.skew:>4}"
+    how = "compiled" if result.compiled else "eager"
+    head = f"{result.shape['name']:>12} {result.backend:>12} {how:>8} skew {result.skew:>4}"
     if result.milliseconds is None:
         return f"{head}  {result.failure}"
     worst = f"{max(result.error.values()):.1e}" if result.error else "not checked"

@@ -1,11 +1,17 @@
-"""Time and memory of a step, for ``bench``."""
+"""Time and memory of a step, for ``bench``, and what a measured number rests on."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +26,7 @@ def measure_memory(forward: Callable[[], Tensor], dy: Tensor, parameters: set[in
     """MiB that autograd keeps (parameters' storages aside), and the peak above what is there now (0 on a CPU)."""
     kept: dict[int, int] = {}
 
+    @torch.compiler.disable  # it sees tensors of every shape
     def pack(saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in parameters:
@@ -99,3 +106,25 @@ def kernel_times(run: Callable[[], None]) -> dict[str, float]:
     for event in profile.events():
         times[event.name[:80]] = times.get(event.name[:80], 0.0) + event.device_time / 1e3 / steps
     return dict(sorted(((name, round(t, 4)) for name, t in times.items() if t > 0), key=lambda item: -item[1]))
+
+
+def provenance() -> dict[str, Any]:
+    """Date, commit, device and versions, to stand beside results in a JSON file.
+
+    The commit is ``MOE_DTENSOR_COMMIT`` where a copy without git is run, else git's; None if neither is known.
+    """
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": os.environ.get("MOE_DTENSOR_COMMIT") or (found if len(found) == 40 else None),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "torchtitan", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

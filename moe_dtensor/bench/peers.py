@@ -1,4 +1,5 @@
-"""Other projects' MoE layers, timed by ``bench layer`` where they are installed: fresh weights, same sizes."""
+"""Other projects' MoE layers, timed by ``bench layer`` where they are installed: fresh weights, same sizes,
+compiled where ours is."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from moe_dtensor.bench.shapes import Layer, Shape
 
-Build = Callable[["Shape", "Layer"], Callable[[], None]]
+Build = Callable[["Shape", "Layer", bool], Callable[[], None]]
 
 
 def installed_peers() -> dict[str, Build]:
@@ -19,7 +20,7 @@ def installed_peers() -> dict[str, Build]:
     return {"torchtitan": _torchtitan} if importlib.util.find_spec("torchtitan") else {}
 
 
-def _torchtitan(shape: Shape, layer: Layer) -> Callable[[], None]:
+def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None]:
     """torchtitan's layer (gated SiLU whatever the shape's activation), with softmax scores and no shared expert."""
     from torchtitan.models.moe import MoE, MoEArgs
 
@@ -37,6 +38,8 @@ def _torchtitan(shape: Shape, layer: Layer) -> Callable[[], None]:
     with torch.no_grad():
         moe.init_weights(0.02, layer.x_TD.device)
     moe.to(layer.x_TD.dtype)
+    if compiled:
+        moe.compile(dynamic=False)
 
     def step() -> None:
         moe(x_1TD).backward(dy_1TD)

@@ -64,11 +64,42 @@ def parse_shape(text: str) -> Shape:
     raise ValueError(f"--shapes {text!r} is not known. Use one of {', '.join(SHAPES)}, or T,D,F,E,K,activation.")
 
 
-class Layer:
-    """Weights, an input and an output gradient of one shape; calling it with a backend runs the layer."""
+def moe_layer(
+    x_TD: Tensor,
+    w_router_ED: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    *,
+    top_k: int,
+    activation: str,
+    backend: str,
+    expert_TK: Tensor | None = None,
+) -> Tensor:
+    """Router, experts and combine: ``(T, D)`` in and out. ``expert_TK`` fixes the choice; gates are then its scores."""
+    logits_TE = router_logits(x_TD, w_router_ED)
+    if expert_TK is None:
+        gate_TK, expert_TK = top_k_gates(logits_TE, top_k)
+    else:
+        gate_TK = logits_TE.softmax(1).gather(1, expert_TK)
+    return expert_mlp(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation=activation, backend=backend)
 
-    def __init__(self, shape: Shape, skew: str, device: torch.device, dtype: torch.dtype) -> None:
+
+class Layer:
+    """Weights, an input and an output gradient of one shape; calling it with a backend runs the layer.
+
+    Args:
+        shape: sizes.
+        skew: see :func:`moe_dtensor.bench.layer.bench_layer`.
+        device: of all tensors.
+        dtype: of all tensors.
+        compiled: run it by ``torch.compile``, as training does.
+    """
+
+    def __init__(self, shape: Shape, skew: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
         self.shape = shape
+        if compiled:
+            torch.compiler.reset()  # so that the sizes of another layer do not make this one's symbols
+        self.forward = torch.compile(moe_layer, dynamic=False) if compiled else moe_layer
         generator = torch.Generator(device).manual_seed(1)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -88,8 +119,9 @@ class Layer:
                 self.w_router_ED[:, 0] = -torch.arange(1, s.experts + 1, device=device).log()
 
     def as_float32(self) -> Layer:
-        """The same layer, its weights and input as float32 leaves of their own."""
+        """The same layer, not compiled, its weights and input as float32 leaves of their own."""
         other = copy.copy(self)
+        other.forward = moe_layer
         for name in ("x_TD", "w_router_ED", "w_up_EGFD", "w_down_EDF"):
             setattr(other, name, getattr(self, name).detach().float().requires_grad_())
         return other
@@ -99,24 +131,18 @@ class Layer:
         """What gets a gradient."""
         return {"x": self.x_TD, "router": self.w_router_ED, "w_up": self.w_up_EGFD, "w_down": self.w_down_EDF}
 
-    def route(self, expert_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Gates and ids; with ``expert_TK``, the gates of that choice."""
-        logits_TE = router_logits(self.x_TD, self.w_router_ED)
-        if expert_TK is not None:
-            return logits_TE.softmax(1).gather(1, expert_TK), expert_TK
-        return top_k_gates(logits_TE, self.shape.top_k)
+    def choose(self) -> Tensor:
+        """The experts of each token, ``(T, K)``."""
+        return top_k_gates(router_logits(self.x_TD, self.w_router_ED), self.shape.top_k)[1]
 
     def __call__(self, backend: str, expert_TK: Tensor | None = None) -> Tensor:
         """The layer's output ``(T, D)``."""
-        gate_TK, expert_TK = self.route(expert_TK)
-        return expert_mlp(
-            self.x_TD,
-            self.w_up_EGFD,
-            self.w_down_EDF,
-            gate_TK,
-            expert_TK,
+        return self.forward(
+            *self.leaves.values(),
+            top_k=self.shape.top_k,
             activation=self.shape.activation,
             backend=backend,
+            expert_TK=expert_TK,
         )
 
     def clear(self) -> None:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
-from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.measure import provenance
+from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import build, set_vocabulary
 from moe_dtensor.train.metrics import peak_flops
 from moe_dtensor.train.ranks import end_ranks, start_ranks
-from moe_dtensor.train.step import StepResult, read_batch, train_step
+from moe_dtensor.train.step import read_batch, train_step
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,21 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class PeerResult:
+    """Another project's model of the same sizes on the same batches."""
+
+    name: str
+    version: str
+    microbatch_size: int
+    """Sequences in a forward on one rank."""
+    differences: list[str]
+    """What it computes otherwise."""
+    result: TrainResult | None
+    """MFU by the config's own FLOPs. None: it did not fit."""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
 class Options:
     """How ``bench train`` measures."""
 
@@ -55,6 +75,11 @@ class Options:
     """Also record where the time goes, on GPUs."""
     json: Path | None
     """File for results, configs and provenance."""
+    peers: tuple[str, ...] = ()
+    """Other projects' models of the same sizes, trained after each variant: names of
+    :data:`moe_dtensor.bench.torchtitan_model.PEERS`."""
+    peer_microbatch: int = 0
+    """Sequences in a peer's forward. 0: the config's, halved until a step fits."""
 
 
 def bench_train(variants: dict[str, Config], options: Options) -> int:
@@ -65,6 +90,9 @@ def bench_train(variants: dict[str, Config], options: Options) -> int:
         options: how.
     """
     configs = list(variants.values())
+    for name in options.peers:
+        for config in configs:
+            check_peer(name, config, int(os.environ.get("WORLD_SIZE", "1")))
     device = start_ranks(configs[0])
     corpus = build_corpus(configs[0])
     records = []
@@ -78,6 +106,14 @@ def bench_train(variants: dict[str, Config], options: Options) -> int:
             records.append({"name": name} | record | {"config": asdict(config)})
             _write(records, options.json)
         _forget(device)
+        for peer in options.peers:
+            with prepared(device):
+                answer = _measure_peer(peer, config, corpus, device, options)
+            _forget(device)
+            if dist.get_rank() == 0:
+                print(f"{name + ': ' if name else ''}{_peer_line(answer)}", flush=True)
+                records[-1].setdefault("peers", []).append(asdict(answer))
+                _write(records, options.json)
     end_ranks()
     return 0
 
@@ -96,17 +132,39 @@ def _measure(
 ) -> tuple[TrainResult, list[Breakdown]]:
     trainer, loader = build(config, device), Loader(config, corpus)
 
-    def step() -> StepResult:
-        return train_step(trainer, read_batch(trainer, loader))
+    def step() -> Tensor:
+        return train_step(trainer, read_batch(trainer, loader)).loss
 
-    first = _seconds(step, device)
+    result = _run(step, config, device, options)
+    return result, measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+
+
+def _run(step: Callable[[], Tensor], config: Config, device: torch.device, options: Options) -> TrainResult:
+    first = _seconds(step)
     for _ in range(options.warmup - 1):
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, last = _time(step, options.steps, device)
-    result = _result(config, times, first, last, device)
-    return result, measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+    times, loss = _time(step, options.steps, device)
+    return _result(config, times, first, loss, device)
+
+
+def _measure_peer(name: str, config: Config, corpus: Corpus, device: torch.device, options: Options) -> PeerResult:
+    """With the config's microbatch if a step of it fits, else with the largest half of it that does."""
+    most = config.training.global_batch_size // dist.get_world_size()
+    size = math.gcd(options.peer_microbatch or config.training.microbatch_size, most)
+    unlike = differences(config, device)
+    while True:
+        try:
+            # Held by no name here: what did not fit is freed with the traceback.
+            result = _run(Peer(name, config, corpus, device, size).step, config, device, options)
+            return PeerResult(name, version("torchtitan"), size, unlike, result)
+        except torch.OutOfMemoryError as error:
+            failure = str(error).split(". ")[0]
+        if size == 1 or options.peer_microbatch or dist.get_world_size() > 1:
+            return PeerResult(name, version("torchtitan"), size, unlike, None, failure)
+        size //= 2
+        _forget(device)
 
 
 def _forget(device: torch.device) -> None:
@@ -135,14 +193,28 @@ def _line(config: Config, result: TrainResult, options: Options, ranks: list[Bre
     return line
 
 
-def _seconds(step: Callable[[], StepResult], device: torch.device) -> float:
+def _peer_line(peer: PeerResult) -> str:
+    head = f"{peer.name} ({peer.version}), {peer.microbatch_size} sequences in a forward"
+    if peer.result is None:
+        return f"{head}: {peer.failure}"
+    result = peer.result
+    mfu = f", MFU {result.mfu:.1%}" if result.mfu else ""
+    memory = f", {result.peak_memory_gib:.1f} GiB" if result.peak_memory_gib else ""
+    unlike = f"; it {', '.join(peer.differences)}" if peer.differences else ""
+    return (
+        f"{head}: {result.step_seconds:.4f} s a step, {result.tokens_per_second:,.0f} tokens/s{mfu}{memory}; first "
+        f"step {result.first_step_seconds:.1f} s, loss {result.loss:.4f}{unlike}"
+    )
+
+
+def _seconds(step: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    step().loss.item()
+    step().item()
     return time.perf_counter() - start
 
 
-def _time(step: Callable[[], StepResult], steps: int, device: torch.device) -> tuple[list[float], StepResult]:
-    """Seconds of each step. On a GPU by events, so that the host runs ahead as it does in training."""
+def _time(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[list[float], Tensor]:
+    """Seconds of each step, and the last loss. On a GPU by events: the host runs ahead, as it does in training."""
     if device.type == "cpu":
         times = []
         for _ in range(steps):
@@ -159,7 +231,7 @@ def _time(step: Callable[[], StepResult], steps: int, device: torch.device) -> t
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)], last
 
 
-def _result(config: Config, times: list[float], first: float, last: StepResult, device: torch.device) -> TrainResult:
+def _result(config: Config, times: list[float], first: float, loss: Tensor, device: torch.device) -> TrainResult:
     seconds = statistics.median(times)
     tokens_per_second = config.training.global_batch_size * config.training.seq_len / seconds
     peak = peak_flops(device)
@@ -175,5 +247,5 @@ def _result(config: Config, times: list[float], first: float, last: StepResult, 
         mfu=tokens_per_second * flops_per_token(config) / (peak * dist.get_world_size()) if peak else None,
         peak_memory_gib=memory,
         first_step_seconds=first,
-        loss=last.loss.item(),
+        loss=loss.item(),
     )

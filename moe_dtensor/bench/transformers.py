@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.bench.measure import several, wait
-from moe_dtensor.bench.provenance import provenance
+from moe_dtensor.bench.measure import provenance, several, wait
 from moe_dtensor.integrations.transformers import NAME, register
 
 IMPLEMENTATIONS = (NAME, "grouped_mm", "eager")

@@ -122,6 +122,11 @@ class CheckpointManager:
             seconds = max(config.comm.timeout_seconds, SLOW_SECONDS)
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
+    def replace(self, parts: list[nn.Module], optimizers: HasState, schedule: HasState, balance: HasState) -> None:
+        """Go on with other parts of the same model, once the last ``save`` is on disk."""
+        self.wait()
+        self._parts, self._optimizers, self._schedule, self._balance = parts, optimizers, schedule, balance
+
     def save(self, step: int) -> None:
         """Write the state after ``step`` steps; older checkpoints beyond ``keep_last`` go once it is whole.
 

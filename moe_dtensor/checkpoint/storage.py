@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, Manifest, step_folder
+from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, Manifest, partial_folder, step_folder
 from moe_dtensor.checkpoint.small_files import sync_folder
 
 _FILES = "files of a rank"
@@ -135,6 +135,12 @@ class Writer(FileSystemWriter):
         sync_folder(self._folder)
 
 
+def write_alone(folder: Path, manifest: Manifest) -> Writer:
+    """A writer for a process that is the only one to write into ``folder``."""
+    partial = partial_folder(folder, manifest.step, manifest.run_id, "alone")
+    return Writer(folder, partial, manifest, lambda: None)
+
+
 class Reader(FileSystemReader):
     """Reads DCP's files; the index by :class:`IndexUnpickler`."""
 
@@ -177,4 +183,4 @@ class TensorsPlanner(DefaultLoadPlanner):
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
 
 
-__all__ = ["INDEX", "MANIFEST", "IndexUnpickler", "Reader", "TensorsPlanner", "Writer"]
+__all__ = ["INDEX", "MANIFEST", "IndexUnpickler", "Reader", "TensorsPlanner", "Writer", "write_alone"]

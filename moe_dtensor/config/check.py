@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_experts
+from moe_dtensor.config import check_attention, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
@@ -21,12 +21,12 @@ from moe_dtensor.config.resolve import (
     resolve,
 )
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import stage_at
 
 Broken = Iterator[tuple[str, str]]
 """(rule with its values, remedy), for each broken rule."""
 
 ROUTERS = ("sinkhorn", "topk", "expert_choice", *FORCED)
-CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
 LOSSES = ("cross_entropy",)
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
@@ -39,6 +39,11 @@ def check(config: Config, world_size: int) -> None:
     """
     for problem, remedy in _broken(config, world_size):
         raise ConfigError(problem, remedy)
+    for problem, remedy in check_sources.broken(config):
+        raise ConfigError(problem, remedy)
+    for number, stage in enumerate(config.stages, 1):
+        for problem, remedy in _broken(stage_at(resolve(config, world_size), stage.from_step), world_size):
+            raise ConfigError(f"In stage {number}, from step {stage.from_step} on: {problem}", remedy)
 
 
 def _broken(config: Config, world_size: int) -> Broken:
@@ -46,8 +51,9 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _stages_per_rank(config)
     config_as_given, config = config, resolve(config, world_size)
     yield from _names(config)
+    yield from _checkpoint(config)
     yield from _model(config_as_given)
-    yield from _heads(config)
+    yield from check_attention.attention(config)
     yield from check_experts.experts(config)
     yield from check_experts.routing(config)
     yield from _mesh(config_as_given, world_size)
@@ -63,37 +69,31 @@ def _broken(config: Config, world_size: int) -> Broken:
 def _names(config: Config) -> Broken:
     for key, name, known in (
         ("moe.router", config.moe.router, ROUTERS),
-        ("data.corpus", config.data.corpus, CORPORA),
+        ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
         if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not config.data.path:
+    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
+
+
+def _checkpoint(config: Config) -> Broken:
+    if config.checkpoint.export_hf and not config.checkpoint.enable:
+        yield (
+            "checkpoint.export_hf = true writes what the last checkpoint holds, but checkpoint.enable = false.",
+            "Set both, or take checkpoint.export_hf out.",
+        )
 
 
 def _model(config: Config) -> Broken:
     model = config.model
-    if model.head_dim == 0 and model.dim % model.num_heads:
+    if model.head_dim == 0 and not model.kv_rank and model.dim % model.num_heads:
         yield (
             f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
             "Change one of them, or set model.head_dim.",
-        )
-
-
-def _heads(config: Config) -> Broken:
-    model = config.model
-    if model.head_dim % 2:
-        yield (
-            f"model.head_dim = {model.head_dim} is odd, but the rotary embedding turns pairs.",
-            f"Set model.head_dim = {model.head_dim + 1}, or change model.dim or model.num_heads.",
-        )
-    if model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}.",
-            f"Set model.num_kv_heads to a divisor of {model.num_heads}.",
         )
 
 
@@ -253,6 +253,18 @@ def _schedule(schedule: str, pp: int, stages: int, count: int) -> Broken:
 
 def _precision(config: Config) -> Broken:
     training, backend = config.training, config.moe.backend
+    if training.dtype == "float16":
+        yield (
+            "training.dtype = float16: updates of master weights are below what it resolves, and squares of gradients "
+            "below what it holds.",
+            "Set training.dtype to float32, or bfloat16.",
+        )
+    if training.reduce_dtype == "float16":
+        yield (
+            f"training.reduce_dtype = float16 holds nothing above 65,504, which gradients computed in "
+            f"training.param_dtype = {training.param_dtype} may sum to.",
+            "Set training.reduce_dtype to float32, or bfloat16.",
+        )
     if training.param_dtype == "float16":
         yield "training.param_dtype = float16 needs loss scaling, which is not here.", "Set it to bfloat16 or float32."
     if BITS[training.param_dtype] > BITS[training.dtype]:

@@ -148,6 +148,12 @@ def placement(config: Config) -> Broken:
                 "each is on every rank.",
                 "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
             )
+    if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % mesh.dp:
+        yield (
+            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of mesh.dp = {mesh.dp}, along which FSDP cuts the "
+            "experts' biases (moe.expert_bias).",
+            f"Set mesh.dp to a divisor of {moe.hidden_dim}, or mesh.experts = dp.",
+        )
     if mesh.experts in ("dp", "dp_tp") and config.fsdp.cpu_offload:
         yield (
             f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",

@@ -11,7 +11,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.reference import help_text
 from moe_dtensor.config.schema import Config
-from moe_dtensor.config.tables import all_fields
+from moe_dtensor.config.tables import all_fields, is_array
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if not (name.startswith("--") and "." in name):
+        if not (name.startswith("--") and ("." in name or is_array(name[2:]))):
             own.append(word)
             continue
         if not equals:

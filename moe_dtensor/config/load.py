@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_dtensor.config.arrays import get_array
 from moe_dtensor.config.build import build, override
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
-from moe_dtensor.config.tables import show, tables
+from moe_dtensor.config.tables import arrays, show, tables
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -48,12 +49,32 @@ def load_variants(path: str | Path, config: Config) -> dict[str, Config]:
 
 
 def dump(config: Config) -> str:
-    """TOML text that names every field of ``config``; :func:`load` reads it back equal."""
+    """TOML text that names every field of ``config``, of arrays of tables those that are set; :func:`load` reads it
+    back equal."""
     blocks = []
     for table in tables().values():
         values = getattr(config, table.name)
         lines = [f"{name} = {show(getattr(values, name))}" for name in table.fields]
         blocks.append("\n".join([f"[{table.name}]", *lines]))
+    for name, table in arrays().items():
+        for entry in get_array(config, name):
+            given = [key for key, field in table.fields.items() if getattr(entry, key) != field.default]
+            blocks.append("\n".join([f"[[{name}]]", *(f"{key} = {show(getattr(entry, key))}" for key in given)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def dump_changes(config: Config) -> str:
+    """TOML text of the fields that are not at their default."""
+    blocks = []
+    for table in tables().values():
+        values = getattr(config, table.name)
+        lines = [
+            f"{name} = {show(getattr(values, name))}"
+            for name, field in table.fields.items()
+            if getattr(values, name) != field.default
+        ]
+        if lines:
+            blocks.append("\n".join([f"[{table.name}]", *lines]))
     return "\n\n".join(blocks) + "\n"
 
 

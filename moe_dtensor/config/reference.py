@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 
-from moe_dtensor.config.tables import show, tables
+from moe_dtensor.config.tables import arrays, show, tables
 
 HEADER = """# Config reference
 
@@ -24,14 +24,21 @@ def help_text() -> str:
         for field in table.fields.values():
             lines.append(f"  --{field.key} {field.metavar}  [{show(field.default)}]")
             lines += textwrap.wrap(field.help.replace("``", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for table in arrays().values():
+        which = "NAME" if table.name == "data.sources" else "N"
+        lines += ["", f"[[{table.name}]] {table.help}"]
+        for field in table.fields.values():
+            lines.append(f"  --{table.name}.{which}.{field.name} {field.metavar}  [{show(field.default)}]")
+            lines += textwrap.wrap(field.help.replace("``", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def markdown() -> str:
     """The text of ``docs/config.md``."""
     lines = [HEADER]
-    for table in tables().values():
-        lines += [f"## `[{table.name}]`", "", table.help, "", "| key | type | default | |", "|---|---|---|---|"]
+    for table in (*tables().values(), *arrays().values()):
+        title = f"[[{table.name}]]" if table.name in arrays() else f"[{table.name}]"
+        lines += [f"## `{title}`", "", table.help, "", "| key | type | default | |", "|---|---|---|---|"]
         for field in table.fields.values():
             expects = field.expects.replace("|", "\\|")
             text = field.help.replace("``", "`").replace("|", "\\|")

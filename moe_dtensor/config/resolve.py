@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from math import ceil
+from math import ceil, sqrt
 from typing import Literal
 
 from moe_dtensor.config.schema import Config
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 FORCED = ("hash", "uniform", "zipf")
@@ -29,6 +29,8 @@ def resolve(config: Config, world_size: int) -> Config:
     model, moe, mesh, training = config.model, config.moe, config.mesh, config.training
     gated = model.activation in GATED
     hidden = model.hidden_dim or (-(-8 * model.dim // 3 // 64) * 64 if gated else 4 * model.dim)
+    latent = model.nope_dim + model.rope_dim if model.kv_rank else 0
+    head_dim = latent or model.head_dim or model.dim // max(1, model.num_heads)
     dp = mesh.dp if mesh.dp != -1 else max(1, world_size // max(1, mesh.pp * mesh.tp))
     reshard = config.fsdp.reshard_after_forward
     if reshard == "auto":
@@ -38,7 +40,9 @@ def resolve(config: Config, world_size: int) -> Config:
         model=replace(
             model,
             num_kv_heads=model.num_kv_heads or model.num_heads,
-            head_dim=model.head_dim or model.dim // max(1, model.num_heads),
+            head_dim=head_dim,
+            rotary_dim=model.rope_dim if model.kv_rank else model.rotary_dim or head_dim,
+            attention_scale=model.attention_scale or 1 / sqrt(max(1, head_dim)),
             hidden_dim=hidden,
         ),
         moe=replace(

@@ -43,16 +43,57 @@ class Model:
     hidden_dim: int = 0
     """Hidden width of the dense feed-forward. 0: 4 * dim for plain activations, 8/3 * dim rounded up to 64
     for gated ones."""
-    activation: Literal["swiglu", "geglu", "gelu", "silu", "relu2"] = "swiglu"
-    """Activation of dense feed-forwards and of experts. swiglu and geglu are gated (two up-projections)."""
+    activation: Literal["swiglu", "geglu", "swiglu_clamped", "gelu", "silu", "relu2"] = "swiglu"
+    """Activation of dense feed-forwards and of experts. swiglu, geglu and swiglu_clamped (gpt-oss) are gated: they have
+    two up-projections."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, feed-forward and head. No biases."""
     norm_eps: float = 1e-5
     """Added to the mean square (variance) inside a norm."""
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm on queries and keys: none, each head by itself (Qwen3), or the whole width (OLMoE)."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Biases of attention's projections: none, of queries, keys and values (Qwen2, GLM-4.5), or of the output too
+    (gpt-oss)."""
+    qk_norm: Literal["none", "head", "full", "head_after_rope"] = "none"
+    """RMSNorm on queries and keys: none, each head by itself (Qwen3), the whole width (OLMoE), or each head after it is
+    rotated (Hunyuan)."""
+    clip_qkv: float = 0.0
+    """Clamp queries, keys and values to at most this magnitude (DBRX; OLMo). 0: do not."""
+    attention_scale: float = 0.0
+    """Multiply the scores by this. 0: one over the root of a query head's width."""
+    attention_gate: bool = False
+    """Multiply the heads' outputs by the sigmoid of a projection of the token, before wo (AFMoE)."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    rotary_dim: int = 0
+    """Rotate only the first so many dimensions of a head (GLM-4.5: a half). 0: all."""
+    rope_layers: tuple[Literal["rope", "none"], ...] = ()
+    """Which blocks rotate queries and keys: a pattern that is repeated over the blocks, such as
+    ["rope", "rope", "rope", "none"]. Empty: all."""
+    window: int = 0
+    """Sliding window: a query sees its own position and the window - 1 before it. 0: all before it."""
+    window_layers: tuple[Literal["window", "full"], ...] = ()
+    """Which blocks have the window: a pattern that is repeated over the blocks, such as ["window", "window", "full"].
+    Empty: all."""
+    window_theta: float = 0.0
+    """Base of the rotary position embedding in blocks with a window. 0: rope_theta."""
+    sinks: bool = False
+    """A learned score for each head that joins the softmax and is then dropped, so that a query may look at nothing
+    (gpt-oss)."""
+    q_rank: int = 0
+    """Latent attention (MLA, DeepSeek-V2): width of the latent that queries are made of. 0: they are made of the
+    stream."""
+    kv_rank: int = 0
+    """Width of the latent that keys and values are made of; above 0 the attention is latent. 0: it is not."""
+    nope_dim: int = 0
+    """Latent attention: width of the part of a query or key head that is not rotated."""
+    rope_dim: int = 0
+    """Latent attention: width of the part that is; of the keys all heads share it."""
+    v_dim: int = 0
+    """Latent attention: width of a value head."""
+    attention_backend: Literal["auto", "plain", "flex", "fa4"] = "auto"
+    """How attention is computed where it is more than causal (documents, windows, sinks). flex: FlexAttention, which
+    skips blocks that nothing is seen of. fa4: FlexAttention over FlashAttention 4, if that is installed. plain: a mask.
+    auto: flex on a GPU in up to 32 bits, else plain."""
     norm_at: Literal["pre", "post", "both"] = "pre"
     """Where a block's norms stand: pre, on what attention and feed-forward read (Llama); post, on what they give,
     before it is added to the stream (OLMo-2, FlexOlmo); both (AFMoE)."""
@@ -69,6 +110,38 @@ class Model:
     """Use the embedding as the output head. Only with mesh.pp = 1."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections are divided by sqrt(2 * num_layers)."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Scaling of the rotary frequencies, for contexts longer than the model was first trained on."""
+
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    """none; linear: all by factor; llama3: slow ones by factor (Llama 3.1); yarn: the same along a ramp
+    (arXiv:2309.00071); longrope: each by its own factor (arXiv:2402.13753)."""
+    factor: float = 1.0
+    """How many times longer contexts become."""
+    original_length: int = 0
+    """Longest context before scaling. Needed by llama3, yarn and longrope."""
+    low: float = 1.0
+    """llama3: a frequency that turns fewer times than this in original_length is divided by factor."""
+    high: float = 4.0
+    """llama3: one that turns more often than this stays as it is."""
+    beta_fast: float = 32.0
+    """yarn: turns in original_length from which a frequency stays as it is."""
+    beta_slow: float = 1.0
+    """yarn: turns in original_length up to which it is divided by factor."""
+    truncate: bool = True
+    """yarn: round the ends of the ramp outwards to whole dimensions. False: gpt-oss."""
+    attention_factor: float = 0.0
+    """Multiply cos and sin by this. 0: for yarn 1 + ln(factor) / 10, for longrope
+    sqrt(1 + ln(factor) / ln(original_length)), else 1."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: a divisor for each pair of rotated dimensions where training.seq_len is at most original_length."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same where it is longer."""
+    scale_windows: bool = True
+    """Scale the frequencies of blocks with a window too (gpt-oss). False: only those that see all (OLMo-3, Mellum)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +186,8 @@ class Moe:
     """Multiply the gates by this."""
     gate_on: Literal["output", "input"] = "output"
     """What a gate multiplies: what its expert gives, or what it reads (Llama 4). input needs top_k = 1."""
+    expert_bias: bool = False
+    """Add learned biases to what an expert's up- and down-projections give (gpt-oss)."""
     router_bias: bool = False
     """Add a learned bias to the router's logits, which gates see too (gpt-oss)."""
     expert_groups: int = 0
@@ -196,6 +271,30 @@ class Fsdp:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several sources of a run's data: its own documents, and its share of the tokens."""
+
+    name: str = ""
+    """What metrics and stages call it."""
+    corpus: str = "files"
+    """As data.corpus."""
+    path: str = ""
+    """As data.path."""
+    validation_path: str = ""
+    """As data.validation_path, of this source."""
+    text_key: str = ""
+    """As data.text_key. Empty: that one."""
+    split: str = ""
+    """As data.split. Empty: that one."""
+    weight: float = 0.0
+    """Share of the sequences, against the other sources' weights."""
+    tokens: int = 0
+    """Instead of a weight: tokens that the run takes from this source. The rest is shared by weight."""
+    epochs: float = 0.0
+    """Times that the source may be read, at most; a run that needs more is refused. 0: any."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Where the tokens come from."""
 
@@ -218,6 +317,32 @@ class Data:
     are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
     """Keep attention inside a document and restart positions at its start."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences. concatenate: one after the other, cut where a sequence ends. best_fit: whole
+    documents, each where it fits best, the rest filled up (arXiv:2404.10830); needs document_mask and a finite
+    corpus."""
+    sources: tuple[Source, ...] = ()
+    """Several sources instead of ``corpus`` and ``path``: ``[[data.sources]]``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What changes from a step on. Keys that are left out stay as they were."""
+
+    from_step: int = 0
+    """First step of the stage, from 2 on."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """New weights of all sources, by name: ``weights = {web = 0.3, code = 0.7}``; a source left out is not read."""
+    seq_len: int = 0
+    """Tokens in a sequence. Every source is then read from its start again, in another order. 0: as before."""
+    global_batch_size: int = 0
+    """Sequences in a step. 0: as before, or as keep_batch_tokens says."""
+    keep_batch_tokens: bool = False
+    """With seq_len: so many sequences in a step that its tokens stay the same."""
+    microbatch_size: int = 0
+    """Sequences in one forward. 0: as before."""
+    lr: float = 0.0
+    """Peak learning rate; the schedule's shape goes on. 0: as before."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +380,7 @@ class Training:
     reduce_dtype: DType = "float32"
     """dtype in which gradients are summed."""
     deterministic: bool = False
-    """Use deterministic algorithms: two runs on the same mesh are then bitwise equal on GPUs too."""
+    """Allow only algorithms that torch promises to repeat bit for bit on the same mesh, on GPUs too."""
     validation_interval: int = 0
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
@@ -306,6 +431,9 @@ class Compile:
 
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
+    order: bool = True
+    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. On GPUs that exchange
+    activations; with a version of torch that this was not tested with, it is off, and a line of the log says so."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
@@ -327,6 +455,12 @@ class Checkpoint:
     """Checkpoints kept (at least 2). 0: all."""
     verify: bool = True
     """Compare the checksum of every file before a checkpoint is loaded. Their sizes are compared in any case."""
+    initial: str = ""
+    """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
+    schedule and data start anew. Empty: from random values."""
+    export_hf: bool = False
+    """When the run ends, also write its weights to <run.folder>/hugging_face as transformers and inference engines read
+    them."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +503,7 @@ class Config:
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
+    rope: Rope = field(default_factory=Rope)
     moe: Moe = field(default_factory=Moe)
     mesh: Mesh = field(default_factory=Mesh)
     pipeline: Pipeline = field(default_factory=Pipeline)
@@ -383,3 +518,4 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
+    stages: tuple[Stage, ...] = ()

@@ -14,6 +14,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moe_dtensor.config import schema
 
+ARRAYS: dict[str, type] = {"data.sources": schema.Source, "stages": schema.Stage}
+SHARES = tuple[tuple[str, float], ...]
+"""Type of a field that a TOML writes as a table of numbers."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -22,7 +26,7 @@ class Field:
     table: str
     name: str
     type: Any
-    """``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, or ``tuple[int, ...]``."""
+    """``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, or a ``tuple`` of any number of one of these."""
     default: Any
     help: str
 
@@ -32,20 +36,32 @@ class Field:
         return f"{self.table}.{self.name}"
 
     @property
+    def item(self) -> Any:
+        """The type of a list's items; None if the field is no list."""
+        return get_args(self.type)[0] if get_origin(self.type) is tuple else None
+
+    @property
     def metavar(self) -> str:
         """The type as ``--help`` writes it."""
+        if self.type == SHARES:
+            return "{NAME=NUMBER,...}"
         short = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
-        return (
-            "|".join(get_args(self.type)) if get_origin(self.type) is Literal else short.get(self.type, "INT,INT,...")
-        )
+        one = self.item or self.type
+        word = "|".join(get_args(one)) if get_origin(one) is Literal else short[one]
+        return f"{word},{word},..." if self.item else word
 
     @property
     def expects(self) -> str:
         """The type in words, for errors and help."""
-        if get_origin(self.type) is Literal:
-            return " | ".join(get_args(self.type))
-        words = {bool: "true | false", int: "an integer", float: "a number", str: "a string"}
-        return words.get(self.type, "a list of integers")
+        if self.type == SHARES:
+            return "a table of numbers"
+        one = self.item or self.type
+        if get_origin(one) is Literal:
+            choices = " | ".join(get_args(one))
+            return f"a list of {choices}" if self.item else choices
+        if self.item:
+            return {int: "a list of integers", float: "a list of numbers", str: "a list of strings"}[one]
+        return {bool: "true | false", int: "an integer", float: "a number", str: "a string"}[one]
 
 
 @dataclass(frozen=True)
@@ -61,15 +77,30 @@ class Table:
 @functools.cache
 def tables() -> dict[str, Table]:
     """Every table of the config by name, in the order of the schema."""
+    return {name: _table(name, cls) for name, cls in get_type_hints(schema.Config).items() if name not in ARRAYS}
+
+
+@functools.cache
+def arrays() -> dict[str, Table]:
+    """The arrays of tables (``[[data.sources]]``, ``[[stages]]``): what one of their tables holds."""
+    return {name: _table(name, cls) for name, cls in ARRAYS.items()}
+
+
+def is_array(key: str) -> bool:
+    """Whether a key names an array of tables, or something in one."""
+    return any(key == name or key.startswith(f"{name}.") for name in ARRAYS)
+
+
+def _table(name: str, cls: type) -> Table:
     source = ast.parse(inspect.getsource(schema))
-    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
-    found = {}
-    for name, cls in get_type_hints(schema.Config).items():
-        node = classes[cls.__name__]
-        helps, hints = _field_docs(node), get_type_hints(cls)
-        members = {f.name: Field(name, f.name, hints[f.name], f.default, helps.get(f.name, "")) for f in fields(cls)}
-        found[name] = Table(name, cls, ast.get_docstring(node) or "", members)
-    return found
+    node = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    helps, hints = _field_docs(node), get_type_hints(cls)
+    members = {
+        f.name: Field(name, f.name, hints[f.name], f.default, helps.get(f.name, ""))
+        for f in fields(cls)
+        if f"{name}.{f.name}" not in ARRAYS
+    }
+    return Table(name, cls, ast.get_docstring(node) or "", members)
 
 
 def all_fields() -> dict[str, Field]:
@@ -84,6 +115,8 @@ def show(value: Any) -> str:
             return "true" if value else "false"
         case str():
             return '"' + "".join(_ESCAPES.get(c, c) for c in value) + '"'
+        case tuple() if value and all(isinstance(item, tuple) for item in value):
+            return "{" + ", ".join(f"{show(name)} = {show(number)}" for name, number in value) + "}"
         case tuple() | list():
             return "[" + ", ".join(show(item) for item in value) + "]"
     return repr(value)

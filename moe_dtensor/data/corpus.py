@@ -9,6 +9,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.hub import DatasetsCorpus
+from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import Document
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer
@@ -42,11 +43,27 @@ BUILT_IN: dict[str, Callable[[Config, Tokenizer], Any]] = {
 
 
 def build_corpus(config: Config) -> Corpus:
-    """The corpus that ``data.corpus`` names.
+    """The corpus that ``data.corpus`` names, or the mixture of ``data.sources``.
 
     Raises:
         ConfigError: no such corpus, or something of its files, tokenizer or vocabulary is wrong.
     """
+    if not config.data.sources:
+        return build_one(config)
+    corpora = [build_one(source_config(config, source)) for source in config.data.sources]
+    prints = {
+        corpus.tokenizer.fingerprint(): source.name for corpus, source in zip(corpora, config.data.sources, strict=True)
+    }
+    if len(prints) > 1:
+        raise ConfigError(
+            f"[[data.sources]] need one tokenizer; {' and '.join(prints.values())} have different ones.",
+            "Let your own corpora use build_tokenizer(config.data.tokenizer).",
+        )
+    return Mixture(config.data.sources, corpora, corpora[0].tokenizer)
+
+
+def build_one(config: Config) -> Corpus:
+    """The corpus of a config without sources."""
     name = config.data.corpus
     if name in BUILT_IN:
         corpus = BUILT_IN[name](config, build_tokenizer(config.data.tokenizer))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import ConfigError, RankError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.files import DataFiles, Owners, check_apart, find_files, own_folders
 from moe_dtensor.data.records import BadRecords, Record, find_text, read_records
 from moe_dtensor.data.text import is_held_out
 from moe_dtensor.data.tokenizer import Tokenizer
 
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before each further try of a download."""
 REFUSED = {"5.0.0": "a stream that is resumed twice starts over"}
 """Releases of the datasets library that would give wrong batches."""
 
@@ -177,11 +181,9 @@ class StreamedDocuments:
         return self
 
     def __next__(self) -> str:
-        if self._records is None:
-            self._records = iter(self.dataset)
         while True:
             try:
-                record = next(self._records)
+                record = self._next_record()
             except StopIteration:
                 self.bad.judge()
                 raise
@@ -189,6 +191,30 @@ class StreamedDocuments:
             text = self.bad.take(Record(text, self.bad.read + 1, why), self.place)
             if text is not None and (self.split is None or is_held_out(text) == (self.split == "validation")):
                 return text
+
+    def _next_record(self) -> Any:
+        """The next record; after a failed download again from the same place, with growing pauses between tries."""
+        for pause in (*PAUSES, None):
+            try:
+                if self._records is None:
+                    self._records = iter(self.dataset)
+                return next(self._records)
+            except StopIteration:
+                raise
+            except Exception as error:  # of the network, by whatever library is below
+                if pause is None:
+                    raise RankError(
+                        f"{self.place!r} could not be read on after {len(PAUSES)} more tries "
+                        f"({type(error).__name__}: {error}).",
+                        "Start again when it can be reached: the run resumes from its last checkpoint.",
+                    ) from error
+                logging.getLogger(__name__).warning("reading %r failed (%s); again in %g s", self.place, error, pause)
+                time.sleep(pause)
+                if self._records is not None:
+                    self._loaded, self._records = self.dataset.state_dict(), None
+                if self._loaded is not None:
+                    self.dataset.load_state_dict(self._loaded)
+        raise AssertionError
 
     def state_dict(self) -> Any:
         """The dataset's position (shard, row); None before the first record."""

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import sequences_before, span_at, spans
+from moe_dtensor.data.fit import FittedWindows
+from moe_dtensor.data.mixture import Mixture, MixtureWindows, build_segments
 from moe_dtensor.data.pack import check_ids, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
 from moe_dtensor.data.windows import ArrayWindows, Windows
@@ -39,13 +42,16 @@ class Batch:
     """Number of each token's document within the sequence, from 0. None without ``data.document_mask``."""
     sequence_B: Tensor | None = None
     """Number of each sequence in the run, from 0. None: those of a first batch."""
+    source_B: Tensor | None = None
+    """Which of ``data.sources`` each sequence is from. None without sources."""
 
 
 class Loader:
     """The stream of global batches of a split; a pure function of config and corpus, whatever rank asks.
 
     Args:
-        config: resolved or not; ``training.{seq_len,global_batch_size,seed}`` and ``data.document_mask`` are used.
+        config: resolved or not; ``training.{seq_len,global_batch_size,seed}``, ``data.document_mask``,
+            ``data.sources`` and ``stages`` are used.
         corpus: what :func:`moe_dtensor.data.build_corpus` returns.
         split: ``train`` (order by ``training.seed``) or ``validation`` (one order whatever the seed). Both are endless.
 
@@ -54,24 +60,89 @@ class Loader:
     """
 
     def __init__(self, config: Config, corpus: Any, split: str = "train") -> None:
-        self.batch_size = config.training.global_batch_size
+        self.config, self.corpus, self.split = config, corpus, split
+        for one in corpus.corpora if isinstance(corpus, Mixture) else [corpus]:
+            if config.data.packing == "best_fit" and getattr(one, "streaming", False):
+                raise ConfigError(
+                    f"data.packing = best_fit looks at all documents first; {type(one).__name__} is streamed.",
+                    "Set data.packing = concatenate, or write token files first: the verb tokenize.",
+                )
         self.document_mask = config.data.document_mask
         self.tokenizer = corpus.tokenizer
-        seed = config.training.seed if split == "train" else VALIDATION_SEED
-        self.windows: Windows = open_windows(config, corpus, split, seed)
+        self.seed = config.training.seed if split == "train" else VALIDATION_SEED
+        self.spans = spans(config) if split == "train" else [span_at(replace(config, stages=()), 1)]
+        self._firsts = [sequences_before(config, span.first) for span in self.spans]
+        self._span = 0
+        self.windows: Windows = self._open_windows()
         self.sequences = 0
         """Read so far, by all ranks together."""
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the next global batch."""
+        self._go_on()
+        return self.spans[self._span].config.training.global_batch_size
+
     def next_batch(self, first: int, last: int) -> Batch:
         """Sequences ``[first, last)`` of the next global batch; the stream moves on by the whole of it."""
-        if not 0 <= first <= last <= self.batch_size:
-            raise ValueError(f"[{first}, {last}) is not within the global batch of {self.batch_size} sequences.")
-        window_BS1 = self.windows.read(self.batch_size, first, last)
+        size = self.batch_size
+        if not 0 <= first <= last <= size:
+            raise ValueError(f"[{first}, {last}) is not within the global batch of {size} sequences.")
+        window_BS1 = self.windows.read(size, first, last)
         check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
         batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
         numbers_B = torch.arange(self.sequences + first, self.sequences + last)
-        self.sequences += self.batch_size
-        return replace(batch, sequence_B=numbers_B)
+        self.sequences += size
+        source_B = torch.from_numpy(self.windows.source_B) if isinstance(self.windows, MixtureWindows) else None
+        return replace(batch, sequence_B=numbers_B, source_B=source_B)
+
+    def tokens_by_source(self) -> dict[str, int]:
+        """Tokens that each of ``data.sources`` has given so far; empty without sources."""
+        if not isinstance(self.windows, MixtureWindows):
+            return {}
+        return dict(zip(self.corpus.names, self.windows.tokens_read(), strict=True))
+
+    def close(self) -> None:
+        """Give back what streams share with the host's other ranks. Nothing is read afterwards."""
+        windows = self.windows.windows().values() if isinstance(self.windows, MixtureWindows) else [self.windows]
+        for one in windows:
+            if isinstance(one, StreamWindows):
+                one.stream.close()
+
+    def told(self) -> str:
+        """What packing by best fit makes of the documents; empty without it."""
+        fitted = self.windows.windows() if isinstance(self.windows, MixtureWindows) else {"": self.windows}
+        lines = {name: w.told() for name, w in fitted.items() if isinstance(w, FittedWindows)}
+        return "\n".join(f"{name}: {line}" if name else line for name, line in lines.items())
+
+    def _open_windows(self) -> Windows:
+        """The windows of the first span; a mixture's know all spans."""
+        if not isinstance(self.corpus, Mixture):
+            return open_windows(self.spans[0].config, self.corpus, self.split, self.seed)
+        if self.split == "train":
+            segments = build_segments(self.config, self.spans)
+            total = sequences_before(self.config, self.config.training.steps + 1)
+        else:
+            segments = build_segments(replace(self.config, stages=()), self.spans)
+            total = self.config.training.validation_sequences or self.config.training.global_batch_size
+        best_fit = self.config.data.packing == "best_fit"
+        return MixtureWindows(self.corpus, self.split, segments, self.seed, total, best_fit)
+
+    def _go_on(self) -> None:
+        """Enter the span that the next sequence belongs to."""
+        while self._span + 1 < len(self.spans) and self.sequences >= self._firsts[self._span + 1]:
+            self._enter(self._span + 1)
+
+    def _enter(self, index: int) -> None:
+        """Take up a span: windows of another length start again, a stream goes on where it is."""
+        before, now = self.spans[self._span].config, self.spans[index].config
+        self._span = index
+        if isinstance(self.windows, MixtureWindows) or now.training.seq_len == before.training.seq_len:
+            return
+        if isinstance(self.windows, StreamWindows):
+            self.windows = self.windows.with_length(now.training.seq_len)
+        else:
+            self.windows = open_windows(now, self.corpus, self.split, self.seed, key=("stage", index))
 
     def state_dict(self) -> dict[str, str]:
         """The position: one short string, the same on every rank and mesh."""
@@ -80,8 +151,14 @@ class Loader:
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Continue where :meth:`state_dict` was taken."""
         position = json.loads(state["position"])
-        self.windows.load_state(position["windows"])
         self.sequences = position["sequences"]
+        # At a border the sequence read last decides; the next batch enters the next span.
+        index = max(i for i, first in enumerate(self._firsts) if first < self.sequences or i == 0)
+        if index < self._span:
+            self._span, self.windows = 0, self._open_windows()
+        while self._span < index:
+            self._enter(self._span + 1)
+        self.windows.load_state(position["windows"])
 
 
 def build_batch(window_BS1: np.ndarray, end_id: int | None) -> Batch:
@@ -104,14 +181,18 @@ def build_batch(window_BS1: np.ndarray, end_id: int | None) -> Batch:
     return Batch(tokens_BS, labels_BS, index_S - start_BS, documents_BS)
 
 
-def open_windows(config: Config, corpus: Any, split: str, seed: int) -> Windows:
-    """The windows of a split, checked to fill a global batch."""
+def open_windows(config: Config, corpus: Any, split: str, seed: int, key: tuple[object, ...] | None = None) -> Windows:
+    """The windows of a split, checked to fill a global batch; ``key`` as for :class:`ArrayWindows`."""
     seq_len, wanted = config.training.seq_len, config.training.global_batch_size
     if getattr(corpus, "streaming", False):
         stream = TokenStream(corpus, split, least=wanted * seq_len + 1)
         return StreamWindows(stream, seq_len, seed, BLOCK_WINDOWS if split == "train" else 1)
     tokens_N = corpus.token_array(split) if hasattr(corpus, "token_array") else packed(corpus, split).tokens_N
-    windows = ArrayWindows(tokens_N, seq_len, seed)
+    windows = (
+        FittedWindows(tokens_N, seq_len, seed, corpus.tokenizer.end_id, key)
+        if config.data.packing == "best_fit"
+        else ArrayWindows(tokens_N, seq_len, seed, key)
+    )
     if windows.num_windows < wanted:
         raise ConfigError(
             f"the {split} split must fill one global batch: training.global_batch_size = {wanted} sequences of "

@@ -1,7 +1,7 @@
 """Documents to one memory-mapped array of tokens, made once per user and shared by every rank.
 
 A packed file is raw little-endian ids, ``uint16`` where the vocabulary allows and ``uint32`` otherwise, every document
-followed by the end token: what the ``tokens`` corpus reads, too.
+followed by the end token.
 """
 
 from __future__ import annotations
@@ -67,12 +67,17 @@ def take_chunk(documents: Iterator[Document]) -> list[Document]:
 
 def join_documents(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
     """Ids of some documents, each followed by the end token; empty ones are left out. Arrays are taken as ids."""
+    arrays = encode_documents(documents, tokenizer)
+    end = np.array([tokenizer.end_id], dtype)
+    parts = [part for array in arrays if len(array) for part in (array, end)]
+    return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+
+
+def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Ids of each document, without end token. Arrays are taken as ids."""
     texts = [clean(d) if isinstance(d, str) else d for d in documents if not isinstance(d, np.ndarray)]
     encoded = iter(tokenizer.encode_batch(texts) if texts else [])
-    ids = [d if isinstance(d, np.ndarray) else next(encoded) for d in documents]
-    end = np.array([tokenizer.end_id], dtype)
-    parts = [part for array in ids if len(array) for part in (check_ids(array, tokenizer), end)]
-    return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+    return [check_ids(d if isinstance(d, np.ndarray) else next(encoded), tokenizer) for d in documents]
 
 
 def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -97,23 +102,6 @@ def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Toke
         file.write(raw)
         count += sum(len(document) > 0 for document in chunk)
     return digest.hexdigest(), count
-
-
-def write_token_file(corpus: Any, split: str, path: str | Path) -> Path:
-    """Tokenise a split of any finite corpus into a file for ``data.corpus = "tokens"``.
-
-    Args:
-        corpus: what :func:`moe_dtensor.data.build_corpus` returns.
-        split: ``train`` or ``validation``.
-        path: where to write; ``.uint16.bin`` or ``.uint32.bin`` is appended.
-
-    Returns:
-        The path written.
-    """
-    target = Path(f"{path}.{token_dtype(corpus.tokenizer.vocab_size).name}.bin")
-    with replace_file(target) as file:
-        write_tokens(file, corpus.documents(split), corpus.tokenizer)
-    return target
 
 
 def packed(corpus: Any, split: str) -> Packed:

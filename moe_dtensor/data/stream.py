@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.data.host import host_chunks
 from moe_dtensor.data.pack import Document, join_documents, take_chunk, token_dtype
 
 BLOCK_WINDOWS = 256  # a stream is shuffled within blocks of this many windows
@@ -36,11 +38,14 @@ class TokenStream:
         corpus: its ``documents(split)`` is called once an epoch.
         split: ``train`` or ``validation``.
         least: tokens that an epoch must have; fewer are a ConfigError at its end.
+        epochs: times that it may be read; 0: any.
+        name: of the source, for errors.
     """
 
-    def __init__(self, corpus: Any, split: str, least: int) -> None:
-        self.corpus, self.split, self.least = corpus, split, least
+    def __init__(self, corpus: Any, split: str, least: int, epochs: float = 0.0, name: str = "") -> None:
+        self.corpus, self.split, self.least, self.epochs, self.name = corpus, split, least, epochs, name
         self.dtype = token_dtype(corpus.tokenizer.vocab_size)
+        self._chunks_of_host = host_chunks(f"{corpus.fingerprint()} {split}")
         self.seek({"epoch": 0, "documents": None, "seen": 0, "offset": 0})
 
     def read(self, count: int) -> np.ndarray:
@@ -83,6 +88,20 @@ class TokenStream:
         """The iterator's position; None at its start."""
         return self._documents.state_dict() if hasattr(self._documents, "state_dict") else (self._count or None)
 
+    def close(self) -> None:
+        """Give back what the host's ranks share."""
+        self._chunks_of_host.close()
+
+    def _encode(self, documents: list[Document], state: Any) -> np.ndarray:
+        """The tokens of a chunk; text is tokenised by one of the host's ranks for all."""
+
+        def make() -> np.ndarray:
+            return join_documents(documents, self.corpus.tokenizer, self.dtype)
+
+        if isinstance(documents[0], np.ndarray):
+            return make()
+        return self._chunks_of_host.get(json.dumps([self._epoch, state, self._count]), make)
+
     def _fetch(self) -> Chunk:
         """The next chunk, from the next epoch when this one is at its end."""
         while True:
@@ -97,9 +116,15 @@ class TokenStream:
                     "Give more text, or lower training.global_batch_size or training.seq_len.",
                 )
             self._epoch, self._seen = self._epoch + 1, 0
+            if self.epochs and self._epoch >= self.epochs:
+                raise ConfigError(
+                    f"data.sources.{self.name}.epochs = {self.epochs} is how often the source may be read, and it has "
+                    "come to its end.",
+                    "Lower its weight or training.steps, raise epochs, or give it more text.",
+                )
             self._open(None)
         self._count += len(documents)
-        chunk = Chunk(self._epoch, state, self._seen, join_documents(documents, self.corpus.tokenizer, self.dtype))
+        chunk = Chunk(self._epoch, state, self._seen, self._encode(documents, state))
         self._seen += len(chunk.tokens_N)
         return chunk
 
@@ -123,13 +148,24 @@ class StreamWindows:
         seq_len: tokens in a sequence; a window has one more.
         seed: of the order.
         block_windows: windows in a block; 1 keeps the stream's order, and reads nothing ahead.
+        first_block: number of the first block.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int, block_windows: int = BLOCK_WINDOWS) -> None:
+    def __init__(
+        self, stream: TokenStream, seq_len: int, seed: int, block_windows: int = BLOCK_WINDOWS, first_block: int = 0
+    ) -> None:
         self.stream, self.seq_len, self.seed, self.block_windows = stream, seq_len, seed, block_windows
         self._thread = ThreadPoolExecutor(1)
         self._ahead: Future[Block] | None = None
-        self._use(self._read_block(0))
+        self._use(self._read_block(first_block))
+
+    def with_length(self, seq_len: int) -> StreamWindows:
+        """Windows of another length from the next block on; what is left of this block is passed over."""
+        start, number = self.stream.position(), self._block.number + 1
+        if self._ahead is not None:
+            start = self._ahead.result().start
+        self.stream.seek(start)
+        return StreamWindows(self.stream, seq_len, self.seed, self.block_windows, number)
 
     def read(self, count: int, first: int, last: int) -> np.ndarray:
         """See :class:`moe_dtensor.data.windows.Windows`; every rank reads and tokenises the whole stream."""

@@ -9,6 +9,7 @@ from typing import Any
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.files import DataFiles
 from moe_dtensor.data.hub import DatasetsCorpus
+from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import packed
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.tokens import TokensCorpus
@@ -17,7 +18,10 @@ NAMED = 3  # files left out for one reason that are named
 
 
 def describe(config: Config, corpus: Any) -> str:
-    """One line on a source: files, documents, tokens, what was left out and why, how documents end."""
+    """A line on each source: files, documents, tokens, what was left out and why, how documents end."""
+    if isinstance(corpus, Mixture):
+        each = zip(corpus.sources, corpus.corpora, strict=True)
+        return "\n".join(describe(source_config(config, s), c).replace("data:", f"data: {s.name}:", 1) for s, c in each)
     splits = ["train", *(["validation"] if config.training.validation_interval else [])]
     place = f" {config.data.path!r}" if config.data.path else ""
     parts = [f"data: {config.data.corpus}{place}", *describe_files(corpus)]

@@ -93,6 +93,8 @@ class FilesCorpus:
         self.validation_files = find_files("data.validation_path", validation, own) if validation else None
         if self.validation_files:
             check_apart(self.files.taken, self.validation_files.taken)
+        self.done: float | None = None
+        """Share of the files' bytes that the latest pass has read."""
         self.by_tail = len(self.files.taken) < HELD_OUT and all(f.kind == "text" for f in self.files.formats.values())
 
     def documents(self, split: str) -> Iterator[str]:
@@ -111,8 +113,12 @@ class FilesCorpus:
         """Every document of some files."""
         bad = BadRecords(self.max_bad)
         self.bad_records = 0
-        for file in files.taken:
+        sizes = [os.path.getsize(file) for file in files.taken]
+        for number, file in enumerate(files.taken):
+            self.done = sum(sizes[:number]) / max(1, sum(sizes))
             for record in read_records(file, files.formats[file], self.text_key):
+                if record.after:
+                    self.done = (sum(sizes[:number]) + record.after) / max(1, sum(sizes))
                 text = bad.take(record, file)
                 if text is not None:
                     yield text

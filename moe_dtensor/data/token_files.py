@@ -42,6 +42,8 @@ class Header:
     """Fingerprint of the tokenizer."""
     checksum: str
     """blake2b-128 of the ids' bytes."""
+    read: int = 0
+    """Documents read for it, empty ones included: where the next file of the same corpus goes on."""
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

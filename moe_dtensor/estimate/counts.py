@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_dtensor.config.resolve import padded_vocab
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.attention import score_flops_per_token
 from moe_dtensor.estimate.shards import all_shares
 
 
@@ -23,12 +24,12 @@ def flops_per_token(config: Config) -> float:
     """FLOPs of one token, forward and backward: 6 per active weight of a matrix product, and the attention products.
 
     As in Kaplan et al. (arXiv:2001.08361) and PaLM (arXiv:2204.02311): the embedding lookup costs nothing, the head
-    does; causal attention counts half of the S x S scores; nothing is added for recomputation.
+    does; causal attention counts half of the S x S scores, or what a window leaves of them; nothing is added for
+    recomputation.
     """
     model = config.model
     _, active = parameters(config)
     lookup = 0 if model.tie_embeddings else padded_vocab(config) * model.dim
     # Multi-token prediction runs the head once more for each depth.
     active += model.mtp_depth * padded_vocab(config) * model.dim
-    attention = 6 * (model.num_layers + model.mtp_depth) * model.num_heads * model.head_dim * config.training.seq_len
-    return 6.0 * (active - lookup) + attention
+    return 6.0 * (active - lookup) + score_flops_per_token(config)

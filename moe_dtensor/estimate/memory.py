@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers, stream_width
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.activations import block_bytes, head_bytes
 from moe_dtensor.estimate.dispatch import settle
+from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
 from moe_dtensor.estimate.schedule import in_flight
 from moe_dtensor.estimate.shards import Share, accumulates, stage_shares
 from moe_dtensor.estimate.sizes import BYTES, tokens
@@ -136,7 +136,9 @@ def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
     """Bytes that a stage keeps of one microbatch. A later stage's input lies in its receive buffer."""
     at, with_experts = tokens(config), moe_layers(config)
     stream = at.own * config.model.dim * at.compute
-    blocks = sum(block_bytes(config, layer in with_experts, skewed).kept for layer in stage_layers(config, stage))
+    blocks = sum(
+        block_bytes(config, layer in with_experts, skewed, layer).kept for layer in stage_layers(config, stage)
+    )
     last = stage == num_stages(config) - 1
     depth = config.model.mtp_depth
     head = head_bytes(config)[0] * (1 + depth) if last else 0
@@ -172,7 +174,7 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
     own = _own_sizes(shares)
     at_block = at_reduce = 0
     for layer, size in _block_sizes(shares).items():
-        block = block_bytes(config, layer in with_experts, skewed)
+        block = block_bytes(config, layer in with_experts, skewed, layer)
         # The head's gradient waits for the end of the backward pass, where its group is reduced.
         gradients = size * at.compute + head_gradient + waiting
         of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)

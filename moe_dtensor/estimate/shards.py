@@ -17,9 +17,8 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.placement import Row, build_plan, find_row
-
-Shape = tuple[int, ...]
+from moe_dtensor.estimate.attention import Shape, attention_shapes
+from moe_dtensor.placement import Row, build_table, find_row
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
         shapes["norm.weight"] = (dim,)
         if not config.model.tie_embeddings:
             shapes["output.weight"] = (rows, dim)
-    plan = build_plan(config)
-    return [_share(config, plan, name, shape) for name, shape in shapes.items()]
+    table = build_table(config)
+    return [_shard_of(config, table, name, shape) for name, shape in shapes.items()]
 
 
 def accumulates(config: Config) -> bool:
@@ -100,8 +99,8 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
     return [Folded(pattern, len(group), group[0]) for (pattern, _), group in groups.items()]
 
 
-def _share(config: Config, plan: tuple[Row, ...], name: str, shape: Shape) -> Share:
-    row = find_row(plan, name)
+def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> Share:
+    row = find_row(table, name)
     after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
     local = _cut(after_tp, row.dp, config.mesh.dp)
     return Share(name, shape, row, after_tp if row.fsdp else local, local)
@@ -113,18 +112,9 @@ def _cut(shape: Shape, dim: int, parts: int) -> Shape:
 
 def _block(config: Config, layer: int) -> dict[str, Shape]:
     model, moe = config.model, config.moe
-    dim, heads, kv_heads = model.dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    shapes: dict[str, Shape] = {
-        **{f"{name}.weight": (dim,) for name in block_norms(config)},
-        "attention.wq.weight": (heads, dim),
-        "attention.wk.weight": (kv_heads, dim),
-        "attention.wv.weight": (kv_heads, dim),
-        "attention.wo.weight": (dim, heads),
-    }
-    if model.qk_norm != "none":
-        whole = model.qk_norm == "full"
-        shapes["attention.q_norm.weight"] = (heads if whole else model.head_dim,)
-        shapes["attention.k_norm.weight"] = (kv_heads if whole else model.head_dim,)
+    dim = model.dim
+    shapes: dict[str, Shape] = {f"{name}.weight": (dim,) for name in block_norms(config)}
+    shapes |= {f"attention.{name}": shape for name, shape in attention_shapes(config).items()}
     if layer >= model.num_layers:
         shapes["mtp_projection.weight"] = (dim, 2 * dim)
         shapes |= {f"mtp_{name}.weight": (dim,) for name in ("embedding_norm", "stream_norm", "norm")}
@@ -134,6 +124,9 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     shapes["moe.router.weight"] = (moe.num_experts, dim)
     shapes["moe.experts.w_up"] = (moe.num_experts, gates, moe.hidden_dim, dim)
     shapes["moe.experts.w_down"] = (moe.num_experts, dim, moe.hidden_dim)
+    if moe.expert_bias:
+        shapes["moe.experts.up_bias"] = (moe.num_experts, gates, moe.hidden_dim)
+        shapes["moe.down_bias"] = (moe.num_experts, dim)
     if moe.router_bias:
         shapes["moe.router.logit_bias"] = (moe.num_experts,)
     if moe.shared_hidden_dim:

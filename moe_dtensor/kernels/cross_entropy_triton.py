@@ -2,57 +2,34 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import Launcher, ceil_div
+from moe_dtensor.kernels.library import ceil_div
 
 _BLOCK = 4096
 
 
-def row_statistics(logits_TV: Tensor, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exponentials above it, and the target's logit (0 where it is elsewhere), of each row."""
+def row_statistics(logits_TV: Tensor, columns: int, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first ``columns`` of each row the maximum (a very low number where there are none) and the sum of the
+    exponentials above it; and the target's logit, 0 where it is elsewhere."""
     made = [torch.empty(logits_TV.shape[0], dtype=torch.float32, device=logits_TV.device) for _ in range(3)]
-    launcher = _statistics_launcher(
-        logits_TV.get_device(), logits_TV.dtype, column_T.dtype, *logits_TV.shape, logits_TV.stride(0), _BLOCK
-    )
-    launcher(logits_TV, column_T, here_T, *made)
+    _row_statistics[(len(logits_TV),)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
     return made[0], made[1], made[2]
 
 
-@lru_cache
-def _statistics_launcher(
-    device: int, dtype: torch.dtype, column_dtype: torch.dtype, tokens: int, columns: int, stride: int, block: int
-) -> Launcher:
-    return Launcher(_row_statistics, (tokens,), (stride, columns), BLOCK=block)
-
-
 def write_gradient(
-    logits_TV: Tensor, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
+    logits_TV: Tensor, columns: int, column_T: Tensor, here_T: Tensor, log_sum_T: Tensor, grad_T: Tensor, out_TV: Tensor
 ) -> None:
-    """Write ``(softmax - one_hot) * grad``; ``out_TV`` may be ``logits_TV``."""
-    strides = (logits_TV.stride(0), out_TV.stride(0))
-    launcher = _gradient_launcher(
-        logits_TV.get_device(), logits_TV.dtype, column_T.dtype, *logits_TV.shape, strides, _BLOCK
+    """Write ``(softmax - one_hot) * grad``, 0 from ``columns`` on; ``out_TV`` may be ``logits_TV``."""
+    tokens, width = logits_TV.shape
+    _write_gradient[(tokens, ceil_div(width, _BLOCK))](
+        *(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV),
+        *(logits_TV.stride(0), out_TV.stride(0), width, columns),
+        BLOCK=_BLOCK,
     )
-    launcher(logits_TV, column_T, here_T, log_sum_T, grad_T, out_TV)
-
-
-@lru_cache
-def _gradient_launcher(
-    device: int,
-    dtype: torch.dtype,
-    column_dtype: torch.dtype,
-    tokens: int,
-    columns: int,
-    strides: tuple[int, int],
-    block: int,
-) -> Launcher:
-    return Launcher(_write_gradient, (tokens, ceil_div(columns, block)), (*strides, columns), BLOCK=block)
 
 
 @triton.jit
@@ -88,6 +65,7 @@ def _write_gradient(
     out_ptr,
     stride,
     out_stride,
+    width,
     columns,
     BLOCK: tl.constexpr,
 ):
@@ -98,4 +76,4 @@ def _write_gradient(
     here = tl.load(here_ptr + row)
     hit = (column == tl.load(column_ptr + row)) & here
     grad = (softmax - tl.where(hit, 1.0, 0.0)) * tl.load(grad_ptr + row)
-    tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=column < columns)
+    tl.store(out_ptr + row * out_stride + column, grad.to(out_ptr.dtype.element_ty), mask=column < width)

@@ -1,4 +1,5 @@
-"""Registration of the room's operators with PyTorch, so that ``torch.compile`` sees each as one opaque node."""
+"""What all kernels share: registering operators with PyTorch, so that ``torch.compile`` sees each as one
+opaque node, and finding and sizing their Triton side."""
 
 from __future__ import annotations
 
@@ -50,3 +51,13 @@ def triton_kernels(module: str) -> ModuleType:
 def launches_triton(x: Tensor) -> bool:
     """Whether kernels on this tensor are Triton's: on a GPU, or anywhere under Triton's interpreter (tests)."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up (Triton's own takes ten microseconds)."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The lowest power of two that is at least ``n`` (n >= 1)."""
+    return 1 << (n - 1).bit_length()

@@ -4,67 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from moe_dtensor.config.attention import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.attention.attend import attend
 from moe_dtensor.layers.norm import HeadsNorm, RMSNorm
-from moe_dtensor.layers.rope import Positions, rotate
+from moe_dtensor.layers.positions import Place, Positions
+from moe_dtensor.layers.rope import rotate
 from moe_dtensor.layers.weights import Layer, Linear
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Causal attention with rotary positions and grouped keys and values (GQA, arXiv:2305.13245).
 
     How many heads it has is read off its weights, so a part of the heads is computed by the same code; ``sum_heads``
-    then adds what is summed over heads of queries and of keys to that of the other parts. The projections take tokens
-    in any order: ``to_sequences`` brings what they give into whole sequences, ``from_sequences`` back.
+    then adds what is summed over heads of queries and of keys to that of the other parts, ``sum_output`` the output.
+    The projections take tokens in any order: ``to_sequences`` brings what they give into whole sequences,
+    ``from_sequences`` back. ``attend`` may be another that remembers keys and values.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        model = config.model
+        model, widths = config.model, head_widths(config)
+        self.rotates, self.has_window = block_rotates(config, layer), block_window(config, layer) > 0
+        self.clip_qkv, self.scale, self.backend = model.clip_qkv, model.attention_scale, model.attention_backend
         self.head_dim = model.head_dim
-        width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        self.wq = Linear(model.dim, width)
-        self.wk = Linear(model.dim, kv_width)
-        self.wv = Linear(model.dim, kv_width)
-        self.wo = Linear(width, model.dim)
         self.qk_norm = model.qk_norm
-        if model.qk_norm == "head":
-            self.q_norm: Layer = RMSNorm(model.head_dim, model.norm_eps)
-            self.k_norm: Layer = RMSNorm(model.head_dim, model.norm_eps)
-        elif model.qk_norm == "full":
-            self.q_norm = HeadsNorm(width, model.norm_eps)
-            self.k_norm = HeadsNorm(kv_width, model.norm_eps)
+        self.build_projections(config)
+        self.wo = Linear(model.num_heads * widths.value, model.dim)
+        self.output_bias = nn.Parameter(torch.zeros(model.dim)) if model.attention_bias == "all" else None
+        self.gate = Linear(model.dim, model.num_heads * widths.value) if model.attention_gate else None
+        self.sinks = nn.Parameter(torch.zeros(model.num_heads)) if model.sinks else None
+        self.attend: Callable[..., Tensor] = attend
         self.sum_heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _all_here
+        self.sum_output: Callable[[Tensor], Tensor] = _as_they_are
         self.to_sequences: Callable[[Tensor], Tensor] = _as_they_are
         self.from_sequences: Callable[[Tensor], Tensor] = _as_they_are
+
+    def build_projections(self, config: Config) -> None:
+        """The layers that :meth:`project` uses."""
+        model, biased = config.model, config.model.attention_bias != "none"
+        width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self.wq = Linear(model.dim, width, bias=biased)
+        self.wk = Linear(model.dim, kv_width, bias=biased)
+        self.wv = Linear(model.dim, kv_width, bias=biased)
+        if model.qk_norm == "full":
+            self.q_norm: Layer = HeadsNorm(width, model.norm_eps)
+            self.k_norm: Layer = HeadsNorm(kv_width, model.norm_eps)
+        elif model.qk_norm != "none":
+            self.q_norm = RMSNorm(model.head_dim, model.norm_eps)
+            self.k_norm = RMSNorm(model.head_dim, model.norm_eps)
 
     def key_value_layers(self) -> list[Layer]:
         """The layers whose weights have a row for each unit of the key and value heads."""
         return [self.wk, self.wv, *([self.k_norm] if self.qk_norm == "full" else [])]
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
-        """Attend to earlier positions of the same sequence (and document); ``(B, S, D)`` in and out, if need be in the
-        order that ``from_sequences`` gives."""
+        """Attend to what each position sees of its sequence; ``(B, S, D)`` in and out, if need be in the order that
+        ``from_sequences`` gives."""
+        place = positions.window if self.has_window else positions.full
+        q, k, v = self.project(x_BSD, place)
+        y_BHSC = self.attend(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            place.visible,
+            scale=self.scale,
+            sink_H=None if self.sinks is None else self.local_weight("sinks"),
+            backend=self.backend,
+        )
+        y = self.from_sequences(y_BHSC.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            y = y * self.gate(x_BSD).sigmoid()
+        y_BSD = self.sum_output(self.wo(y))
+        # After the sum over parts of the heads, so that it is added once.
+        return y_BSD if self.output_bias is None else y_BSD + self.local_weight("output_bias")
+
+    def project(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of whole sequences, ``(B, S, heads, C)`` each, rotated."""
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
         if self.qk_norm == "full":
             q, k = HeadsNorm.widen(q), HeadsNorm.widen(k)
             q_squares, k_squares = self.sum_heads(HeadsNorm.squares(q), HeadsNorm.squares(k))
             q, k = self.q_norm(q, q_squares), self.k_norm(k, k_squares)
+        if self.clip_qkv:
+            q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         q, k, v = (self.to_sequences(t).unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        y_BHSC = F.scaled_dot_product_attention(
-            rotate(q, positions).transpose(1, 2),
-            rotate(k, positions).transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=positions.mask,
-            is_causal=positions.mask is None,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return self.wo(self.from_sequences(y_BHSC.transpose(1, 2).flatten(2)))
+        if self.rotates:
+            q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        if self.qk_norm == "head_after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 def _as_they_are(x: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import block_norms, moe_layers
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
+from moe_dtensor.layers.latent_attention import build_attention
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import Positions
+from moe_dtensor.layers.positions import Positions
 from moe_dtensor.layers.tokens import Tokens
 
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
         super().__init__()
         for name in block_norms(config):
             self.add_module(name, build_norm(config))
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer)
         self.is_moe = layer in moe_layers(config)
         if self.is_moe:
             self.moe = MoE(config, layer)

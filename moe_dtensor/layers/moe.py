@@ -4,7 +4,6 @@ E experts, K choices, T tokens."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
-from moe_dtensor.layers.router import Router, Scores
+from moe_dtensor.layers.router import Router
 from moe_dtensor.layers.tokens import Tokens
 from moe_dtensor.layers.weights import Layer, Linear
 
@@ -27,6 +26,7 @@ class Experts(Layer):
         gates = 2 if config.model.activation in GATED else 1
         self.w_up = nn.Parameter(torch.empty(moe.num_experts, gates, moe.hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(moe.num_experts, dim, moe.hidden_dim))
+        self.up_bias = nn.Parameter(torch.empty(moe.num_experts, gates, moe.hidden_dim)) if moe.expert_bias else None
         self.activation = config.model.activation
         self.backend = moe.backend
         self.rows = moe.rows
@@ -55,6 +55,7 @@ class Experts(Layer):
             rows=self.rows if rows is None else rows,
             split_backward=self.split_backward,
             num_experts=self.num_experts,
+            up_bias_EGF=None if self.up_bias is None else self.local_weight("up_bias"),
         )
 
 
@@ -84,10 +85,11 @@ def run_experts(experts: Experts, shared: FeedForward | None, x_TD: Tensor, rout
     return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """A mixture of experts in place of a feed-forward, dropless unless ``moe.capacity_factor`` says otherwise.
 
-    ``dispatch`` brings tokens to experts and sums what comes back; where experts live is its business alone.
+    ``dispatch`` brings tokens to experts and sums what comes back; where experts live is its business alone. The
+    biases of the experts' outputs stay with the tokens: each token adds those of its experts, by its gates.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -96,15 +98,31 @@ class MoE(nn.Module):
         self.router = Router(config, layer)
         self.experts = Experts(config)
         self.shared = SharedExpert(config) if moe.shared_hidden_dim else None
+        self.down_bias = nn.Parameter(torch.empty(moe.num_experts, config.model.dim)) if moe.expert_bias else None
+        self.gates_output = moe.gate_on == "output"
         self.dispatch: Dispatch = run_experts
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""
-        route = partial(self._route, self.router.score(x_BSD, tokens), tokens)
-        lead = x_BSD.shape[:2]
-        y_TD, record_R = self.dispatch(self.experts, self.shared, x_BSD.flatten(0, 1), route)
-        return y_TD.unflatten(0, lead), record_R
+        scores = self.router.score(x_BSD, tokens)
+        chosen: list[tuple[Tensor, Tensor]] = []
 
-    def _route(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        gate_BSK, expert_BSK, record_R = self.router(scores, tokens)
-        return gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1), record_R
+        def route() -> tuple[Tensor, Tensor, Tensor]:
+            gate_BSK, expert_BSK, record_R = self.router(scores, tokens)
+            chosen.append((gate_BSK.flatten(0, 1), expert_BSK.flatten(0, 1)))
+            return *chosen[0], record_R
+
+        y_TD, record_R = self.dispatch(self.experts, self.shared, x_BSD.flatten(0, 1), route)
+        if self.down_bias is not None:
+            y_TD = y_TD + self._bias(*chosen[0], y_TD.dtype)
+        return y_TD.unflatten(0, x_BSD.shape[:2]), record_R
+
+    def _bias(self, gate_TK: Tensor, expert_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Each token's gates times its experts' output biases, ``(T, D)``, as one product of dense gates."""
+        bias_ED = self.local_weight("down_bias")
+        held_TK = expert_TK >= 0
+        weight_TK = (gate_TK if self.gates_output else torch.ones_like(gate_TK)).where(held_TK, 0)
+        # A column more for choices without a copy.
+        dense_TE = weight_TK.new_zeros(len(gate_TK), len(bias_ED) + 1)
+        dense_TE = dense_TE.scatter(1, expert_TK.where(held_TK, len(bias_ED)), weight_TK)[:, :-1]
+        return dense_TE.to(dtype) @ bias_ED

@@ -13,7 +13,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import IGNORED
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import Positions
+from moe_dtensor.layers.positions import Positions
 from moe_dtensor.layers.tokens import Tokens
 from moe_dtensor.layers.weights import Linear
 

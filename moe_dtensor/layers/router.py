@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.router.gates import router_logits, top_k_gates
-from moe_dtensor.kernels.router.statistics import router_statistics
+from moe_dtensor.kernels.router.gates import router_logits, router_statistics, top_k_gates
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,
@@ -70,7 +69,7 @@ class Router(Layer):
         moe, training = config.moe, config.training
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.model.dim))
         self.logit_bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
-        # The state of balancing: rows of moe_dtensor.model.balance.BalanceState, which changes and saves them.
+        # The state of balancing: rows of moe_dtensor.model.balance_state.BalanceState, which changes and saves them.
         self.register_buffer("bias", torch.zeros(moe.num_experts), persistent=False)
         self.register_buffer("previous_load", torch.zeros(moe.num_experts), persistent=False)
         self.moe = moe

@@ -33,15 +33,18 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """``x W^T`` without bias; ``weight`` is ``(out, in)``. May hold a shard of either dimension."""
+    """``x W^T``, or ``x W^T + b``; ``weight`` is ``(out, in)``. May hold a shard of either dimension, of ``out`` if it
+    has a bias."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(out_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        return F.linear(x, self.local_weight("weight"))
+        bias = None if self.bias is None else self.local_weight("bias")
+        return F.linear(x, self.local_weight("weight"), bias)
 
 
 class Embedding(Layer):

@@ -25,7 +25,7 @@ def init_weights(part: nn.Module, config: Config) -> None:
     """Fill the parameters of a model or a pipeline stage.
 
     Normal values of standard deviation ``init_std``; projections back into the residual stream are
-    divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019); norms are 1, biases 0.
+    divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019); norms are 1, biases and sinks 0.
     """
     for name, param in part.named_parameters():
         local = param.to_local() if isinstance(param, DTensor) else param
@@ -34,13 +34,13 @@ def init_weights(part: nn.Module, config: Config) -> None:
         if "norm" in name:
             local.fill_(1.0)
             continue
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             local.zero_()
             continue
         std = config.model.init_std
         if name.endswith(OUTPUT_PROJECTIONS):
             std /= math.sqrt(2 * config.model.num_layers)
-        _fill_normal(local, _held_slices(param), tuple(param.shape), std, f"{config.training.seed}/{name}")
+        _fill_normal(local, held_slices(param), tuple(param.shape), std, f"{config.training.seed}/{name}")
 
 
 def _fill_normal(local: Tensor, held: tuple[slice, ...], shape: tuple[int, ...], std: float, key: str) -> None:
@@ -59,7 +59,7 @@ def _normal(shape: tuple[int, ...], std: float, key: str, device: torch.device) 
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
 
 
-def _held_slices(param: Tensor) -> tuple[slice, ...]:
+def held_slices(param: Tensor) -> tuple[slice, ...]:
     """The part of the full tensor that this rank holds."""
     if not isinstance(param, DTensor):
         return tuple(slice(0, size) for size in param.shape)

@@ -4,22 +4,24 @@ R numbers of a routing record."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.cross_entropy import cross_entropy
+from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
 from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.norm import build_norm
-from moe_dtensor.layers.rope import Positions, build_positions
+from moe_dtensor.layers.positions import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
 from moe_dtensor.layers.weights import Embedding, Linear
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100."""
+"""``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100. V are the held
+rows of the head, padding included."""
 
 
 class Transformer(nn.Module):
@@ -48,20 +50,21 @@ class Transformer(nn.Module):
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
                 self.output = Linear(dim, rows)
+        self.config = config
         self.dim = dim
-        self.seq_len, self.head_dim, self.rope_theta = (
-            config.training.seq_len,
-            config.model.head_dim,
-            config.model.rope_theta,
-        )
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale
-        self.token_loss: TokenLoss = _cross_entropy
+        self.vocab_size = config.model.vocab_size
+        self.first_row = 0
+        """Global id of the head's first held row."""
+        self.token_loss: TokenLoss = partial(_cross_entropy, vocab_size=self.vocab_size)
         self.before_head: Callable[[Tensor], Tensor] = _identity
         self.moe_layers = [i for i in layers if i in with_experts]
         self.record_LR: Tensor | None = None
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
         self.mtp_loss_K: Tensor | None = None
         """Summed loss of each depth of multi-token prediction since the last :meth:`take_mtp_loss`."""
+        self.sequence_losses: list[tuple[Tensor, Tensor]] | None = None
+        """(sequence_B, loss_B) of every microbatch, for who sets it to a list."""
 
     def forward(
         self,
@@ -71,6 +74,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         tokens_BS: Tensor | None = None,
         sequence_B: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """Run the held blocks.
 
@@ -81,26 +85,27 @@ class Transformer(nn.Module):
             documents_BS: document of each token; None: no document mask.
             tokens_BS: the tokens, for a part that is not the first.
             sequence_B: number of each sequence in the run; None: from 0.
+            positions: rotations made already, for who remembers earlier tokens; None: of ``positions_BS``.
 
         Returns:
             The stream ``(B, S, D)``, beside it the embeddings of tokens ahead if multi-token prediction is to read
             them; from the last part the summed loss of each sequence ``(B,)``, or without labels the logits
-            ``(B, S, V)``.
+            ``(B, S, ids held)``, without those of padding.
         """
         if self.is_first:
             tokens_BS = x
             depths = range(self.mtp_depth + 1) if self.training or not self.is_last else [0]
-            x, *ahead = (self._embed(tokens_BS if k == 0 else tokens_ahead(tokens_BS, k)) for k in depths)
+            x, *ahead = (self.embed(tokens_BS if k == 0 else tokens_ahead(tokens_BS, k)) for k in depths)
         else:
             x, *ahead = x.split(self.dim, dim=-1)
         assert tokens_BS is not None
         tokens = build_tokens(tokens_BS, sequence_B)
-        positions = build_positions(
-            self.seq_len,
+        positions = positions or build_positions(
+            self.config,
+            map(int, self.layers),
+            (tokens_BS.shape[0], tokens_BS.shape[1]),
             positions_BS,
             documents_BS,
-            head_dim=self.head_dim,
-            theta=self.rope_theta,
             dtype=x.dtype,
             device=x.device,
         )
@@ -113,21 +118,25 @@ class Transformer(nn.Module):
             self._keep(records)
             return torch.cat([x, *ahead], dim=-1) if self.mtp_depth else x
         x = self.norm(x)
-        logits_BSV = self._logits(x)
+        logits_BSV = self.logits(x)
         if labels_BS is None:
             self._keep(records)
-            return logits_BSV
+            return logits_BSV[..., : held_ids(self.vocab_size, self.first_row, logits_BSV.shape[-1])]
         loss_B = self.token_loss(logits_BSV, labels_BS).sum(-1)
+        if self.sequence_losses is not None and sequence_B is not None:
+            self.sequence_losses.append((sequence_B, loss_B.detach()))
         if self.mtp_depth and self.training:
             loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
         self._keep(records)
         return loss_B
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """The stream ``(B, S, D)`` before the first block."""
         x = self.tok_embeddings(tokens_BS)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the normalised stream: ``(B, S, V)`` over the held rows, padding included."""
         # The head's input is scaled, not the logits, which are many times as large.
         return self.head(self.before_head(x if self.logit_scale == 1 else x * self.logit_scale))
 
@@ -149,7 +158,7 @@ class Transformer(nn.Module):
             x, record_R, normed = block(x, ahead_BSD, positions, tokens)
             records.append(record_R)
             labels = labels_ahead(labels_BS, documents_BS, depth)
-            losses.append(self.token_loss(self._logits(normed), labels).sum(-1))
+            losses.append(self.token_loss(self.logits(normed), labels).sum(-1))
         loss_K = torch.stack([loss.detach().sum() for loss in losses])
         self.mtp_loss_K = loss_K if self.mtp_loss_K is None else self.mtp_loss_K + loss_K
         return AlsoMinimize.apply(loss_B, self.mtp_weight * torch.stack(losses).sum(0))
@@ -162,7 +171,7 @@ class Transformer(nn.Module):
             self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
 
     def head(self, x_BSD: Tensor) -> Tensor:
-        """Logits ``(B, S, V)`` over the held rows of the vocabulary."""
+        """Logits ``(B, S, V)`` over the held rows of the vocabulary, padding included."""
         if hasattr(self, "output"):
             return self.output(x_BSD)
         return nn.functional.linear(x_BSD, self.tok_embeddings.local_weight("weight"))
@@ -178,8 +187,9 @@ class Transformer(nn.Module):
         return loss_K
 
 
-def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    return cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).view(labels_BS.shape)
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    loss_T = cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), vocab_size=vocab_size)
+    return loss_T.view(labels_BS.shape)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from moe_dtensor.config.resolve import num_stages, rank_stages, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.compiling import apply_compile
+from moe_dtensor.parallel.blocks import apply_compile, apply_recompute
 from moe_dtensor.parallel.expert_copies import make_copies
 from moe_dtensor.parallel.fsdp import apply_fsdp
-from moe_dtensor.parallel.recompute import apply_recompute
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 
 

@@ -1,9 +1,9 @@
 """The collectives that a forward pass needs over one mesh axis, each with its exact gradient.
 
-Each ``start_…`` begins one and returns the function that waits for it: what is computed in between runs beside it (on a
-GPU), and in the backward pass the same lies beside the gradient's way back. The gradient of what every rank computes
-alike is alike on every rank; of what each rank computes a share of, it is a share. On an axis of size 1 each is the
-identity.
+Each ``start_…`` begins one and returns it pending. What is computed before the wait overlaps it on a GPU, and so does
+its counterpart in the backward pass. Where every rank computes the same (replicated work), the gradient is the
+same on every rank. Where each rank computes a part of the work, its gradient is a partial sum. On an axis of size 1
+each collective is the identity.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-Coming = Callable[[], Tensor]
-"""Waits for what is under way, and returns it. To be called once."""
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "own_part", "nothing"]
+from moe_dtensor.config.schema import Config
+
+Pending = Callable[[], Tensor]
+"""A pending collective: call it to wait for the result. To be called once."""
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "local_slice", "identity"]
 
 
-class Way(NamedTuple):
-    """A collective along the first dimension, and the one that takes its gradient back."""
+class Collective(NamedTuple):
+    """A collective along the first dimension, and the one for its gradient."""
 
-    there: Kind
-    back: Kind
+    forward: Kind
+    backward: Kind
     group: str
     """Name of the process group."""
     ranks: int
@@ -37,62 +39,62 @@ class Way(NamedTuple):
     """And rows from each."""
 
 
-def start_gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
-    """All-gather along ``dim``; each rank then uses the whole for a share of the work. Backward: reduce-scatter."""
+def start_all_gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
+    """All-gather along ``dim``; each rank then computes a part of the work. Backward: reduce-scatter."""
     return _gather(x, mesh, dim, "reduce_scatter")
 
 
-def gather_alike(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """All-gather along ``dim``; every rank then computes the same. Backward: each rank takes its own slice."""
-    return start_gather_alike(x, mesh, dim)()
+def gather_replicated(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """All-gather along ``dim``; replicated work follows. Backward: each rank takes its local slice."""
+    return start_gather_replicated(x, mesh, dim)()
 
 
-def start_gather_alike(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
-    """Begin to :func:`gather_alike`."""
-    return _gather(x, mesh, dim, "own_part")
+def start_gather_replicated(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
+    """Begin to :func:`gather_replicated`."""
+    return _gather(x, mesh, dim, "local_slice")
 
 
-def start_copy(x: Tensor, mesh: DeviceMesh) -> Coming:
-    """The identity for what every rank holds and uses for a share of the work. Backward: all-reduce."""
-    return _start(x, mesh, "nothing", "all_reduce")
+def start_copy(x: Tensor, mesh: DeviceMesh) -> Pending:
+    """The identity on a replicated tensor, before each rank computes a part of the work. Backward: all-reduce."""
+    return _start(x, mesh, "identity", "all_reduce")
 
 
-def start_reduce(x: Tensor, mesh: DeviceMesh) -> Coming:
-    """Sum the ranks' shares; every rank then computes the same. Backward: the identity."""
-    return _start(x, mesh, "all_reduce", "nothing")
+def start_all_reduce(x: Tensor, mesh: DeviceMesh) -> Pending:
+    """Sum the ranks' partial results; replicated work follows. Backward: the identity."""
+    return _start(x, mesh, "all_reduce", "identity")
 
 
-def reduce_shares(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Sum the ranks' shares; each rank uses the sum for a share of the work. Backward: all-reduce."""
+def all_reduce_partials(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Sum the ranks' partial results; each rank then computes a part of the work. Backward: all-reduce."""
     return _start(x, mesh, "all_reduce", "all_reduce")()
 
 
-def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Coming:
-    """Sum the ranks' shares and keep one slice of ``dim`` each. Backward: all-gather."""
-    return _start(parts_of(x, mesh.size(), dim), mesh, "reduce_scatter", "all_gather")
+def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
+    """Sum the ranks' partial results and keep one slice of ``dim`` each. Backward: all-gather."""
+    return _start(split_shards(x, mesh.size(), dim), mesh, "reduce_scatter", "all_gather")
 
 
-def share(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """This rank's slice of what every rank holds alike, for work that no other rank does. Backward: all-gather."""
-    return _start(parts_of(x, mesh.size(), dim), mesh, "own_part", "all_gather")()
+def scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """This rank's slice of a replicated tensor, for a part of the work. Backward: all-gather."""
+    return _start(split_shards(x, mesh.size(), dim), mesh, "local_slice", "all_gather")()
 
 
-def exchange(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """All-to-all of rows, sorted by receiver in and by sender out. Backward: the way back.
+def all_to_all(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """All-to-all of rows, sorted by receiver in and by sender out. Backward: the reverse all-to-all.
 
     Args:
         sent: rows for each rank of the axis.
         received: rows from each.
     """
-    return start_exchange(x, mesh, sent, received)()
+    return start_all_to_all(x, mesh, sent, received)()
 
 
-def start_exchange(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Sequence[int]) -> Coming:
+def start_all_to_all(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Sequence[int]) -> Pending:
     """Begin to :func:`exchange`."""
     return _start(x, mesh, "all_to_all", "all_to_all", sent, received)
 
 
-def own_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+def local_slice(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """This rank's slice of ``dim`` of a tensor that every rank holds whole. For data without gradient."""
     return x.chunk(mesh.size(), dim)[mesh.get_local_rank()]
 
@@ -107,83 +109,140 @@ def all_reduce(x: Tensor, mesh: DeviceMesh, op: str = "sum") -> Tensor:
     return x
 
 
-def exchange_counts(received: Tensor, sent: Tensor, mesh: DeviceMesh) -> None:
+def all_to_all_counts(received: Tensor, sent: Tensor, mesh: DeviceMesh) -> None:
     """Row r of ``sent`` to rank r; from each rank a row into ``received``."""
     dist.all_to_all_single(received, sent.contiguous(), group=mesh.get_group())
 
 
-def _gather(x: Tensor, mesh: DeviceMesh, dim: int, back: Kind) -> Coming:
-    coming, ranks = _start(x, mesh, "all_gather", back), mesh.size()
+def _gather(x: Tensor, mesh: DeviceMesh, dim: int, backward: Kind) -> Pending:
+    pending, ranks = _start(x, mesh, "all_gather", backward), mesh.size()
     if dim == 0 or ranks == 1:
-        return coming
-    return lambda: parts_to(coming(), ranks, dim)
+        return pending
+    return lambda: merge_shards(pending(), ranks, dim)
 
 
-def parts_to(x: Tensor, ranks: int, dim: int) -> Tensor:
-    """Ranks' parts, one after the other along the first dimension, as slices of ``dim`` of a whole."""
+def merge_shards(x: Tensor, ranks: int, dim: int) -> Tensor:
+    """Shards that are stacked along the first dimension, joined along ``dim``."""
     return x if dim == 0 or ranks == 1 else x.unflatten(0, (ranks, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def parts_of(x: Tensor, ranks: int, dim: int) -> Tensor:
-    """The other way round."""
+def split_shards(x: Tensor, ranks: int, dim: int) -> Tensor:
+    """The inverse of :func:`merge_shards`: cut along ``dim``, stack along the first dimension."""
     return x if dim == 0 or ranks == 1 else x.unflatten(dim, (ranks, -1)).movedim(dim, 0).flatten(0, 1)
 
 
 def _start(
-    x: Tensor, mesh: DeviceMesh, there: Kind, back: Kind, sent: Sequence[int] = (), received: Sequence[int] = ()
-) -> Coming:
+    x: Tensor, mesh: DeviceMesh, forward: Kind, backward: Kind, sent: Sequence[int] = (), received: Sequence[int] = ()
+) -> Pending:
     if mesh.size() == 1:
         return lambda: x
-    way = Way(there, back, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank(), sent, received)
-    coming, gradient = _Start.apply(x, way)
-    return lambda: _Finish.apply(coming, gradient, way)
+    collective = Collective(
+        forward, backward, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank(), sent, received
+    )
+    pending, gradient = _Start.apply(x, collective)
+    return lambda: _Wait.apply(pending, gradient, collective)
 
 
 class _Start(torch.autograd.Function):
-    """Gives what is under way, and what stands, without storage, for ``x``: the way back begins with its gradient."""
+    """Gives the pending result, and a stand-in for ``x`` without storage: its gradient is the pending backward."""
 
     @staticmethod
-    def forward(ctx, x, way):
+    def forward(ctx, x, collective):
         ctx.set_materialize_grads(False)
-        ctx.kind = way.back
-        return _begin(x, way.there, way), x.new_empty(()).expand(x.shape)
+        ctx.kind = collective.backward
+        return _start_one(x, collective.forward, collective), x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx, _, grad):
-        return _end(grad, ctx.kind), None
+        return _wait_one(grad, ctx.kind), None
 
 
-class _Finish(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, coming, gradient, way):
-        ctx.way = way
-        return _end(coming, way.there)
+    def forward(ctx, pending, gradient, collective):
+        ctx.collective = collective
+        return _wait_one(pending, collective.forward)
 
     @staticmethod
     def backward(ctx, grad):
-        way = ctx.way
-        return None, _begin(grad, way.back, way._replace(sent=way.received, received=way.sent)), None
+        collective = ctx.collective
+        return (
+            None,
+            _start_one(
+                grad, collective.backward, collective._replace(sent=collective.received, received=collective.sent)
+            ),
+            None,
+        )
 
 
-def _begin(x: Tensor, kind: Kind, way: Way) -> Tensor:
-    begun = _call(x.contiguous(), kind, way)
+def _start_one(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
+    started = _call(x.contiguous(), kind, collective)
     # Two of gloo's all-gathers at a time on one group corrupt its heap (torch 2.13): on CPUs each ends where it begins.
-    return _end(begun, kind) if x.device.type == "cpu" else begun
+    return _wait_one(started, kind) if x.device.type == "cpu" else started
 
 
-def _call(x: Tensor, kind: Kind, way: Way) -> Tensor:
+def _call(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
     collectives = torch.ops._c10d_functional
     if kind == "all_gather":
-        return collectives.all_gather_into_tensor(x, way.ranks, way.group)
+        return collectives.all_gather_into_tensor(x, collective.ranks, collective.group)
     if kind == "reduce_scatter":
-        return collectives.reduce_scatter_tensor(x, "sum", way.ranks, way.group)
+        return collectives.reduce_scatter_tensor(x, "sum", collective.ranks, collective.group)
     if kind == "all_reduce":
-        return collectives.all_reduce(x, "sum", way.group)
+        return collectives.all_reduce(x, "sum", collective.group)
     if kind == "all_to_all":
-        return collectives.all_to_all_single(x, way.received, way.sent, way.group)
-    return x.chunk(way.ranks)[way.rank] if kind == "own_part" else x.view_as(x)
+        return collectives.all_to_all_single(x, collective.received, collective.sent, collective.group)
+    return x.chunk(collective.ranks)[collective.rank] if kind == "local_slice" else x.view_as(x)
 
 
-def _end(x: Tensor, kind: Kind) -> Tensor:
+def _wait_one(x: Tensor, kind: Kind) -> Tensor:
     x = x.view_as(x)
-    return x if kind in ("own_part", "nothing") else torch.ops._c10d_functional.wait_tensor(x)
+    return x if kind in ("local_slice", "identity") else torch.ops._c10d_functional.wait_tensor(x)
+
+
+class Borders:
+    """All-gather in and reduce-scatter out, or, where every rank holds all tokens, nothing in and all-reduce out.
+
+    Args:
+        axis: one mesh axis.
+        dim: dimension of what crosses the border that the axis splits outside of the layer; None: every rank holds it.
+    """
+
+    def __init__(self, axis: DeviceMesh, dim: int | None) -> None:
+        self.axis = axis
+        self.dim = dim
+
+    def enter(self, x: Tensor) -> Pending:
+        """Gather all tokens, before each rank computes a part of the work."""
+        if self.dim is None:
+            return start_copy(x, self.axis)
+        return start_all_gather(x, self.axis, self.dim)
+
+    def enter_data(self, x: Tensor) -> Pending:
+        """The same without gradient."""
+        with torch.no_grad():
+            return (lambda: x) if self.dim is None else start_gather_replicated(x, self.axis, self.dim)
+
+    def leave(self, y: Tensor) -> Pending:
+        """Sum the partial results, in the layout of the residual stream."""
+        if self.dim is None:
+            return start_all_reduce(y, self.axis)
+        return start_reduce_scatter(y, self.axis, self.dim)
+
+    def enter_before(self, module: nn.Module) -> None:
+        """Put the first border before a module whose first argument is the stream."""
+        module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0])(), *args[1:]))
+
+    def wrap(self, module: nn.Module) -> None:
+        """Put both borders around a module whose first argument and output are the stream."""
+        self.enter_before(module)
+        module.register_forward_hook(lambda _module, _args, y: self.leave(y)())
+
+
+def position_borders(config: Config, tp: DeviceMesh) -> Borders:
+    """Of layers that take whole sequences in order: under sequence parallelism tp splits their positions."""
+    return Borders(tp, 1 if config.mesh.sequence_parallel else None)
+
+
+def token_borders(config: Config, tp: DeviceMesh) -> Borders:
+    """Of layers that take tokens in any order: the ranks' come one after the other, and nothing is rearranged."""
+    return Borders(tp, 0 if config.mesh.sequence_parallel else None)

@@ -1,4 +1,4 @@
-"""How tokens reach the experts of other ranks and come back.
+"""Dispatch and combine: tokens to the experts of other ranks, and the outputs back.
 
 D width, K choices, T tokens of this rank (in any order: nothing here depends on it), R ranks that share the experts,
 N rows sent.
@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import choose_dispatch
-from moe_dtensor.kernels.experts.exchange import spread_rows, sum_rows
+from moe_dtensor.kernels.experts.permute import permute_to, unpermute_from
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
 from moe_dtensor.mesh import flat_dp_tp
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.borders import Borders, token_borders
+from moe_dtensor.parallel.collectives import Borders, token_borders
 
 
 class AllGather:
@@ -47,7 +47,7 @@ class AllGather:
         all_TD = borders.enter(x_TD)
         gate_TK, expert_TK, record_R = route()
         gates, ids = borders.enter(gate_TK), borders.enter_data(expert_TK)
-        # Vectors are waited for first, so that on the way back gates go first: the router needs no more.
+        # Vectors are waited for first. So in the backward pass gates go first: the router needs no more.
         entered = all_TD(), gates(), ids(), record_R
         y_TD, _ = self.inner(experts, inside, entered[0], lambda: entered[1:])
         leaving = borders.leave(y_TD)
@@ -73,15 +73,15 @@ class AllToAll:
     ) -> tuple[Tensor, Tensor]:
         """``(T, D)`` of a rank's own tokens in and out; and the record."""
         gate_TK, expert_TK, record_R = route()
-        position_TR, sent_R2 = self._plan(experts, expert_TK)
+        position_TR, sent_R2 = self._positions(experts, expert_TK)
         received_R2 = torch.empty_like(sent_R2)
-        collectives.exchange_counts(received_R2, sent_R2, self.axis)
+        collectives.all_to_all_counts(received_R2, sent_R2, self.axis)
         counts_2R2 = torch.stack([sent_R2, received_R2]).tolist()
         sent, received = ([tokens for tokens, _ in counts_R2] for counts_R2 in counts_2R2)
         copies = sum(copies for _, copies in counts_2R2[1])
 
-        def start(x_TC: Tensor) -> collectives.Coming:
-            return collectives.start_exchange(spread_rows(x_TC, position_TR, sum(sent)), self.axis, sent, received)
+        def start(x_TC: Tensor) -> collectives.Pending:
+            return collectives.start_all_to_all(permute_to(x_TC, position_TR, sum(sent)), self.axis, sent, received)
 
         # Ids travel beside the gates, in their dtype: whole numbers far below its precision.
         choices_N2K = start(torch.cat([gate_TK, expert_TK.to(gate_TK.dtype)], 1))
@@ -89,10 +89,10 @@ class AllToAll:
         shared_TD = None if shared is None else shared(x_TD)
         gate_NK, expert_NK = choices_N2K().chunk(2, 1)
         y_ND = experts(x_ND(), gate_NK, expert_NK.detach().long(), rows=copies)
-        y_TD = sum_rows(collectives.exchange(y_ND, self.axis, received, sent), position_TR)
+        y_TD = unpermute_from(collectives.all_to_all(y_ND, self.axis, received, sent), position_TR)
         return y_TD if shared_TD is None else y_TD + shared_TD, record_R
 
-    def _plan(self, experts: Experts, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, experts: Experts, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Where each token's row for each rank lies, ``(T, R)`` int32, -1 for none; and how many tokens and copies
         each rank is sent, ``(R, 2)``. Rows are sorted by rank, then by token."""
         ranks = self.axis.size()
@@ -104,14 +104,14 @@ class AllToAll:
         return position_TR, torch.stack([wanted_RT.sum(1), copies_TR.sum(0)], 1)
 
 
-class Shares:
-    """Where all ranks of an axis hold the same tokens: each dispatches its share of them, and gathers the results.
+class Scattered:
+    """For tokens that are replicated over an axis: each rank dispatches a shard of them, then results are gathered.
 
     The shared expert works on all of them, by borders of its own.
 
     Args:
         axis: whose ranks hold the same.
-        inner: dispatch of a share.
+        inner: dispatch of a shard.
     """
 
     def __init__(self, axis: DeviceMesh, inner: Dispatch) -> None:
@@ -125,14 +125,14 @@ class Shares:
         tokens = len(x_TD)
         more = -tokens % self.axis.size()
 
-        def share(x_TC: Tensor, fill: int = 0) -> Tensor:
+        def scatter(x_TC: Tensor, fill: int = 0) -> Tensor:
             padded_TC = torch.nn.functional.pad(x_TC, (0, 0, 0, more), value=fill)
-            return collectives.share(padded_TC, self.axis, 0)
+            return collectives.scatter(padded_TC, self.axis, 0)
 
         gate_TK, expert_TK, record_R = route()
-        shares = share(gate_TK), share(expert_TK, fill=-1), record_R
-        y_UD, _ = self.inner(experts, None, share(x_TD), lambda: shares)
-        y_TD = collectives.gather_alike(y_UD, self.axis, 0)[:tokens]
+        shards = scatter(gate_TK), scatter(expert_TK, fill=-1), record_R
+        y_UD, _ = self.inner(experts, None, scatter(x_TD), lambda: shards)
+        y_TD = collectives.gather_replicated(y_UD, self.axis, 0)[:tokens]
         return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
@@ -151,7 +151,7 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         inner: Dispatch = AllToAll(expert_axis(config, mesh))
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
-        return Shares(tp, inner) if repeated else inner, False
+        return Scattered(tp, inner) if repeated else inner, False
     if place == "dp":
         return AllGather(Borders(dp, 0), shared_inside=False), False
     if place == "dp_tp":

@@ -8,6 +8,7 @@ that hold the same experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,10 @@ def make_copies(part: Transformer, config: Config) -> None:
 
 
 class WithOwnExperts:
-    """A runner around another: casts the weights before it, sums their gradients after it."""
+    """A runner around another: casts the weights before it, sums their gradients in ``reduce_dtype`` after it."""
 
-    def __init__(self, parts: list[Transformer], runner: Runner) -> None:
+    def __init__(self, parts: list[Transformer], runner: Runner, reduce_dtype: torch.dtype) -> None:
+        self.reduce_dtype = reduce_dtype
         self.parts = parts
         self.runner = runner
 
@@ -68,7 +70,9 @@ class WithOwnExperts:
         for _, _, weight in self._weights():
             if weight.grad is not None:
                 assert isinstance(weight.grad, DTensor)
-                weight.grad = weight.grad.redistribute(placements=weight.placements)
+                wide = torch.promote_types(self.reduce_dtype, weight.dtype)
+                grad = cast(DTensor, weight.grad.to(wide))
+                weight.grad = grad.redistribute(placements=weight.placements).to(weight.dtype)
         return loss
 
     def evaluate(self, batch: Batch) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.placement import build_plan, find_row
+from moe_dtensor.placement import build_table, find_row
 
 
 def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
@@ -18,8 +20,8 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
 
     Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums gradients over tp.
     """
-    plan = build_plan(config)
-    rows = {param: find_row(plan, name) for name, param in part.named_parameters()}
+    table = build_table(config)
+    rows = {param: find_row(table, name) for name, param in part.named_parameters()}
     training, fsdp = config.training, config.fsdp
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, training.param_dtype),
@@ -44,6 +46,34 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
             # Sums, so that nothing is scaled twice; gloo has no PREMUL_SUM, so the sum is forced.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            for group in _groups(module):
+                _sum_over_tp_in_reduce_dtype(group)
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    # torch 2.11 has one group or None in a module.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
+    """Widen gradients that are shares over tp before FSDP sums them.
+
+    FSDP sums what has accumulated over microbatches in ``reduce_dtype``, but a first gradient that is also the last as
+    it is, in ``param_dtype``. All of a group are widened then: FSDP asks that its gradients have one dtype.
+    """
+    reduce = group.post_backward
+
+    def widen_and_reduce(*unused: Any) -> None:
+        grads = [param._unsharded_param.grad for param in group.fsdp_params if hasattr(param, "_unsharded_param")]
+        if any(isinstance(grad, DTensor) and any(place.is_partial() for place in grad.placements) for grad in grads):
+            for param in group.fsdp_params:
+                if param.unsharded_accumulated_grad is None:
+                    param.to_accumulated_grad_if_needed()
+        reduce(*unused)
+
+    group.post_backward = widen_and_reduce
 
 
 def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:

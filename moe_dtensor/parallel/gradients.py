@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 def global_norm(parts: Sequence[nn.Module], norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients of the model, the same scalar on every rank. One collective, no host sync.
 
+    Computed and summed in float32 at least, whatever dtype the gradients have.
+
     Each parameter counts once, however many ranks hold it.
 
     Raises:
@@ -29,19 +31,22 @@ def global_norm(parts: Sequence[nn.Module], norm_type: float, device: torch.devi
             if local.numel():
                 by_copies.setdefault(_copies(param.grad), []).append(local)
     if math.isinf(norm_type):
-        largest = [n for grads in by_copies.values() for n in torch._foreach_norm(grads, norm_type)]
+        largest = [n for grads in by_copies.values() for n in _norms(grads, norm_type)]
         # A collective's maximum may lose a NaN on some ranks and keep it on others.
         norm = torch.stack(largest).max().nan_to_num(nan=math.inf, posinf=math.inf).to(device)
         dist.all_reduce(norm, dist.ReduceOp.MAX)
         return norm
     # Each copy adds its share, so that one sum over all ranks serves dp, tp and pp alike.
     shares = [
-        torch.stack(torch._foreach_norm(grads, norm_type)).pow(norm_type).sum() / copies
-        for copies, grads in by_copies.items()
+        torch.stack(_norms(grads, norm_type)).pow(norm_type).sum() / copies for copies, grads in by_copies.items()
     ]
     total = torch.stack(shares).sum().to(device)
     dist.all_reduce(total)
     return total ** (1.0 / norm_type)
+
+
+def _norms(grads: list[Tensor], norm_type: float) -> tuple[Tensor, ...]:
+    return torch._foreach_norm(grads, norm_type, dtype=torch.promote_types(grads[0].dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages, stream_width
+from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.expert_copies import WithOwnExperts
+from moe_dtensor.parallel.forward_pass import ForwardPass, stream_shape
 from moe_dtensor.parallel.fsdp import next_microbatch
 from moe_dtensor.parallel.runner import Runner
 
@@ -34,7 +34,9 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     else:
         check_torch(config, torch.__version__)
         runner = Pipeline(parts, config, mesh, device)
-    return WithOwnExperts(parts, runner) if config.mesh.experts in ("dp", "dp_tp") else runner
+    if config.mesh.experts in ("dp", "dp_tp"):
+        runner = WithOwnExperts(parts, runner, getattr(torch, config.training.reduce_dtype))
+    return runner
 
 
 def check_torch(config: Config, version: str) -> None:
@@ -102,6 +104,8 @@ class Pipeline:
             loss_fn=self._scaled,
             scale_grads=False,
         )
+        self.forward_pass = ForwardPass(parts, config, mesh, device)
+        self.microbatch_size = config.training.microbatch_size
         self.device = device
 
     def _scaled(self, loss_B: Tensor, _labels: Tensor) -> Tensor:
@@ -111,25 +115,20 @@ class Pipeline:
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward; the summed loss times ``scale``, on ranks without the last stage 0."""
         self.scale = scale
-        return self._run(batch, self.schedule.step)
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only; the summed loss, on ranks without the last stage 0."""
-        self.scale = torch.ones((), device=self.device)
-        return self._run(batch, self.schedule.eval)
-
-    def _run(self, batch: Batch, run: Callable[..., Any]) -> Tensor:
         names = ("labels_BS", "positions_BS", "documents_BS", "tokens_BS", "sequence_B")
         kwargs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
         losses: list[Tensor] = []
-        run(
+        self.schedule.step(
             *((batch.tokens_BS,) if self.has_first else ()),
             target=batch.labels_BS if self.has_last else None,
             losses=losses if self.has_last else None,
             **kwargs,
         )
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=self.device)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward only; the summed loss, on ranks without the last stage 0."""
+        return self.forward_pass(split(batch, self.microbatch_size))
 
 
 def _build_stage(
@@ -139,10 +138,8 @@ def _build_stage(
     from torch.distributed.pipelining import PipelineStage
 
     training = config.training
-    length = training.seq_len // (mesh["tp"].size() if config.mesh.sequence_parallel else 1)
     dtype = getattr(torch, training.param_dtype)
-    shape = (training.microbatch_size, length, stream_width(config))
-    stream = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
+    stream = torch.empty(stream_shape(config), device="meta", dtype=dtype, requires_grad=True)
     tokens = torch.empty(training.microbatch_size, training.seq_len, device="meta", dtype=torch.int64)
     loss_dtype = torch.promote_types(dtype, torch.float32)
     loss = torch.empty(training.microbatch_size, device="meta", dtype=loss_dtype, requires_grad=True)

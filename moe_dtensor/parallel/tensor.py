@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.objects import load_object
+from moe_dtensor.config.resolve import expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.weights import Embedding, Layer, WeightView
-from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.model.transformer import TokenLoss, Transformer
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.borders import position_borders, token_borders
+from moe_dtensor.parallel.collectives import Borders, position_borders, token_borders
 from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
 from moe_dtensor.parallel.expert_copies import view_copy
-from moe_dtensor.parallel.loss import build_token_loss
-from moe_dtensor.placement import Row, build_plan, find_row
+from moe_dtensor.placement import Row, build_table, find_row
 
 
 def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
@@ -34,10 +35,10 @@ def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> Non
 
     On tp, for FSDP to split further over dp; what the table keeps out of FSDP on dp and tp at once.
     """
-    plan = build_plan(config)
+    table = build_table(config)
     for module_name, module in part.named_modules():
         for name, param in list(module.named_parameters(recurse=False)):
-            row = find_row(plan, f"{module_name}.{name}" if module_name else name)
+            row = find_row(table, f"{module_name}.{name}" if module_name else name)
             on_tp: Placement = Replicate() if row.tp is None else Shard(row.tp)
             axes, placements = (mesh["tp"], [on_tp]) if row.fsdp else (mesh["dp", "tp"], [Shard(row.dp), on_tp])
             sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
@@ -92,20 +93,26 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.first_row = rank * (module.num_rows // tp.size())
             module.register_forward_hook(lambda _module, _args, y: by_position.leave(y)())
         elif isinstance(module, Attention):
-            by_token.wrap(module)
+            by_token.enter_before(module)
+            module.sum_output = functools.partial(_leave, by_token)
             _split_heads(module, config, tp)
             if config.mesh.sequence_parallel:
-                module.to_sequences = functools.partial(collectives.parts_to, ranks=tp.size(), dim=1)
-                module.from_sequences = functools.partial(collectives.parts_of, ranks=tp.size(), dim=1)
+                module.to_sequences = functools.partial(collectives.merge_shards, ranks=tp.size(), dim=1)
+                module.from_sequences = functools.partial(collectives.split_shards, ranks=tp.size(), dim=1)
         elif isinstance(module, MoE) and config.mesh.sequence_parallel:
             module.router.gather_positions = by_position.enter_data
-            module.router.own_positions = functools.partial(collectives.own_slice, mesh=tp, dim=1)
+            module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             by_token.wrap(module)
     if part.is_last:
+        part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
         part.token_loss = build_token_loss(config, tp)
+
+
+def _leave(borders: Borders, y: Tensor) -> Tensor:
+    return borders.leave(y)()
 
 
 def _install_dispatch(part: Transformer, config: Config, mesh: DeviceMesh) -> bool:
@@ -138,7 +145,36 @@ def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor, Tensor], tuple[T
     """Sum parts over tp, in one collective, when each part of the keys is held by ``copies`` ranks."""
 
     def sum_heads(of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
-        of_queries, of_keys = collectives.reduce_shares(torch.stack([of_queries, of_keys / copies]), tp).unbind()
+        of_queries, of_keys = collectives.all_reduce_partials(torch.stack([of_queries, of_keys / copies]), tp).unbind()
         return of_queries, of_keys
 
     return sum_heads
+
+
+def build_token_loss(config: Config, tp: DeviceMesh) -> TokenLoss:
+    """The loss that ``training.loss`` names. Ours works on the vocabulary shard; a user's gets the whole vocabulary."""
+    name = config.training.loss
+    if name == "cross_entropy":
+        return functools.partial(_vocab_parallel_cross_entropy, vocab_size=config.model.vocab_size, tp=tp)
+    loss = load_object("training.loss", name)
+    return functools.partial(_gathered_loss, loss=loss, vocab_size=config.model.vocab_size, tp=tp)
+
+
+def _vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, tp: DeviceMesh) -> Tensor:
+    loss_T = cross_entropy(
+        logits_BSV.flatten(0, 1),
+        labels_BS.flatten(),
+        vocab_size=vocab_size,
+        first_row=tp.get_local_rank() * logits_BSV.shape[-1],
+        all_reduce=functools.partial(_combine, tp=tp) if tp.size() > 1 else None,
+    )
+    return loss_T.view(labels_BS.shape)
+
+
+def _combine(x: Tensor, op: str, tp: DeviceMesh) -> Tensor:
+    return collectives.all_reduce(x, tp, op)
+
+
+def _gathered_loss(logits_BSV: Tensor, labels_BS: Tensor, loss: TokenLoss, vocab_size: int, tp: DeviceMesh) -> Tensor:
+    """Without the padding, of which a user's loss need not know."""
+    return loss(collectives.gather_replicated(logits_BSV, tp, 2)[..., :vocab_size], labels_BS)

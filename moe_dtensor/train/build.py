@@ -11,12 +11,11 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus
 from moe_dtensor.mesh import build_mesh
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.parallel.pipeline import Runner, build_runner
-from moe_dtensor.train.optimizer import Optimizers, build_optimizers
-from moe_dtensor.train.schedule import Schedule, build_schedulers
+from moe_dtensor.train.optimizer import Optimizers, Schedule, build_optimizers, build_schedulers
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,18 @@ def set_vocabulary(config: Config, corpus: Corpus) -> Config:
     return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
-def build(config: Config, device: torch.device) -> Trainer:
+def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) -> Trainer:
     """Build all parts over the default process group.
 
     Args:
         config: resolved, with ``model.vocab_size``.
         device: of this rank.
+        mesh: to build on; None makes it.
     """
-    check(config, torch.distributed.get_world_size())
+    if not config.stages:  # else this is one of them, and all were checked together
+        check(config, torch.distributed.get_world_size())
     set_determinism(config)
-    mesh = build_mesh(config, device)
+    mesh = mesh or build_mesh(config, device)
     parts = build_parts(config, mesh, device)
     for part in parts:
         part.train()

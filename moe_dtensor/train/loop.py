@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import gc
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
@@ -14,10 +15,11 @@ from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
 from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
+from moe_dtensor.data.prefetch import Prefetcher
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
-from moe_dtensor.train.display import Display
 from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
@@ -25,9 +27,11 @@ from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Sink, build_sinks, check_sinks, say_aside
-from moe_dtensor.train.step import StepResult, evaluate, read_batch, train_step
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
+from moe_dtensor.train.stages import give, keep, same_sizes
+from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.watch import Watch
+from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
 
 
 def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
@@ -46,6 +50,7 @@ def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
         return corpus, set_vocabulary(config, corpus), corpus.fingerprint()
 
     corpus, config, fingerprint = ranks.agree(read)
+    check_weights(config)
     folder = ranks.agree(lambda: open_run_folder(config, fingerprint, given))
     try:
         status = DONE
@@ -84,21 +89,25 @@ class Run:
     def __post_init__(self) -> None:
         config, folder = self.config, self.folder
         self.told = describe(config, self.corpus)
+        self.exported = plan_export(config, self.folder.checkpoints)
         self.trainer: Trainer = build(config, self.device)
         self.loader, self.validation = self.loaders or build_loaders(config, self.corpus)
+        self.batches = Prefetcher(self.loader, self.trainer.mesh["dp"].get_local_rank(), config.mesh.dp)
         self.checkpoints = CheckpointManager(
             folder.checkpoints,
             config,
             list(self.trainer.parts),
             self.trainer.optimizers,
             self.trainer.schedule,
-            self.loader,
+            self.batches,
             self.trainer.balance,
             Identity(folder.run_id, folder.run["data"], folder.start_id, folder.check_owner),
             self._warn,
         )
         resumes = config.checkpoint.enable and folder.state == "unfinished"
         self.step = (self.checkpoints.load_latest() or 0) if resumes else 0
+        if config.checkpoint.initial and self.step == 0:
+            load_initial(self.trainer, open_initial(config))
         self.is_rank_0 = dist.get_rank() == 0
         self.profiler = Profiler(config.profiling, folder.path, dist.get_rank())
         self.display: Display | None = None
@@ -113,6 +122,7 @@ class Run:
             world_size=dist.get_world_size(),
             flops_per_token=flops_per_token(config),
             layers=sorted(moe_layers(config)),
+            names={key: [s.name for s in config.data.sources] for key in ("source_loss", "source_tokens")},
         )
         self.begun = False
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -130,6 +140,8 @@ class Run:
             f"on {self.device.type}; run folder {self.folder.path}"
         )
         display.say(self.told)
+        if packing := self.loader.told():
+            display.say(packing)
         if notice := routing_notice(self.config):
             display.say(notice)
         return display
@@ -147,10 +159,11 @@ class Run:
         while self.step < steps:
             self.step += 1
             self._now("step")
+            self._enter_stage()
             self.profiler.before_step(self.step)
             lr = self.trainer.schedule.lr
             asked = float(self.request.signal != 0)
-            result = train_step(self.trainer, read_batch(self.trainer, self.loader), asked)
+            result = train_step(self.trainer, to_device(self.batches.next(), self.device), asked)
             self._begin()
             self._record(result, lr)
             self.profiler.after_step(self.step)
@@ -186,6 +199,8 @@ class Run:
                 "Make room, and start again: the run resumes from there.",
                 common=True,
             )
+        if self.exported is not None:
+            _say(f"The weights are in {write_export(self.exported, self.folder.path)}.")
         if self.is_rank_0:
             self.folder.finish(self.step)
         return DONE
@@ -199,7 +214,31 @@ class Run:
             say_aside(f"Ended{by} after step {self.step} of {self.config.training.steps}, {kept}.")
         return AGAIN if saved else FAILED
 
+    def _enter_stage(self) -> None:
+        """Before a step with other sizes than the last: build for them, with the same weights."""
+        config = stage_at(self.config, self.step)
+        if same_sizes(config, self.trainer.config):
+            return
+        kept, mesh = keep(self.trainer), self.trainer.mesh
+        self.checkpoints.replace([], self.trainer.optimizers, self.trainer.schedule, self.trainer.balance)
+        with self.meter.paused():
+            del self.trainer
+            gc.collect()  # modules and their hooks hold one another
+            self.trainer = build(config, self.device, mesh)
+            give(self.trainer, kept)
+            trainer = self.trainer
+            self.checkpoints.replace(list(trainer.parts), trainer.optimizers, trainer.schedule, trainer.balance)
+            if self.validation is not None:
+                self.validation = Loader(replace(config, stages=()), self.corpus, "validation")
+        self.meter.enter_stage(flops_per_token(config))
+        training = config.training
+        _say(
+            f"From step {self.step} on a batch is {training.global_batch_size} sequences of {training.seq_len} tokens."
+        )
+
     def _close(self) -> None:
+        self.batches.close()
+        self.loader.close()
         self.profiler.close()
         self._now("saving")
         self.checkpoints.wait()
@@ -208,7 +247,11 @@ class Run:
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
+        values["data_wait_seconds"] = self.batches.wait_seconds
         values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
+        if result.source_loss_N is not None:
+            values["source_loss"] = result.source_loss_N
+            values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
         if len(result.churn_L):
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
@@ -220,15 +263,13 @@ class Run:
         self.meter.add(self.step, values)
 
     def _validate(self, loader: Loader) -> Tensor:
-        """Mean loss over ``training.validation_sequences`` held-out sequences, the same ones every time."""
+        """Mean loss of the targets in ``training.validation_sequences`` held-out sequences, the same every time."""
         start = loader.state_dict()
-        batches = self.config.training.validation_sequences // self.config.training.global_batch_size
-        losses = []
-        for _ in range(batches):
-            self._now("step")
-            losses.append(evaluate(self.trainer, read_batch(self.trainer, loader)))
+        training = self.trainer.config.training
+        batches = training.validation_sequences // training.global_batch_size
+        loss = evaluate(self.trainer, (read_batch(self.trainer, loader) for _ in range(batches)))
         loader.load_state_dict(start)
-        return torch.stack(losses).mean()
+        return loss
 
     def _must_stop(self, result: StepResult) -> bool:
         """Whether a step since the last look was not finite, or too many in a row were skipped.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from moe_dtensor.config.schema import Config
+from moe_dtensor.config.stages import tokens_through
 from moe_dtensor.train.sinks import Record, Sink
 
 # Dense bf16 tensor-core FLOP/s by a fragment of the device's name, from the makers' data sheets (without
@@ -58,6 +61,7 @@ class Meter:
         world_size: ranks that share the work, for MFU.
         flops_per_token: forward and backward FLOPs of one token; 0 leaves MFU out.
         layers: block indices that name the entries of vector values, in their order.
+        names: other names of the entries, by the value's name; entries that are not a number are left out.
     """
 
     def __init__(
@@ -68,14 +72,16 @@ class Meter:
         world_size: int = 1,
         flops_per_token: float = 0.0,
         layers: Sequence[int] = (),
+        names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         self._device = device
         self._sinks = sinks
         self._log_interval = config.metrics.log_interval
-        self._tokens_per_step = config.training.global_batch_size * config.training.seq_len
+        self._config = config
         self._layers = [str(layer) for layer in layers]
-        peak = peak_flops(device)
-        self._mfu_per_token_rate = flops_per_token / (peak * world_size) if peak else 0.0
+        self._names = names
+        self._peak = (peak_flops(device) or 0.0) * world_size
+        self._flops_per_token = flops_per_token
         self._steps: list[tuple[int, dict[str, Value]]] = []
         self._since = time.perf_counter()
 
@@ -99,13 +105,20 @@ class Meter:
             return
         records = [{"step": step, **self._named(values)} for step, values in _read(self._steps, self._device)]
         now = time.perf_counter()
-        shared = self._measure((now - self._since) / len(records))
+        last, before = records[-1]["step"], records[0]["step"] - 1
+        tokens = tokens_through(self._config, last) - tokens_through(self._config, before)
+        shared = self._measure((now - self._since) / len(records), tokens / len(records))
         self._since = now
         self._steps = []
         for record in records:
-            record = {**record, "tokens": record["step"] * self._tokens_per_step, **shared}
+            record = {**record, "tokens": tokens_through(self._config, record["step"]), **shared}
             for sink in self._sinks:
                 sink.log(record)
+
+    def enter_stage(self, flops_per_token: float) -> None:
+        """Write what is left, and go on with a token's FLOPs at another sequence length."""
+        self.flush()
+        self._flops_per_token = flops_per_token
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -123,21 +136,25 @@ class Meter:
             sink.close()
 
     def _named(self, values: Mapping[str, Read]) -> Record:
-        """Vectors become dicts by layer."""
-        return {
-            name: dict(zip(self._layers, value, strict=True)) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
+        """Vectors become dicts by layer, or by their own names."""
+        record: Record = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                entries = zip(self._names.get(name, self._layers), value, strict=True)
+                record[name] = {key: x for key, x in entries if name not in self._names or not math.isnan(x)}
+            else:
+                record[name] = value
+        return record
 
-    def _measure(self, step_seconds: float) -> Record:
-        tokens_per_second = self._tokens_per_step / step_seconds
+    def _measure(self, step_seconds: float, step_tokens: float) -> Record:
+        tokens_per_second = step_tokens / step_seconds
         measured = {
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
             "peak_memory_gib": _peak_memory(self._device) / 2**30,
         }
-        if self._mfu_per_token_rate:
-            measured["mfu"] = self._mfu_per_token_rate * tokens_per_second
+        if self._peak and self._flops_per_token:
+            measured["mfu"] = self._flops_per_token * tokens_per_second / self._peak
         return measured
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_dtensor.config.errors import RunError
-from moe_dtensor.placement import build_plan, find_row
+from moe_dtensor.placement import build_table, find_row
 from moe_dtensor.train.build import Trainer
 
 _PIECE = 1 << 22
@@ -52,7 +52,7 @@ def check_replicas(trainer: Trainer, step: int) -> None:
 
 def replicas(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
     """What this rank holds alike with its tp group, by name; the balance of all ranks last."""
-    plan = build_plan(trainer.config)
+    plan = build_table(trainer.config)
     alike = {
         name: parameter
         for part in trainer.parts

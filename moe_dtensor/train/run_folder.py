@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dtensor.checkpoint.folder import owners, remove_all
+from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps
 from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.checkpoint.small_files import write_small
 from moe_dtensor.config.errors import ConfigError, RunError
@@ -24,12 +24,14 @@ from moe_dtensor.config.load import dump
 from moe_dtensor.config.schema import Config
 from moe_dtensor.train.lease import LEASE_FILE, Lease
 from moe_dtensor.train.profile import PROFILE_FOLDER
-from moe_dtensor.train.same_run import data_differences, differences, with_defaults
+from moe_dtensor.train.same_run import changed_past, data_differences, differences, with_defaults
 from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER, cut_back, last_step
 
 CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
 HANG_FOLDER = "hangs"
+EXPORT_FOLDER = "hugging_face"
+"""Where ``checkpoint.export_hf`` writes."""
 
 
 @dataclass
@@ -272,8 +274,10 @@ def _check_same_run(path: Path, config: Config, old_data: str, data: str) -> Non
         ) from None
     new = asdict(config)
     found = differences(old, new)
+    if saved := whole_steps(path / config.checkpoint.folder):
+        found += changed_past(old, new, saved[-1])
     if old_data != data:
-        found += data_differences(old, new) or [
+        found += data_differences(old, with_defaults(new)) or [
             f"the documents or the tokenizer behind data.corpus = {config.data.corpus!r} have changed"
         ]
     if found:
@@ -336,7 +340,7 @@ def _clear(path: Path, checkpoints: Path) -> None:
     if run is None:
         return
     remove_all(checkpoints, run["run_id"])
-    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER, HANG_FOLDER):
+    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER, HANG_FOLDER, EXPORT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (METRICS_FILE, CONFIG_FILE, RUN_FILE):
         (path / name).unlink(missing_ok=True)

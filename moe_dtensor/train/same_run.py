@@ -10,12 +10,13 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.tables import tables
 
 _FREE_KEYS = {
-    "model": set[str](),
+    "model": {"attention_backend"},
+    "rope": set[str](),
     # How experts are computed changes no bit; how they are balanced may be tuned on the way, as the optimizer may.
     "moe": {"backend", "rows", "balance_loss", "balance_over", "z_loss", "bias_rate", "jitter"},
 }
 _FIXED_KEYS = {
-    "data": ("document_mask",),
+    "data": ("document_mask", "packing", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 
@@ -23,7 +24,7 @@ _FIXED_KEYS = {
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys that make ``new`` another run than ``old``, as ``table.key = old there, new here``.
 
-    Fixed are ``[model]``, ``[moe]`` but for how it is computed and balanced, and of ``[data]`` and ``[training]`` what
+    Fixed are [model], [rope] and [moe] but for how it is computed and balanced, and of [data] and [training] what
     decides a step's tokens and the master weights' precision. A key that ``old``, written by an older version, lacks
     counts as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved config.
     """
@@ -39,12 +40,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
 
 
+def changed_past(old: dict[str, Any], new: dict[str, Any], steps: int) -> list[str]:
+    """What of the data's order in the first ``steps`` steps ``new`` would change; arguments as :func:`differences`."""
+    old, new = with_defaults(old), with_defaults(new)
+    begun, now = ([stage for stage in x["stages"] if stage["from_step"] <= steps] for x in (old, new))
+    found = [f"stages up to step {steps} = {begun!r} there, {now!r} here"] if begun != now else []
+    there, here = old["training"]["steps"], new["training"]["steps"]
+    if there != here and any(source["tokens"] for source in new["data"]["sources"]):
+        found.append(f"training.steps = {there} there, {here} here, of which data.sources.*.tokens are shares")
+    return found
+
+
 def data_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys of ``[data]`` that differ, named where the data do."""
     return [
         f"data.{key} = {old['data'].get(key)!r} there, {value!r} here"
         for key, value in new["data"].items()
-        if old["data"].get(key) != as_toml(value)
+        if old["data"].get(key) != value
     ]
 
 
@@ -57,7 +69,8 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in values.get(name, {}).items() if key in table.fields}
         for name, table in tables().items()
     }
-    return asdict(resolve(build(known), 1))
+    known["data"] |= {"sources": values.get("data", {}).get("sources", ())}
+    return asdict(resolve(build({**known, "stages": values.get("stages", ())}), 1))
 
 
 def as_toml(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class StepResult:
     """Of each depth of multi-token prediction the summed loss over the step's target tokens, in nats."""
     asked_to_end: Tensor
     """Above 0 if some rank was asked to end."""
+    source_loss_N: Tensor | None = None
+    """Mean loss over the target tokens of each of ``data.sources``; not a number where the step has none of it."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -56,6 +59,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         None if batch.positions_BS is None else move(batch.positions_BS),
         None if batch.documents_BS is None else move(batch.documents_BS),
         None if batch.sequence_B is None else move(batch.sequence_B),
+        None if batch.source_B is None else move(batch.source_B),
     )
 
 
@@ -68,9 +72,15 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     training = trainer.config.training
     trainer.optimizers.zero_grad()
     scale = 1.0 / count_targets(trainer, batch)
+    keep_sequence_losses(trainer, batch)
     loss = trainer.runner.step(batch, scale)
-    loss, record_LR, mtp_K, asked = sum_over_ranks(
-        trainer, loss, take_record(trainer), take_mtp_loss(trainer) * scale, asked_to_end
+    loss, record_LR, mtp_K, source_2N, asked = sum_over_ranks(
+        trainer,
+        loss,
+        take_record(trainer),
+        take_mtp_loss(trainer) * scale,
+        take_source_losses(trainer, batch),
+        asked_to_end,
     )
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
@@ -78,18 +88,29 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     update(trainer, finite)
     routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
-    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked)
+    source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
+    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N)
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, batch: Batch) -> Tensor:
-    """Mean loss of a global batch, of which ``batch`` is this dp rank's share, routed as in evaluation; float64."""
+def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
+    """Mean loss of the target tokens of all ``batches``, routed as in evaluation; float64.
+
+    Args:
+        batches: of each global batch this dp rank's share.
+    """
     for part in trainer.parts:
         part.eval()
-    loss = trainer.runner.evaluate(batch) / count_targets(trainer, batch)
+    loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    targets = torch.zeros_like(loss)
+    for batch in batches:
+        loss += trainer.runner.evaluate(batch)
+        targets += count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
-    return sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer))[0]
+    none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
+    total = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
+    return total / targets
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
@@ -118,19 +139,46 @@ def take_mtp_loss(trainer: Trainer) -> Tensor:
     return taken[0] if taken else torch.zeros(trainer.config.model.mtp_depth, device=trainer.device)
 
 
+def keep_sequence_losses(trainer: Trainer, batch: Batch) -> None:
+    """Have the last stage keep the loss of each sequence, where sources are to be told apart."""
+    for part in trainer.parts:
+        part.sequence_losses = [] if batch.source_B is not None and part.is_last else None
+
+
+def take_source_losses(trainer: Trainer, batch: Batch) -> Tensor:
+    """Summed loss and target tokens of each source on this rank, ``(2, N)`` float64; 0 without the last stage."""
+    source_2N = torch.zeros(2, len(trainer.config.data.sources), dtype=torch.float64, device=trainer.device)
+    for part in trainer.parts:
+        kept, part.sequence_losses = part.sequence_losses, None
+        if not kept or batch.source_B is None or batch.sequence_B is None:
+            continue
+        sequence_B, loss_B = (torch.cat(x) for x in zip(*kept, strict=True))
+        place_B = sequence_B - batch.sequence_B[0]  # microbatches may come in any order
+        source_2N[0].index_add_(0, batch.source_B[place_B], loss_B.to(torch.float64))
+        targets_B = (batch.labels_BS != IGNORED).sum(1)
+        source_2N[1].index_add_(0, batch.source_B, targets_B.to(torch.float64))
+    return source_2N
+
+
 def sum_over_ranks(
-    trainer: Trainer, loss: Tensor, record_LR: Tensor, mtp_K: Tensor, asked_to_end: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trainer: Trainer,
+    loss: Tensor,
+    record_LR: Tensor,
+    mtp_K: Tensor,
+    source_2N: Tensor,
+    asked_to_end: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Each rank's share of losses and routing record to those of the step, and requests to end, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
-        loss, mtp_K = torch.zeros_like(loss), torch.zeros_like(mtp_K)
+        loss, mtp_K, source_2N = torch.zeros_like(loss), torch.zeros_like(mtp_K), torch.zeros_like(source_2N)
         record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
     asked = torch.full((1,), asked_to_end, dtype=torch.float64, device=loss.device)
-    packed = torch.cat([loss.to(torch.float64).reshape(1), mtp_K.to(torch.float64), asked, record_LR.flatten()])
+    shares = [loss.to(torch.float64).reshape(1), mtp_K.to(torch.float64), record_LR.flatten(), source_2N.flatten()]
+    packed = torch.cat([*shares, asked])
     dist.all_reduce(packed)
-    loss, mtp_K, asked, record = packed.split([1, len(mtp_K), 1, record_LR.numel()])
-    return loss[0], record.view_as(record_LR), mtp_K, asked[0]
+    loss, mtp_K, record, source, asked = packed.split([*(len(share) for share in shares), 1])
+    return loss[0], record.view_as(record_LR), mtp_K, source.view_as(source_2N), asked[0]
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:

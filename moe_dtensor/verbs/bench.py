@@ -1,4 +1,4 @@
-"""``bench layer``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
+"""``bench layer``, ``bench attention``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
 
-HELP = "time the expert layer (bench layer), training steps (bench train), a transformers model (bench transformers)"
+HELP = (
+    "time the expert layer, attention, training steps, a transformers model (bench layer|attention|train|transformers)"
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark that the first word names; 1 if a backend gave a wrong answer."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
-    benches = {"layer": _layer, "train": _train, "transformers": _transformers}
+    benches = {"layer": _layer, "attention": _attention, "train": _train, "transformers": _transformers}
     if what in benches:
         return benches[what](rest)
     if what in ("-h", "--help"):
@@ -38,14 +40,39 @@ def _layer(argv: list[str]) -> int:
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="default: all, and installed peers")
     parser.add_argument("--skew", default="0", choices=("0", "zipf"), help="of the routing")
     parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run backends and peers by torch.compile, as training does (default: on CUDA)",
+    )
     options = parser.parse_args(argv)
     from moe_dtensor.bench.layer import bench_layer
 
     try:
-        results = bench_layer(options.shapes, options.backends, options.skew, options.json)
+        results = bench_layer(options.shapes, options.backends, options.skew, options.json, options.compile)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 1 if any(result.failure for result in results) else 0
+
+
+def _attention(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_dtensor bench attention",
+        description="attention, forward and backward, on one device: documents, windows, sinks and latent heads, "
+        "beside plain causal attention",
+    )
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all but tiny")
+    parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
+    options = parser.parse_args(argv)
+    from moe_dtensor.bench.attention import DEFAULT, bench_attention
+
+    try:
+        results = bench_attention(options.shapes or DEFAULT, options.json)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    # What is there for comparison may fail.
+    return 1 if any(result.failure for result in results if result.way.startswith("attend")) else 0
 
 
 def _train(argv: list[str]) -> int:
@@ -53,11 +80,23 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts (default: 5)")
     parser.add_argument("--measure", type=int, default=10, help="steps that are timed (default: 10)")
     parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=("torchtitan", "torchtitan_amp"),
+        help="then train torchtitan's Qwen3-MoE of the same sizes on the same batches (default: torchtitan)",
+    )
+    parser.add_argument(
+        "--peer-microbatch", type=int, default=0, metavar="N", help="its sequences in a forward; 0: what fits"
+    )
     parser.add_argument("--breakdown", action="store_true", help="also record where the GPUs' time goes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to a file")
     options, config = parser.load(argv)
     if min(options.warmup, options.measure) < 1:
         raise ConfigError(f"--warmup {options.warmup} and --measure {options.measure} must be at least 1.")
+    peers = () if options.peers is None else tuple(options.peers) or ("torchtitan",)
+    if peers and importlib.util.find_spec("torchtitan") is None:
+        raise ConfigError("--peers needs the package torchtitan.", 'Run pip install -e ".[torchtitan]".')
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     variants = load_variants(options.variants, config) if options.variants else {"": config}
     for variant in variants.values():
@@ -65,7 +104,8 @@ def _train(argv: list[str]) -> int:
     from moe_dtensor.bench.train import Options, bench_train
 
     resolved = {name: resolve(variant, world_size) for name, variant in variants.items()}
-    return bench_train(resolved, Options(options.warmup, options.measure, options.breakdown, options.json))
+    measured = (options.warmup, options.measure, options.breakdown, options.json)
+    return bench_train(resolved, Options(*measured, peers, options.peer_microbatch))
 
 
 def _transformers(argv: list[str]) -> int:

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -30,7 +31,10 @@ BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm")
 
 def main(argv: list[str]) -> int:
     """Print a table, a row for each mesh and schedule; 1 if any differs from the oracle, else 0."""
+    if any(word.partition("=")[0] == "--against" for word in argv):
+        return _against(argv)
     parser = Parser("verify", HELP)
+    parser.add_argument("--against", metavar="FILE", help="judge a step file of any trainer; needs no --config")
     parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help=f"default: {' '.join(DEFAULT_MESHES)}")
     parser.add_argument("--schedules", nargs="+", metavar="NAME", help="for meshes with pp > 1; default: the config's")
     parser.add_argument("--dtype", default="float64", choices=DTYPES, help="computation; default: float64")
@@ -40,34 +44,99 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
     parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
+    parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
+    parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
     options, config = parser.load(argv)
+    if options.fuzz is not None:
+        return _fuzz(options, config)
     variants = load_variants(options.variants, config) if options.variants else {"": config}
 
     # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from moe_dtensor.verify.cases import Case
-    from moe_dtensor.verify.miniature import shrink, steps_to_show
+    from moe_dtensor.verify.cases import whole_case
+    from moe_dtensor.verify.miniature import judged, shrink
+    from moe_dtensor.verify.record import write_record
+    from moe_dtensor.verify.run import computation
 
     cases: list[tuple[str, Case]] = []
     for name, variant in variants.items():
         chosen = _with_backend(variant, options)
         layouts, refused = choose_layouts(chosen, options.meshes, options.schedules)
-        miniature = shrink(chosen, layouts, options.dtype, options.compiled)
-        cases += [(name, Case(layout, miniature, steps=steps_to_show(miniature))) for layout in layouts]
+        if options.exact:
+            miniature = judged(chosen, options.dtype, options.compiled)
+        else:
+            miniature = shrink(chosen, layouts, options.dtype, options.compiled)
+        cases += [(name, whole_case(layout, miniature)) for layout in layouts]
         for mesh, reason in refused.items():
             print(f"{f'{name} ' if name else ''}{mesh} not run: {reason}")
+    cases, degenerate = _distinct(cases, computation)
+    for name, same in degenerate.items():
+        print(f"{name} not run: the same computation as {same}")
     # Cases on the same mesh share one start of its ranks.
     order = list(dict.fromkeys(case.layout.mesh for _, case in cases))
     cases.sort(key=lambda named: order.index(named[1].layout.mesh))
     verdicts = _judge(cases, options.dtype)
+    print(f"{sum(v.ok for v in verdicts)} of {len(verdicts)} distinct computations agree with the oracle")
     if options.json:
-        texts = [
-            v.to_json() | {"dtype": options.dtype, "backend": case.config.moe.backend, "variant": name}
-            for v, (name, case) in zip(verdicts, cases, strict=True)
-        ]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, verdicts, cases, options.compiled)
     return 0 if all(v.ok for v in verdicts) else 1
+
+
+def _distinct(
+    cases: list[tuple[str, Case]], computation: Callable[[Case], str]
+) -> tuple[list[tuple[str, Case]], dict[str, str]]:
+    """The cases without those that compute what an earlier one does, and those, with the earlier one's name."""
+    first: dict[str, str] = {}
+    kept, same = [], {}
+    for name, case in cases:
+        told = " ".join(word for word in (case.layout.mesh, case.layout.schedule, name) if word and word != "none")
+        earlier = first.setdefault(computation(case), told)
+        if earlier == told:
+            kept.append((name, case))
+        else:
+            same[told] = earlier
+    return kept, same
+
+
+def _against(argv: list[str]) -> int:
+    """Say whether the step in a file is the oracle's; 1 if not."""
+    parser = argparse.ArgumentParser("python -m moe_dtensor verify", description=HELP)
+    parser.add_argument("--against", type=Path, required=True, metavar="FILE", help="a step file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdict to a file")
+    options = parser.parse_args(argv)
+    from moe_dtensor.verify.against import explain, judge_step
+    from moe_dtensor.verify.step_file import read_step_file
+
+    step = read_step_file(options.against)
+    verdict = judge_step(step)
+    worst = explain(step, verdict)
+    for line in worst[:12]:
+        print(line)
+    if len(worst) > 12:
+        print(f"… and {len(worst) - 12} more")
+    outcome = f"{len(worst)} of {len(verdict.deviations)} quantities differ" if worst else "agrees with the oracle"
+    print(f"{step.trainer}, {step.dtype}: {outcome}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(verdict.to_json() | {"differ": worst}, indent=1) + "\n", encoding="utf-8")
+    return 0 if verdict.ok else 1
+
+
+def _fuzz(options: argparse.Namespace, config: Config) -> int:
+    if options.fuzz < 1:
+        raise ConfigError(f"--fuzz {options.fuzz}: no number of cases.", "Give 1 or more.")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    from moe_dtensor.bench.provenance import provenance
+    from moe_dtensor.verify.fuzz_loop import fuzz
+
+    result = fuzz(options.fuzz, options.seed, options.config, config, lambda line: print(line, flush=True))
+    kinds = dict(Counter(f["kind"] for f in result["failures"]))
+    print(f"{result['cases']} cases, {result['distinct']} distinct, {result['failed']} failed {kinds or ''}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(provenance() | result, indent=1) + "\n", encoding="utf-8")
+    return 1 if result["failed"] else 0
 
 
 def _with_backend(config: Config, options: argparse.Namespace) -> Config:

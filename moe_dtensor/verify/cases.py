@@ -50,7 +50,8 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "kv_heads": ("all", "fewer than tp"),
     "qk_norm": ("none", "head", "full"),
     "sequence_parallel": (True, False),
-    "activation": ("swiglu", "gelu"),
+    "activation": ("swiglu", "gelu", "swiglu_clamped"),
+    "expert_bias": (False, True),
     "norm": ("rmsnorm", "layernorm"),
     "documents": (False, True),
     "mtp_depth": (0, 1, 2),
@@ -67,6 +68,15 @@ class Case:
     config: Config
     empty_expert: bool = False
     steps: int = 1
+    skipped: tuple[int, ...] = ()
+    """Steps, from 1, in which one rank's gradient is made infinite."""
+    restarted: int = 0
+    """Step after which all is saved, built anew and loaded; 0: none."""
+
+
+def whole_case(layout: Layout, config: Config) -> Case:
+    """Four steps, of which the second is skipped; after the third the run is saved and goes on from its checkpoint."""
+    return Case(layout, config, steps=4, skipped=(2,), restarted=3)
 
 
 def possible(setting: Setting) -> bool:
@@ -164,6 +174,7 @@ def build_case(setting: Setting) -> Case:
             "moe.shared_hidden_dim": 24 if setting["shared"] == "wide, with a gate" else 0,
             "moe.shared_gate": setting["shared"] == "wide, with a gate",
             "moe.router_bias": setting["router_bias"],
+            "moe.expert_bias": setting["expert_bias"],
             "moe.gate_on": setting["gate_on"],
             "model.norm_at": setting["norm_at"],
             "model.mtp_depth": setting["mtp_depth"],

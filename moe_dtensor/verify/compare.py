@@ -13,8 +13,21 @@ from torch import Tensor
 FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share."""
 
-KINDS = ("routing", "statistic", "gradient", "loss", "grad_norm", "parameter", "state")
+KINDS = (
+    "routing",
+    "statistic",
+    "gradient",
+    "loss",
+    "grad_norm",
+    "moment",
+    "update",
+    "parameter",
+    "state",
+    "validation",
+)
 """What is compared, in the order in which one thing explains another."""
+RELATIVE = ("gradient", "moment", "update")
+"""What the reference backend tells the limit of, in bfloat16."""
 FORWARD = ("routing", "statistic")
 """Of MoE blocks: what is routed otherwise is another computation from that block on."""
 
@@ -61,6 +74,8 @@ class Verdict:
     seconds: float = 0.0
     failure: str = ""
     """What a rank raised, if none of this could be compared."""
+    experts_ran_as: str = ""
+    """The backend of the experts, whatever ``auto`` came to."""
 
     @property
     def ok(self) -> bool:
@@ -89,6 +104,7 @@ class Verdict:
             "compared": len(self.deviations),
             "failed": self.failed(),
             "failure": self.failure,
+            "experts_ran_as": self.experts_ran_as,
             "seconds": round(self.seconds, 2),
         }
 
@@ -140,9 +156,11 @@ def worst_of_each(deviations: Iterable[Deviation]) -> tuple[Deviation, ...]:
 def relative_to(
     found: Iterable[Deviation], reference: Iterable[Deviation], factor: float, least: float
 ) -> Iterator[Deviation]:
-    """The same deviations, gradients judged by ``factor`` times the reference backend's error on them.
+    """The same deviations, those of :data:`RELATIVE` judged by ``factor`` times the reference backend's error on them.
 
-    Their own limit stays the most that is allowed: where the reference is wrong too, both fail.
+    A gradient and a moment by the error on the same tensor; an update, in which a rounded sign counts whole and a small
+    tensor has few of them, by the largest of the step. Their own limit stays the most that is allowed: where the
+    reference is wrong too, both fail.
 
     Args:
         found: of the backend in question.
@@ -150,10 +168,14 @@ def relative_to(
         factor: how many times its error is allowed.
         least: an error of the reference below this counts as this.
     """
-    errors = {(d.name, d.step): d.error for d in reference if d.kind == "gradient"}
+    errors: dict[tuple[str, str, int], float] = {}
+    for d in reference:
+        for key in ((d.name, d.kind, d.step), ("", d.kind, d.step)):
+            errors[key] = max(errors.get(key, 0.0), d.error)
     for d in found:
-        limit = min(d.limit, factor * max(errors[d.name, d.step], least)) if d.kind == "gradient" else d.limit
-        yield replace(d, limit=limit)
+        own = factor * max(errors["" if d.kind == "update" else d.name, d.kind, d.step], least)
+        # A limit of 0 is a number that has to be equal.
+        yield replace(d, limit=min(d.limit, own)) if d.kind in RELATIVE and d.limit else d
 
 
 def _plain(value: Any) -> Any:

@@ -44,18 +44,48 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     model = config.model
-    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "wq.weight": (width, model.dim),
-        "wk.weight": (kv_width, model.dim),
-        "wv.weight": (kv_width, model.dim),
-        "wo.weight": (model.dim, width),
-    }
-    if model.qk_norm == "head":
-        shapes |= {"q_norm.weight": (model.head_dim,), "k_norm.weight": (model.head_dim,)}
-    elif model.qk_norm == "full":
-        shapes |= {"q_norm.weight": (width,), "k_norm.weight": (kv_width,)}
+    shapes = _latent_shapes(config) if model.kv_rank else _head_shapes(config)
+    width = model.num_heads * (model.v_dim or model.head_dim)
+    shapes["wo.weight"] = (model.dim, width)
+    if model.attention_bias == "all":
+        shapes["output_bias"] = (model.dim,)
+    if model.attention_gate:
+        shapes["gate.weight"] = (width, model.dim)
+    if model.sinks:
+        shapes["sinks"] = (model.num_heads,)
     return shapes
+
+
+def _head_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    model = config.model
+    widths = {
+        name: heads * model.head_dim
+        for name, heads in (("q", model.num_heads), ("k", model.num_kv_heads), ("v", model.num_kv_heads))
+    }
+    shapes: dict[str, tuple[int, ...]] = {f"w{name}.weight": (width, model.dim) for name, width in widths.items()}
+    if model.attention_bias != "none":
+        shapes |= {f"w{name}.bias": (width,) for name, width in widths.items()}
+    if model.qk_norm != "none":
+        whole = model.qk_norm == "full"
+        shapes |= {f"{name}_norm.weight": (widths[name] if whole else model.head_dim,) for name in "qk"}
+    return shapes
+
+
+def _latent_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    model = config.model
+    width = model.num_heads * (model.nope_dim + model.rope_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        "wkv_a.weight": (model.kv_rank + model.rope_dim, model.dim),
+        "kv_a_norm.weight": (model.kv_rank,),
+        "wkv_b.weight": (model.num_heads * (model.nope_dim + model.v_dim), model.kv_rank),
+    }
+    if not model.q_rank:
+        return shapes | {"wq.weight": (width, model.dim)}
+    return shapes | {
+        "wq_a.weight": (model.q_rank, model.dim),
+        "q_a_norm.weight": (model.q_rank,),
+        "wq_b.weight": (width, model.q_rank),
+    }
 
 
 def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -66,6 +96,9 @@ def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "experts.w_up": (moe.num_experts, ups, moe.hidden_dim, dim),
         "experts.w_down": (moe.num_experts, dim, moe.hidden_dim),
     }
+    if moe.expert_bias:
+        shapes["experts.up_bias"] = (moe.num_experts, ups, moe.hidden_dim)
+        shapes["down_bias"] = (moe.num_experts, dim)
     if moe.router_bias:
         shapes["router.logit_bias"] = (moe.num_experts,)
     if moe.shared_hidden_dim:

@@ -1,9 +1,9 @@
 """Shrink a config to a model that a laptop can prove things about, and keep all that decides what is computed.
 
-Kept: activation, norms, qk_norm, all of routing and balancing, K, shared experts, which kinds of block there are,
-tied or not, the ratio of query to key/value heads and how key/value heads divide over tp, sequence parallelism,
-recompute, the document mask, clipping, the optimizer. Each size is the smallest that every mesh and
-schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
+Kept: activation, norms, attention with its biases, latents, windows and the rest, all of routing and balancing, K,
+shared experts, which kinds of block there are, tied or not, the ratio of query to key/value heads and how key/value
+heads divide over tp, sequence parallelism, recompute, the document mask, clipping, the optimizer. Each size is the
+smallest that every mesh and schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
+from moe_dtensor.config.attention import block_rotates, block_window, is_latent
 from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
@@ -73,11 +74,23 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
     Raises:
         ConfigError: a layout does not accept the config at its full size, or verify cannot judge it.
     """
-    _refuse_unknown_parts(config)
     for layout in layouts:
         layout.place(config)
+    small = override(judged(config, dtype, compiled), _telling_updates(config))
+    for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
+        small = step(small, resolve(config, 1), layouts)
+    return small
+
+
+def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Config:
+    """``config`` at its own size in this dtype, without what the oracle does not know.
+
+    Raises:
+        ConfigError: verify cannot judge it.
+    """
+    _refuse_unknown_parts(config)
     wide = dtype if dtype in ("float64", "float32") else "float32"
-    small = override(
+    return override(
         config,
         {
             "training.dtype": wide,
@@ -85,18 +98,33 @@ def shrink(config: Config, layouts: Sequence[Layout], dtype: str = "float64", co
             "training.reduce_dtype": wide,
             "compile.enable": compiled,
             "compile.async_tp": compiled and config.compile.async_tp,
+            "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
             "checkpoint.enable": False,
-            # Where a second step is taken: the oracle knows no way down.
-            "lr_scheduler.decay": "constant",
             "data.corpus": "random",
             "data.tokenizer": "bytes",
-            "model.vocab_size": 301,
+            "model.vocab_size": config.model.vocab_size or 261,
+            # The oracle knows no way down.
+            "lr_scheduler.decay": "constant",
         },
     )
-    for step in (_shrink_widths, _shrink_heads, _shrink_experts, _shrink_layers, _shrink_batch):
-        small = step(small, resolve(config, 1), layouts)
-    return small
+
+
+def _telling_updates(config: Config) -> dict[str, Any]:
+    """An optimizer whose every part is a large share of an update: betas and eps are the config's.
+
+    At a rate as in training a weight moves by less than narrow dtypes tell from rounding, decay adds to that by a
+    fiftieth, and a norm that is not clipped shows in nothing.
+    """
+    optimizer, most = config.optimizer, config.training.max_grad_norm
+    return {
+        "optimizer.lr": max(optimizer.lr, 1e-2),
+        "optimizer.weight_decay": max(optimizer.weight_decay, 4.0) if optimizer.weight_decay else 0.0,
+        "training.max_grad_norm": min(most, 0.1),
+        "lr_scheduler.warmup_steps": 0,
+        # Padded to 320: over 8 tp ranks the last has padding alone, the one before it both.
+        "model.vocab_size": 261,
+    }
 
 
 def _refuse_unknown_parts(config: Config) -> None:
@@ -127,16 +155,39 @@ def _shrink_widths(small: Config, whole: Config, layouts: Sequence[Layout]) -> C
     split = lcm(*(layout.tp for layout in layouts), *(layout.dp for layout in layouts))
     # Half precision is judged by statistics of rounding and by kernels that work in tiles: both want more of it.
     more = 3 if small.training.param_dtype == "bfloat16" else 1
+    head = 8 if more == 1 else 16
     return override(
         small,
         {
             # Heads come next; head_dim is fixed first so that it no longer follows the width.
-            "model.head_dim": 8,
+            "model.head_dim": head,
+            **_attention_widths(whole, head, split),
             "model.dim": lcm(24 * more, split),
             "model.hidden_dim": lcm(40 * more, split),
             "moe.hidden_dim": lcm(16 * more, split),
         },
     )
+
+
+def _attention_widths(whole: Config, head: int, split: int) -> dict[str, Any]:
+    """Of latents, of what is rotated and of windows; a limit and a context so small that they are met."""
+    model, rope, length = whole.model, whole.rope, whole.training.seq_len
+    changes: dict[str, Any] = {}
+    if is_latent(whole):
+        changes |= {"model.kv_rank": lcm(10, split), "model.q_rank": lcm(14, split) if model.q_rank else 0}
+        changes |= {"model.nope_dim": head, "model.rope_dim": head // 2, "model.v_dim": head + head // 4}
+    elif model.rotary_dim < model.head_dim:
+        changes["model.rotary_dim"] = head // 2
+    if model.clip_qkv:
+        changes["model.clip_qkv"] = 0.5
+    if model.window:
+        changes["model.window"] = min(model.window, 3)
+    if rope.scaling == "longrope":
+        pairs = (head // 2 if is_latent(whole) or model.rotary_dim < model.head_dim else head) // 2
+        factors = {"rope.short_factors": rope.short_factors, "rope.long_factors": rope.long_factors}
+        changes |= {key: given[:pairs] for key, given in factors.items()}
+        changes["rope.original_length"] = 4 if length > rope.original_length else 1024
+    return changes
 
 
 def _shrink_heads(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
@@ -167,25 +218,27 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
     return _first_legal(small, range(least, moe.num_experts + 1), lambda n: {"moe.num_experts": n}, layouts)
 
 
-def steps_to_show(config: Config) -> int:
-    """2 where a step depends on what balancing took over from the one before, else 1."""
-    moe = config.moe
-    carries = moe.bias_rate > 0 or (moe.balance_loss > 0 and moe.balance_over == "batch")
-    return 2 if moe.num_experts and carries else 1
-
-
 def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
-    total, with_experts = whole.model.num_layers, moe_layers(whole)
-    kinds = [i in with_experts for i in range(total)]
+    total, with_experts, model = whole.model.num_layers, moe_layers(whole), whole.model
+    kinds = [(i in with_experts, block_window(whole, i) > 0, block_rotates(whole, i)) for i in range(total)]
+    distinct = list(dict.fromkeys(kinds))
 
     def fewer(n: int) -> dict[str, Any]:
         kept = kinds[:n]
-        if len(set(kept)) < len(set(kinds)):
-            kept[-1] = not kept[-1]
-        chosen = tuple(i for i, is_moe in enumerate(kept) if is_moe)
-        return {"model.num_layers": n, "moe.layers": chosen if 0 < len(chosen) < n else (), "moe.every": 1}
+        if set(kept) < set(kinds):
+            kept = distinct + kinds[len(distinct) : n]
+        chosen = tuple(i for i, (is_moe, _, _) in enumerate(kept) if is_moe)
+        windows = tuple("window" if window else "full" for _, window, _ in kept)
+        rotated = tuple("rope" if rotates else "none" for _, _, rotates in kept)
+        return {
+            "model.num_layers": n,
+            "moe.layers": chosen if 0 < len(chosen) < n else (),
+            "moe.every": 1,
+            "model.window_layers": windows if model.window_layers else (),
+            "model.rope_layers": rotated if model.rope_layers else (),
+        }
 
-    return _first_legal(small, range(min(2, total), total + 1), fewer, layouts)
+    return _first_legal(small, range(min(max(2, len(distinct)), total), total + 1), fewer, layouts)
 
 
 def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:

@@ -3,7 +3,7 @@
 One process, float64, a Python loop over experts and tokens. It shares nothing with what it judges but
 the config: no module, no kernel, no DTensor, no fused call. Where there is a choice it takes another road
 than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn). Routing is in
-:mod:`moe_dtensor.verify.oracle_routing`.
+:mod:`moe_dtensor.verify.oracle_routing`, attention in :mod:`moe_dtensor.verify.oracle_attention`.
 
 B sequences, S positions, D width, H heads, C head width, V vocabulary, T = B*S tokens, E experts, K choices,
 F hidden width.
@@ -12,7 +12,7 @@ F hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify.oracle_attention import Attention
 from moe_dtensor.verify.oracle_routing import Balance, Routed, histogram, jitter, place, route
 
 IGNORED = -100
@@ -56,6 +57,14 @@ class Answer:
     means: dict[int, dict[str, float]]
     routing: dict[int, list[Tensor]]
     kept: dict[int, list[Tensor]]
+    first_moments: dict[str, Tensor]
+    second_moments: dict[str, Tensor]
+    updates: int
+    """Steps until now whose update was applied."""
+    validation: float | None
+    """Loss of the same batch after the step, routed as in evaluation, and the experts chosen there; None where there is
+    no evaluation: after the first of several steps, so that two follow each other."""
+    validation_routing: dict[int, list[Tensor]]
 
 
 def one_step(
@@ -70,32 +79,40 @@ def steps(
     initial: Mapping[str, Tensor],
     batches: Sequence[Batch],
     bias: Mapping[int, Tensor] | None = None,
+    skipped: Collection[int] = (),
 ) -> list[Answer]:
-    """Loss, gradients, one clipped AdamW step and the routing of each global batch, one after the other.
+    """Loss, gradients, one clipped AdamW step, routing and evaluation of each global batch, one after the other.
 
     Args:
         config: resolved, with the vocabulary's size; its mesh is not looked at.
         initial: every full parameter by its checkpoint name.
         batches: one for each step.
         bias: what each MoE block's choice starts with, ``(E,)`` float32 by the block's index; None: 0.
+        skipped: steps, from 1, whose gradient norm is infinite: nothing is updated, no bias moves.
     """
     adamw = AdamW(config, {name: value.detach().double() for name, value in initial.items()})
     experts = config.moe.num_experts
     balance = {i: Balance(bias[i] if bias else torch.zeros(experts), [0] * experts) for i in sorted(moe_layers(config))}
     answers = []
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
         model = _Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-        norm = gradient_norm(gradients, config.training.norm_type)
-        adamw.step(gradients, norm)
+        norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
+        if number not in skipped:
+            adamw.step(gradients, norm, learning_rate(config, number))
         load = {
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()
         }
         means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
-        balance = {i: balance[i].after(config.moe.bias_rate, load[i]) for i in balance}
+        rate = 0.0 if number in skipped else config.moe.bias_rate
+        balance = {i: balance[i].after(rate, load[i]) for i in balance}
+        validation: float | None = None
+        evaluated: dict[int, list[Routed]] = {}
+        if number > 1 or len(batches) == 1:
+            validation, evaluated = _evaluate(config, adamw.parameters, balance, batch)
         answers.append(
             Answer(
                 loss,
@@ -108,6 +125,11 @@ def steps(
                 means,
                 {i: [r.chosen_TK for r in routed] for i, routed in model.routed.items()},
                 {i: [r.kept_TK for r in routed] for i, routed in model.routed.items()},
+                dict(adamw.first),
+                dict(adamw.second),
+                adamw.steps,
+                validation,
+                {i: [r.chosen_TK for r in routed] for i, routed in evaluated.items()},
             )
         )
     return answers
@@ -129,6 +151,16 @@ def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
         torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
         losses = [loss + float(part.detach()) for loss, part in zip(losses, parts, strict=True)]
     return losses
+
+
+@torch.no_grad()
+def _evaluate(
+    config: Config, parameters: Mapping[str, Tensor], balance: Mapping[int, Balance], batch: Batch
+) -> tuple[float, dict[int, list[Routed]]]:
+    """The mean cross-entropy of all targets, and the routing of each MoE block."""
+    model = _Transformer(config, parameters, balance, training=False)
+    total = sum(float(_cross_entropy(model.logits(m)[0], m.labels.reshape(-1))) for m in batch)
+    return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model.routed
 
 
 def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
@@ -159,12 +191,11 @@ class AdamW:
         self.second = {name: torch.zeros_like(value) for name, value in parameters.items()}
         self.steps = 0
 
-    def step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> None:
         """New parameters; the old tensors stay as they are."""
         optimizer, limit = self.config.optimizer, self.config.training.max_grad_norm
         clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         self.steps += 1
-        lr = learning_rate(self.config, self.steps)
         for name, value in self.parameters.items():
             g = gradients[name] * clip
             self.first[name] = optimizer.beta1 * self.first[name] + (1 - optimizer.beta1) * g
@@ -188,7 +219,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def _undecayed(name: str) -> bool:
-    return "norm" in name or "router" in name or name.endswith("bias") or name.startswith("tok_embeddings")
+    return "norm" in name or "router" in name or name.endswith(("bias", "sinks")) or name.startswith("tok_embeddings")
 
 
 def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -200,14 +231,17 @@ def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 class _Transformer:
-    def __init__(self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance]) -> None:
+    def __init__(
+        self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance], training: bool = True
+    ) -> None:
         self.config = config
+        self.training = training
         self.weights = weights
         self.balance = balance
         self.routed: dict[int, list[Routed]] = {}
 
     def logits(self, microbatch: Microbatch) -> list[Tensor]:
-        """``(T, V)`` of one microbatch: of the next token, then of each further one."""
+        """``(T, V)`` of one microbatch, V without padding: of the next token, then in training of each further one."""
         model = self.config.model
         embedding = model.embedding_scale * self.weights["tok_embeddings.weight"]
         x_BSD = embedding[microbatch.tokens]
@@ -215,7 +249,7 @@ class _Transformer:
             x_BSD = self._block(i, x_BSD, microbatch)
         x_BSD = self._norm("norm", x_BSD)
         logits = [self._head(x_BSD)]
-        for k in range(model.mtp_depth):
+        for k in range(model.mtp_depth if self.training else 0):
             block = f"layers.{model.num_layers + k}.mtp_"
             length = microbatch.tokens.shape[1]
             ahead_BS = microbatch.tokens[:, [min(s + k + 1, length - 1) for s in range(length)]]
@@ -228,12 +262,13 @@ class _Transformer:
 
     def _head(self, x_BSD: Tensor) -> Tensor:
         head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
-        return x_BSD.flatten(0, 1) @ self.weights[head].T * self.config.model.logit_scale
+        weight_VD = self.weights[head][: self.config.model.vocab_size]
+        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale
 
     def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         block, scale = f"layers.{index}.", self.config.model.residual_scale
         h_BSD = self._norm(block + "attention_norm", x_BSD)
-        y_BSD = self._attention(block + "attention.", h_BSD, microbatch)
+        y_BSD = self._attention(index, h_BSD, microbatch)
         x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
         h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
         if block + "moe.router.weight" in self.weights:
@@ -250,45 +285,21 @@ class _Transformer:
             x = x - x.mean(-1, keepdim=True)
         return self._rms(name, x)
 
-    def _attention(self, prefix: str, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
-        model = self.config.model
-        B, S, _ = x_BSD.shape
-        q, k, v = (x_BSD @ self.weights[f"{prefix}{name}.weight"].T for name in ("wq", "wk", "wv"))
-        if model.qk_norm == "full":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        q, k, v = (t.reshape(B, S, -1, model.head_dim) for t in (q, k, v))
-        if model.qk_norm == "head":
-            q, k = self._rms(prefix + "q_norm", q), self._rms(prefix + "k_norm", k)
-        visible_BSS = torch.ones(S, S, dtype=torch.bool).tril().expand(B, S, S)
-        positions_BS = torch.arange(S).expand(B, S)
-        if microbatch.documents is not None:
-            documents = microbatch.documents
-            visible_BSS = visible_BSS & (documents[:, :, None] == documents[:, None, :])
-            positions_BS = positions_BS - _first_positions(documents)
-        q, k = self._rotate(q, positions_BS), self._rotate(k, positions_BS)
-        heads = []
-        for h in range(model.num_heads):
-            group = h * model.num_kv_heads // model.num_heads
-            scores_BSS = q[:, :, h] @ k[:, :, group].transpose(1, 2) / math.sqrt(model.head_dim)
-            weight_BSS = (scores_BSS - scores_BSS.detach().amax(-1, keepdim=True)).exp() * visible_BSS
-            heads.append(weight_BSS / weight_BSS.sum(-1, keepdim=True) @ v[:, :, group])
-        return torch.cat(heads, dim=-1) @ self.weights[prefix + "wo.weight"].T
+    def _attention(self, layer: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
+        prefix = f"layers.{layer}.attention."
+        attention = Attention(self.config, layer, {n.removeprefix(prefix): w for n, w in self.weights.items()})
+        return attention.run(x_BSD, microbatch.documents)
 
     def _rms(self, name: str, x: Tensor) -> Tensor:
         root = ((x * x).mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt()
         return x / root * self.weights[name + ".weight"]
 
-    def _rotate(self, x_BSHC: Tensor, positions_BS: Tensor) -> Tensor:
-        """Pair (j, j + C/2) is a complex number, turned by position * theta^(-2j/C)."""
-        half, theta = self.config.model.head_dim // 2, self.config.model.rope_theta
-        frequency = torch.tensor([theta ** (-j / half) for j in range(half)], dtype=torch.float64)
-        turn = torch.polar(torch.ones(1, dtype=torch.float64), positions_BS[:, :, None, None] * frequency)
-        z = torch.complex(x_BSHC[..., :half].contiguous(), x_BSHC[..., half:].contiguous()) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
-
     def _activate(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         name = self.config.model.activation
         x = hidden if gate is None else gate
+        if name == "swiglu_clamped":
+            x = torch.where(x < 7, x, 7.0)
+            x, hidden = x / (1 + (-1.702 * x).exp()), 1 + torch.where(hidden.abs() < 7, hidden, 7.0 * hidden.sign())
         if name in ("swiglu", "silu"):
             x = x / (1 + (-x).exp())
         elif name in ("geglu", "gelu"):
@@ -306,11 +317,11 @@ class _Transformer:
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.moe."
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
-        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter else x_TD
+        seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
         if self.config.moe.router_bias:
             logits_TE = logits_TE + self.weights[prefix + "router.logit_bias"]
-        routed = route(self.config, logits_TE, at, self.balance[layer])
+        routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]
@@ -318,8 +329,13 @@ class _Transformer:
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 weight = routed.gate_TK[t, k]
                 before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
-                *gate, hidden = up_EGFD[e] @ (before * x_TD[t])
+                h_GF = up_EGFD[e] @ (before * x_TD[t])
+                if self.config.moe.expert_bias:
+                    h_GF = h_GF + self.weights[prefix + "experts.up_bias"][e]
+                *gate, hidden = h_GF
                 y_D = down_EDF[e] @ self._activate(hidden, gate[0] if gate else None)
+                if self.config.moe.expert_bias:
+                    y_D = y_D + self.weights[prefix + "down_bias"][e]
                 parts[t].append(after * y_D)
         y_TD = torch.stack([sum(part[1:], part[0]) for part in parts])
         if prefix + "shared.up.weight" in self.weights:
@@ -341,12 +357,3 @@ def _labels_ahead(microbatch: Microbatch, depth: int) -> Tensor:
             if IGNORED not in row[s : s + depth + 1] and not apart:
                 result[b, s] = row[s + depth]
     return result.flatten()
-
-
-def _first_positions(documents_BS: Tensor) -> Tensor:
-    """Position at which each token's document starts in its sequence."""
-    first = torch.zeros_like(documents_BS)
-    for b, row in enumerate(documents_BS.tolist()):
-        for s, document in enumerate(row):
-            first[b, s] = s if s == 0 or document != row[s - 1] else first[b, s - 1]
-    return first

@@ -103,13 +103,18 @@ def jitter(config: Config, x_TD: Tensor, at: Place) -> Tensor:
     return x_TD * torch.tensor(noise, dtype=torch.float64)
 
 
-def route(config: Config, logits_TE: Tensor, at: Place, balance: Balance) -> Routed:
-    """Choose, weight, drop and penalise. No gradient flows through the choice."""
+def route(config: Config, logits_TE: Tensor, at: Place, balance: Balance, training: bool = True) -> Routed:
+    """Choose, weight, drop and penalise. No gradient flows through the choice.
+
+    In evaluation a token's choice must not depend on later ones: plain top-k unless the router is forced, dropless.
+    """
     moe, K = config.moe, config.moe.top_k
     fixed_TE = logits_TE.detach()
     plain = [_best(row, K) for row in _limit(config, _plain(config, fixed_TE), balance)]
     sinkhorn_error = 0.0
-    if moe.router == "expert_choice":
+    if not training and moe.router not in FORCED:
+        chosen = plain
+    elif moe.router == "expert_choice":
         chosen = _expert_choice(_scores(fixed_TE, moe.score).tolist(), at, K)
     elif moe.router == "sinkhorn":
         p_TE = torch.cat([sinkhorn(fixed_TE[list(group)], moe.sinkhorn_iterations) for group in at.groups])
@@ -124,7 +129,8 @@ def route(config: Config, logits_TE: Tensor, at: Place, balance: Balance) -> Rou
         raise ValueError(f"The oracle does not know moe.router = {moe.router!r}.")
     chosen_TK = torch.tensor([row + [-1] * (max(map(len, chosen)) - len(row)) for row in chosen])
     gate_TK = _gates(config, logits_TE, chosen_TK)
-    kept_TK = _within_capacity(config, gate_TK.tolist(), chosen, at) if moe.capacity_factor else chosen_TK >= 0
+    limited = moe.capacity_factor and training
+    kept_TK = _within_capacity(config, gate_TK.tolist(), chosen, at) if limited else chosen_TK >= 0
     even_loss = torch.zeros((), dtype=torch.float64)
     if moe.balance_loss:
         even_loss = _balance_loss(config, logits_TE, chosen, at, balance)

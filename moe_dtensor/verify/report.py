@@ -15,7 +15,8 @@ COLUMNS = {
     "loss": ("loss",),
     "gradients": ("gradient",),
     "grad norm": ("grad_norm",),
-    "after step": ("parameter", "state"),
+    "after step": ("moment", "update", "parameter", "state"),
+    "validation": ("validation",),
     "routing": ("routing", "statistic"),
 }
 """Kinds of what is compared by where the largest error of them is shown."""
@@ -26,7 +27,7 @@ class Report:
 
     def __init__(self, miniature: Config, dtype: str, console: Console | None = None) -> None:
         # Piped output has no width of its own, and a broken line is hard to search.
-        self.console = console or Console(width=None if Console().is_terminal else 160)
+        self.console = console or Console(width=None if Console().is_terminal else 176)
         self.verdicts: list[Verdict] = []
         self.table = Table(title=_title(miniature, dtype), title_justify="left")
         for column in ("mesh", "schedule", *COLUMNS):

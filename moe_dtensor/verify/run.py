@@ -6,19 +6,24 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.config.build import override
+from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.loader import Batch as LoadedBatch
+from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
-from moe_dtensor.train.step import StepResult, train_step
+from moe_dtensor.train.step import StepResult, evaluate, train_step
 from moe_dtensor.verify import inputs
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import (
+    FLOOR,
     Deviation,
     Verdict,
     deviate,
@@ -28,15 +33,50 @@ from moe_dtensor.verify.compare import (
     worst_of_each,
 )
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
-from moe_dtensor.verify.subject import Recorder, build_subject, full_parameters, load_bias, own_share
+from moe_dtensor.verify.subject import (
+    Recorder,
+    build_subject,
+    full_parameters,
+    load_bias,
+    load_parameters,
+    moments,
+    own_share,
+    restart,
+)
 
 LIMITS = {
-    "float64": {"gradient": 1e-9, "loss": 1e-9, "grad_norm": 1e-9, "parameter": 1e-9, "statistic": 1e-9},
-    "float32": {"gradient": 1e-5, "loss": 1e-5, "grad_norm": 1e-5, "parameter": 1e-3, "statistic": 1e-4},
-    # Gradients of another backend are judged by the reference's own error; this catches what both have wrong.
-    "bfloat16": {"gradient": 0.1, "loss": 2e-2, "grad_norm": 5e-2, "parameter": 5e-2, "statistic": 5e-2},
+    "float64": {
+        "gradient": 1e-9,
+        "loss": 1e-9,
+        "grad_norm": 1e-9,
+        "moment": 1e-9,
+        "update": 1e-6,
+        "parameter": 1e-9,
+        "statistic": 1e-9,
+    },
+    "float32": {
+        "gradient": 1e-5,
+        "loss": 1e-5,
+        "grad_norm": 1e-5,
+        "moment": 1e-4,
+        "update": 1e-2,
+        "parameter": 1e-3,
+        "statistic": 1e-4,
+    },
+    # What another backend is given is the reference's own error; this catches what both have wrong.
+    "bfloat16": {
+        "gradient": 0.1,
+        "loss": 2e-2,
+        "grad_norm": 5e-2,
+        "moment": 0.2,
+        "update": 0.5,
+        "parameter": 5e-2,
+        "statistic": 5e-2,
+    },
 }
 """Counts and biases, kinds ``routing`` and ``state``, have to be equal."""
+UPDATE_FLOOR = 1e-2
+"""An update smaller than this share of what AdamW moves a parameter by in a step is measured against that share."""
 STATISTIC_FLOOR = 1e-2
 """A mean smaller than this is measured against this."""
 UNSTABLE = ("differs_from_top_k", "sinkhorn_error")
@@ -56,14 +96,37 @@ class Task:
     bias: Mapping[int, Tensor]
     batches: Sequence[Batch]
     answers: Sequence[Answer]
+    skipped: tuple[int, ...] = ()
+    restarted: int = 0
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
-IRRELEVANT = {"moe.backend": "auto", "moe.rows": "exact", "mesh.experts": "tp", "mesh.dispatch": "all_gather"}
+
+
+def computation(case: Case) -> str:
+    """What tells a case from others: its placed config, without what does nothing there."""
+    placed = case.layout.place(case.config)
+    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0}
+    if case.layout.pp == 1:
+        idle |= {"pipeline.schedule": "1F1B"}
+    if case.layout.tp == 1:
+        idle |= {"mesh.sequence_parallel": True}
+    if expert_ranks(placed) == 1 or not placed.moe.num_experts:
+        idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
+    return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
+
+
+IRRELEVANT = {
+    "model.attention_backend": "auto",
+    "moe.backend": "auto",
+    "moe.rows": "exact",
+    "mesh.experts": "tp",
+    "mesh.dispatch": "all_gather",
+}
 """How a thing is computed, which the oracle does not ask."""
 
 
-def prove(cases: Sequence[Case], *, timeout: float = 600.0) -> Iterator[Verdict]:
+def prove(cases: Sequence[Case], *, timeout: float = 600.0, answers: Answers | None = None) -> Iterator[Verdict]:
     """Judge each case; cases that follow one another on the same mesh share one start of its ranks.
 
     Ranks are on GPUs (nccl) where there is one for each, else on the CPU (gloo).
@@ -71,11 +134,12 @@ def prove(cases: Sequence[Case], *, timeout: float = 600.0) -> Iterator[Verdict]
     Args:
         cases: at miniature size; the oracle loops over tokens.
         timeout: seconds for all cases of one mesh together.
+        answers: where the oracle's are kept, for several calls about the same configs.
 
     Yields:
         A verdict for each case in order. A rank that raises or hangs is a failure with its traceback, not an exception.
     """
-    answers: Answers = {}
+    answers = {} if answers is None else answers
     for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
         yield from _prove_on_one_mesh(list(same_mesh), answers, timeout)
 
@@ -101,30 +165,43 @@ def _prove_on_one_mesh(cases: list[Case], answers: Answers, timeout: float) -> I
         absent = set(task.initial) - {d.name for d in deviations if d.kind == "gradient"}
         lost_parameters = tuple(missing(name, "gradient", 0.0) for name in sorted(absent))
         seconds = max(rank[i][1] for rank in ranks)
-        yield Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
+        verdict = Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
+        yield replace(verdict, experts_ran_as=ranks[0][i][2])
 
 
 def _task(case: Case, answers: Answers) -> Task:
     """Inputs and answer depend on the config but not on the mesh: computed once for all meshes."""
     config = case.layout.place(case.config)
-    key = repr((override(case.config, IRRELEVANT), case.empty_expert, case.steps))
+    key = repr((override(case.config, IRRELEVANT), case.empty_expert, case.steps, case.skipped))
     if key not in answers:
         initial = inputs.initial_values(config, empty_expert=case.empty_expert)
         bias = inputs.initial_bias(config)
         batches = [inputs.global_batch(config, step) for step in range(1, case.steps + 1)]
-        answers[key] = initial, bias, batches, steps(config, initial, batches, bias)
-    return Task(config, *answers[key])
+        answers[key] = initial, bias, batches, steps(config, initial, batches, bias, case.skipped)
+    return Task(config, *answers[key], case.skipped, case.restarted)
 
 
-def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float]]:
-    """On every rank: the deviations that this rank sees, and the seconds, of each task."""
+def _run_tasks(tasks: Sequence[Task], device: str) -> list[tuple[list[Deviation], float, str]]:
+    """On every rank: of each task the deviations that this rank sees, the seconds, and what experts ran as."""
     where = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     results = []
     for task in tasks:
         start = time.perf_counter()
         deviations = judge(task, where)
-        results.append((deviations, time.perf_counter() - start))
+        results.append((deviations, time.perf_counter() - start, _experts_run_as(task.config, where)))
     return results
+
+
+def _experts_run_as(config: Config, device: torch.device) -> str:
+    """The backend that the experts' sizes, dtype and device come to; empty without experts."""
+    if not config.moe.num_experts:
+        return ""
+    hidden = config.moe.hidden_dim // (config.mesh.tp if config.mesh.experts == "tp_hidden" else 1)
+    x_TD, w_EGFD = (
+        torch.empty(shape, dtype=getattr(torch, config.training.param_dtype), device=device)
+        for shape in ((0, config.model.dim), (0, 1, hidden, config.model.dim))
+    )
+    return choose_backend(config.moe.backend, x_TD, w_EGFD)
 
 
 def judge(task: Task, device: torch.device) -> list[Deviation]:
@@ -140,28 +217,67 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
     replayed = () if task.config.training.param_dtype == "float64" else task.answers
     if task.config.compile.enable:
         torch.compiler.reset()  # what the case before compiled is not to be mistaken for this one's
-    trainer, recorder = build_subject(task.config, task.initial, device, replayed)
+    trainer, recorder = build_subject(task.config, task.initial, device, replayed, task.skipped)
     load_bias(trainer, task.bias)
+    start = task.initial
     for number, (batch, answer) in enumerate(zip(task.batches, task.answers, strict=True), 1):
-        result = train_step(trainer, own_share(trainer, batch))
+        if task.restarted and number == task.restarted + 1:
+            coming = {skipped - task.restarted for skipped in task.skipped}
+            again, recorder = build_subject(task.config, task.initial, device, replayed[task.restarted :], coming)
+            trainer = restart(trainer, again)
+        own = own_share(trainer, batch)
+        result = train_step(trainer, own)
         for deviation in itertools.chain(
-            _compare_weights(trainer, recorder, answer), _compare_numbers(trainer, result, answer)
+            _compare_gradients(trainer, recorder, answer),
+            _compare_updates(trainer, start, answer),
+            _compare_numbers(trainer, result, answer),
         ):
             yield replace(deviation, step=number)
+        if task.config.training.param_dtype != "float64":
+            # An update whose sign was rounded would make the next gradient another one, not a less exact one.
+            load_parameters(trainer, start := answer.parameters)
+        if answer.validation is not None:
+            yield replace(_compare_evaluation(trainer, own, answer.validation), step=number)
 
 
-def _compare_weights(trainer: Trainer, recorder: Recorder, answer: Answer) -> Iterator[Deviation]:
-    limits = LIMITS[trainer.config.training.param_dtype]
+def _compare_gradients(trainer: Trainer, recorder: Recorder, answer: Answer) -> Iterator[Deviation]:
+    limit = LIMITS[trainer.config.training.param_dtype]["gradient"]
     size = gradient_norm(answer.gradients, 2.0)
-    for kind, found, expected in (
-        ("gradient", recorder.gradients, answer.gradients),
-        ("parameter", full_parameters(trainer), answer.parameters),
-    ):
-        for name, value in found.items():
-            if value is None or name not in expected:
-                yield missing(name, kind, limits[kind])
-            else:
-                yield deviate(name, kind, value, expected[name], limits[kind], size)
+    for name, value in recorder.gradients.items():
+        if value is None or name not in answer.gradients:
+            yield missing(name, "gradient", limit)
+        else:
+            yield deviate(name, "gradient", value, answer.gradients[name], limit, size)
+
+
+def _compare_updates(trainer: Trainer, start: Mapping[str, Tensor], answer: Answer) -> Iterator[Deviation]:
+    """What the optimizer did: moments (of the second the root, which is of the gradient's size), by how much each
+    parameter moved since ``start``, and where it is."""
+    limits = LIMITS[trainer.config.training.param_dtype]
+    first = gradient_norm(answer.first_moments, 2.0)
+    second = sum(float(v.sum()) for v in answer.second_moments.values()) ** 0.5
+    for name, state in moments(trainer).items():
+        if name not in answer.parameters:
+            continue  # told with the gradients
+        limit = limits["moment"]
+        yield deviate(f"{name}.exp_avg", "moment", state.first, answer.first_moments[name], limit, first)
+        root = answer.second_moments[name].sqrt()
+        yield deviate(f"{name}.exp_avg_sq", "moment", state.second.double().sqrt(), root, limit, second)
+        yield deviate_scalar(f"{name}.step", "moment", state.updates, answer.updates, 0.0)
+    lr = trainer.config.optimizer.lr
+    for name, value in full_parameters(trainer).items():
+        if name in answer.parameters:
+            found, expected = value.double().cpu(), answer.parameters[name]
+            moved, right = found - start[name], expected - start[name]
+            # What AdamW would move by where no entry is idle, times the share of it that is told from nothing.
+            floor = lr * right.numel() ** 0.5 * UPDATE_FLOOR / FLOOR
+            yield deviate(name, "update", moved, right, limits["update"], floor)
+            yield deviate(name, "parameter", found, expected, limits["parameter"], 0.0)
+
+
+def _compare_evaluation(trainer: Trainer, own: LoadedBatch, expected: float) -> Deviation:
+    limit = LIMITS[trainer.config.training.param_dtype]["loss"]
+    return deviate_scalar("validation_loss", "validation", float(evaluate(trainer, [own])), expected, limit)
 
 
 def _compare_numbers(trainer: Trainer, result: StepResult, answer: Answer) -> Iterator[Deviation]:

@@ -3,13 +3,19 @@ E experts, K choices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe_dtensor.checkpoint.manager import CheckpointManager
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
@@ -25,9 +31,15 @@ class Recorder:
     """A runner that keeps every full gradient as the backward pass leaves it, before anything is clipped.
 
     A gradient that is missing is kept as None and filled with zeros, so that the step can go on and show the rest.
+
+    Args:
+        trainer: whose runner to take the place of.
+        spoilt: steps, from 1, after whose backward pass the last rank finds one infinite number in a gradient.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, spoilt: Collection[int] = ()) -> None:
+        self.spoilt = spoilt
+        self.steps = 0
         self.runner: Runner = trainer.runner
         self.parts = trainer.parts
         self.gradients: dict[str, Tensor | None] = {}
@@ -40,7 +52,16 @@ class Recorder:
                 self.gradients[name] = None if param.grad is None else full(param.grad)
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
+        self.steps += 1
+        if self.steps in self.spoilt and dist.get_rank() == dist.get_world_size() - 1:
+            grads = (param.grad for part in self.parts for param in part.parameters())
+            locals_ = (grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
+            next(x for x in locals_ if x is not None and x.numel()).view(-1)[0] = torch.inf
         return loss
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """As the runner does it."""
+        return self.runner.evaluate(batch)
 
 
 def build_subject(
@@ -48,6 +69,7 @@ def build_subject(
     initial: Mapping[str, Tensor],
     device: torch.device,
     replayed: Sequence[Answer] = (),
+    spoilt: Collection[int] = (),
 ) -> tuple[Trainer, Recorder]:
     """A trainer with the given initial values, and the recorder in place of its runner.
 
@@ -56,13 +78,14 @@ def build_subject(
         initial: full tensors by name.
         replayed: steps whose choices, and which of them are kept, to force in their order. None: the trainer's own.
             Without forcing, rounding in float32 sends some token to another expert.
+        spoilt: see :class:`Recorder`.
     """
     trainer = build(config, device)
     load_parameters(trainer, initial)
     if replayed:
         _force_routing(trainer, replayed)
-    recorder = Recorder(trainer)
-    return replace(trainer, runner=recorder), recorder  # type: ignore[arg-type]
+    recorder = Recorder(trainer, spoilt)
+    return replace(trainer, runner=recorder), recorder
 
 
 @torch.no_grad()
@@ -101,6 +124,50 @@ def full_parameters(trainer: Trainer) -> dict[str, Tensor]:
     return {name: full(param) for part in trainer.parts for name, param in part.named_parameters()}
 
 
+def restart(trainer: Trainer, again: Trainer) -> Trainer:
+    """``again``, with all that a run saves of ``trainer`` loaded from a checkpoint."""
+    folder = on_rank_0(lambda: tempfile.mkdtemp(prefix="moe_dtensor_verify_"))
+    try:
+        for act, one in (("save", trainer), ("load", again)):
+            manager = CheckpointManager(
+                folder, one.config, list(one.parts), one.optimizers, one.schedule, NoLoader(), one.balance
+            )
+            getattr(manager, act)(1)
+    finally:
+        dist.barrier()
+        on_rank_0(lambda: shutil.rmtree(folder))
+    return again
+
+
+class NoLoader:
+    """In place of a loader: batches are given."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class Moments(NamedTuple):
+    """AdamW's state of one parameter, whole."""
+
+    first: Tensor
+    second: Tensor
+    updates: float
+
+
+def moments(trainer: Trainer) -> dict[str, Moments]:
+    """The optimizer's state of every parameter of this rank's parts."""
+    found = {}
+    for part, optimizer in zip(trainer.parts, trainer.optimizers, strict=True):
+        for name, param in part.named_parameters():
+            state = optimizer.state[param]
+            found[name] = Moments(full(state["exp_avg"]), full(state["exp_avg_sq"]), float(state["step"]))
+    return found
+
+
 def own_share(trainer: Trainer, batch: Sequence[Microbatch]) -> Batch:
     """This dp rank's microbatches, joined as the loader would give them."""
     mine = batch[_own_microbatches(trainer)]
@@ -132,15 +199,15 @@ def _force_routing(trainer: Trainer, answers: Sequence[Answer]) -> None:
         for index in part.moe_layers:
             router = part.get_submodule(f"layers.{index}.moe.router")
             assert isinstance(router, Router)
-            chosen, kept = (
+            chosen, kept, evaluated = (
                 [
                     t.to(trainer.device).unflatten(0, (size, -1))
                     for answer in answers
-                    for t in of(answer)[index][_own_microbatches(trainer)]
+                    for t in getattr(answer, name).get(index, [])[_own_microbatches(trainer)]
                 ]
-                for of in (lambda answer: answer.routing, lambda answer: answer.kept)
+                for name in ("routing", "kept", "validation_routing")
             )
-            replay = Replay(router, list(zip(chosen, kept, strict=True)))
+            replay = Replay(router, list(zip(chosen, kept, strict=True)), evaluated)
             # On the instance: the module's own methods stay what they are.
             router.rank, router.keep = replay.rank, replay.keep  # type: ignore[method-assign]
 
@@ -149,11 +216,18 @@ class Replay:
     """Choices from a list, and which of them are kept, one of each for each microbatch in order.
 
     A recomputed forward comes again at a time that only the schedule knows; it is told by its logits.
+
+    Args:
+        router: whose choices to make.
+        coming: choices ``(B, S, K)`` and which are kept, of training.
+        evaluated: choices of evaluation.
     """
 
-    def __init__(self, router: Router, coming: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, router: Router, coming: list[tuple[Tensor, Tensor]], evaluated: list[Tensor]) -> None:
         self.own_positions = router.own_positions
+        self.router = router
         self.coming = coming
+        self.evaluated = evaluated
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.kept_BSK: Tensor | None = None
 
@@ -162,19 +236,25 @@ class Replay:
         logits_BSE = scores.logits_TE.detach().unflatten(0, (len(tokens.id_BS), -1))
         if scores.whole is not None:
             scores.whole()  # nobody needs it, but it is under way
+        if not self.router.training:
+            return self._ranking(self.own_positions(self.evaluated.pop(0)), logits_BSE), None
         for logits, ranking, kept in self.seen:
             if torch.equal(logits, logits_BSE):
                 self.kept_BSK = kept
                 return ranking, None
         chosen, self.kept_BSK = map(self.own_positions, self.coming.pop(0))
+        ranking = self._ranking(chosen, logits_BSE)
+        self.seen.append((logits_BSE.clone(), ranking, self.kept_BSK))
+        return ranking, None
+
+    @staticmethod
+    def _ranking(chosen: Tensor, logits_BSE: Tensor) -> Tensor:
         places = torch.arange(chosen.shape[-1], 0, -1, device=chosen.device, dtype=logits_BSE.dtype)
         experts = logits_BSE.shape[-1]
         # One place more for ids of -1.
         ranking = logits_BSE.new_full((*chosen.shape[:-1], experts + 1), -torch.inf)
         ranking.scatter_(-1, chosen.where(chosen >= 0, experts), places.expand_as(chosen))
-        ranking = ranking[..., :experts].contiguous()
-        self.seen.append((logits_BSE.clone(), ranking, self.kept_BSK))
-        return ranking, None
+        return ranking[..., :experts].contiguous()
 
     def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
         """Of the microbatch that was ranked last."""

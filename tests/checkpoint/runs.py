@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.schema import Checkpoint, Config, Training
-from moe_dtensor.train.optimizer import build_optimizers
-from moe_dtensor.train.schedule import build_schedulers
+from moe_dtensor.train.optimizer import build_optimizers, build_schedulers
 
 NAMES = ("layers.0.up.weight", "layers.0.norm.weight", "layers.1.up.weight", "layers.1.norm.weight")
 

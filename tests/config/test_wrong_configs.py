@@ -44,6 +44,19 @@ WRONG = [
     # The model.
     ("--model.dim 100", "model.dim = 100 is not a multiple of model.num_heads = 8", "model.head_dim"),
     ("--model.head_dim 15", "model.head_dim = 15 is odd", "model.head_dim = 16"),
+    ("--model.rotary_dim 64", "model.rotary_dim = 64 is above model.head_dim = 24", "at most 24"),
+    ("--model.v_dim 16", "model.v_dim is for latent attention", "model.kv_rank"),
+    ("--model.kv_rank 16", "model.kv_rank = 16 needs model.nope_dim", "model.nope_dim"),
+    (
+        "--model.kv_rank 16 --model.nope_dim 8 --model.rope_dim 4 --model.v_dim 8 --model.qk_norm head",
+        "model.qk_norm = head with model.kv_rank",
+        "model.qk_norm = none",
+    ),
+    ("--model.window_layers window,full", "model.window_layers", "model.window"),
+    ("--model.window 8 --model.window_layers window,some", "is not among its choices", "window"),
+    ("--rope.factor 2", "rope.factor = 2.0 with rope.scaling = none", "rope.scaling"),
+    ("--rope.scaling yarn --rope.factor 2", "needs rope.original_length", "longest context"),
+    ("--rope.scaling longrope --rope.original_length 8", "rope.short_factors has 0 factors", "12 numbers"),
     ("--model.num_kv_heads 3", "model.num_heads = 8 is not a multiple of model.num_kv_heads = 3", "divisor of 8"),
     ("--moe.top_k 9", "moe.top_k = 9 is above moe.num_experts = 8", "at most 8"),
     ("--moe.layers 0,6", "moe.layers names block 6", "raise model.num_layers"),
@@ -193,6 +206,12 @@ WRONG = [
     # Precision.
     ("--training.param_dtype float16", "training.param_dtype = float16 needs loss scaling", "bfloat16"),
     ("--training.param_dtype float64", "training.param_dtype = float64 is wider", "training.dtype = float64"),
+    ("--training.dtype float16 --training.param_dtype bfloat16", "training.dtype = float16", "float32"),
+    (
+        "--training.param_dtype bfloat16 --training.reduce_dtype float16",
+        "training.reduce_dtype = float16 holds",
+        "float32",
+    ),
     ("--training.reduce_dtype bfloat16", "training.reduce_dtype = bfloat16 is narrower", "float32"),
     ("--moe.backend grouped_gemm", "moe.backend = grouped_gemm computes in bfloat16", "reference"),
     (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_dtensor.data import Loader, build_corpus, tokenizer
+from moe_dtensor.__main__ import main
+from moe_dtensor.config.check import check
+from moe_dtensor.config.load import load
+from moe_dtensor.data import Loader, build_corpus
+from tests.data.test_token_files import write_pair
 
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```", (Path(__file__).parents[2] / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL
@@ -38,12 +42,52 @@ def test_the_corpus_of_ones_own(make_config, tmp_path: Path, monkeypatch: pytest
     sys.modules.pop("my_recipe_data")
 
 
-def test_the_token_file(tmp_path, text_files: Path, tokenizer_file: Path, monkeypatch, capsys) -> None:
+def write_what_one_has(folder: Path) -> None:
+    """Everything that the decision table names, in small."""
+    texts = [{"text": f"document {i} " * 9, "body": f"body {i} " * 9} for i in range(200)]
+    lines = "".join(json.dumps(text) + "\n" for text in texts)
+    (folder / "folder").mkdir()
+    (folder / "folder" / "a.jsonl").write_text(lines)
+    (folder / "held_out.jsonl").write_text(lines[:9000])
+    (folder / "book.txt").write_text("a line of the book\n" * 2000)
+    ids = np.random.default_rng(0).integers(257, size=20000)
+    ids[::50] = 256
+    np.save(folder / "ids.npy", ids)
+    ids.astype("<u4").tofile(folder / "ids.uint32.bin")
+    write_pair(folder / "name_text_document", np.split(ids, 20), "int32")
+
+
+def table_rows() -> list[tuple[str, str]]:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = text[text.index("| I have … | TOML |") :].split("\n\n")[0]
+    return [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table.splitlines()[2:]]  # type: ignore[misc]
+
+
+def test_each_row_of_the_decision_table_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the hub and of a corpus of one's own are tested elsewhere; those that name keys are run with values."""
+    write_what_one_has(tmp_path)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tokenizer_file.parent, tmp_path / "tokenizers" / "mine")
-    exec(find_block("write_token_file"), {})
-    assert capsys.readouterr().out.split() == ["tokens/train.uint16.bin", "tokens/validation.uint16.bin"]
-    ids = np.fromfile("tokens/train.uint16.bin", "<u2")
-    library = tokenizer.HuggingFaceTokenizer("tokenizers/mine")
-    assert ids[-1] == library.end_id
-    assert library.decode(ids).startswith("file ")
+    rows = table_rows()
+    assert len(rows) == 15
+    run = 0
+    for _, remedy in rows:
+        codes = re.findall(r"`([^`]+)`", remedy)
+        if any("allenai" in code or "my_data" in code for code in codes):
+            continue
+        if "[[data.sources]]" in codes:
+            body = '[[data.sources]]\nname = "a"\npath = "folder"\nweight = 1\n'
+        elif "[[stages]]" in codes:
+            body = "[[stages]]\nfrom_step = 2\nseq_len = 8\n"
+        else:
+            if codes[0].startswith("python"):
+                (tmp_path / "text.toml").write_text('[data]\ncorpus = "files"\npath = "folder"\n')
+                assert main(codes.pop(0).split()[3:]) == 0
+            beside = "beside the above" in remedy or "packing" in codes[0]
+            base = ['corpus = "files"', 'path = "folder"'] if beside else []
+            body = "[data]\n" + "\n".join([*base, *(code for code in codes if "=" in code)]) + "\n"
+        (tmp_path / "run.toml").write_text(body + "[training]\nseq_len = 16\nglobal_batch_size = 4\n")
+        config = load(tmp_path / "run.toml")
+        check(config, 1) if "[[" not in body else None
+        assert Loader(config, build_corpus(config)).next_batch(0, 4).tokens_BS.shape == (4, 16), body
+        run += 1
+    assert run == 13

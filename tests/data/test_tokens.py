@@ -9,7 +9,6 @@ import pytest
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.data import Loader, build_corpus
-from moe_dtensor.data.pack import packed, write_token_file
 
 END = 256
 
@@ -42,15 +41,6 @@ def test_without_end_tokens_the_last_twentieth_is_held_out(make_config, tmp_path
     corpus = build_corpus(make_config(corpus="tokens", path=str(tmp_path / "a.npy")))
     assert corpus.token_array("validation").tolist() == list(range(190, 200))
     assert [len(d) for d in corpus.documents("train")] == [190]
-
-
-def test_a_written_token_file_is_what_the_corpus_packs(make_config, text_files: Path, tmp_path: Path) -> None:
-    source = build_corpus(make_config(corpus="files", path=str(text_files)))
-    path = write_token_file(source, "train", tmp_path / "mine")
-    assert path.name == "mine.uint16.bin"
-    held_out = write_token_file(source, "validation", tmp_path / "held_out")
-    config = make_config(corpus="tokens", path=str(path), validation_path=str(held_out))
-    np.testing.assert_array_equal(build_corpus(config).token_array("train"), packed(source, "train").tokens_N)
 
 
 def test_fingerprint_follows_the_tokens(make_config, tmp_path: Path) -> None:

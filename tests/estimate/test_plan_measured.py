@@ -15,8 +15,8 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
-from moe_dtensor.estimate.activations import at_experts, moe_bytes
 from moe_dtensor.estimate.dispatch import dispatch_costs, settle
+from moe_dtensor.estimate.saved_tensors import at_experts, moe_bytes
 from moe_dtensor.estimate.sizes import tokens
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.testing.bytes_sent import BytesSent

@@ -26,6 +26,8 @@ class Case:
     """Every so many-th choice has the id -1, and NaN for a gate."""
     split: bool = False
     """Weight gradients as autograd nodes of their own."""
+    bias: bool = False
+    """Experts' biases of the up-projections."""
 
     @property
     def num_held(self) -> int:
@@ -51,11 +53,15 @@ ODD_CASES = [
     Case(37, 16, 24, 5, 3, "gelu", absent=1, rows=0),
     Case(37, 16, 24, 5, 2, "swiglu", split=True),
     Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, absent=3, split=True),
+    Case(37, 16, 24, 5, 2, "swiglu_clamped"),
+    Case(37, 16, 24, 5, 2, "swiglu_clamped", bias=True, absent=3),
+    Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, rows="worst", bias=True, split=True),
+    Case(0, 16, 16, 4, 2, "swiglu", bias=True),
 ]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
-    """``[x, w_up, w_down, gate]`` as leaves, expert ids, and a gradient for the output."""
+    """``[x, w_up, w_down, gate]``, and the biases if any, as leaves, expert ids, and a gradient for the output."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -69,17 +75,23 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[li
     ]
     leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
     leaves.append(normal(case.T, case.K).abs().to(device, torch.promote_types(dtype, torch.float32)).requires_grad_())
+    # Activations on both sides of their clamps.
+    if case.activation == "swiglu_clamped":
+        leaves[1].data *= 5
+    bias = normal(case.num_held, groups, case.F)
     order = torch.rand(case.T, case.E, generator=generator).argsort(1)
     expert_TK = order[:, : case.K].contiguous()
     if case.absent:
         expert_TK.view(-1)[:: case.absent] = -1
         leaves[3].data.view(-1)[:: case.absent] = torch.nan
+    if case.bias:
+        leaves.append(bias.to(device, dtype).requires_grad_())
     return leaves, expert_TK.to(device), normal(case.T, case.D).to(device, dtype)
 
 
 def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Tensor:
     return expert_mlp(
-        *leaves,
+        *leaves[:4],
         expert_TK,
         activation=case.activation,
         backend=backend,
@@ -87,6 +99,7 @@ def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Te
         rows=case.rows,
         num_experts=case.E,
         split_backward=case.split,
+        up_bias_EGF=leaves[4] if case.bias else None,
     )
 
 
@@ -100,7 +113,7 @@ def relative_errors(case: Case, backend: str, dtype: torch.dtype, device: str = 
     y_TD.backward(dy_TD)
     got = [y_TD, *(leaf.grad for leaf in leaves)]
     expected = [expected_TD, *(leaf.grad for leaf in wide)]
-    names = ("y", "x", "w_up", "w_down", "gate")
+    names = ("y", "x", "w_up", "w_down", "gate", "up_bias")[: len(got)]
     # Where nothing is expected (no token), nothing may come: the error is then absolute.
     return {
         name: ((a.double() - b).norm() / (b.norm() if b.norm() > 0 else 1)).item()

@@ -33,6 +33,38 @@ def test_equals_pytorch_in_small_blocks(dtype, labels_T, monkeypatch):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_padding_does_not_exist(labels_T, in_place, monkeypatch):
+    """Padded columns once took part in the softmax: 131 ids in 192 columns of zeros added 0.379 to the loss."""
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 26)
+    leaf_TV = torch.randn(7, 16, dtype=torch.float64)
+    leaf_TV[:, 13:] = torch.tensor([50.0, torch.inf, torch.nan])
+    leaf_TV.requires_grad_()
+    loss_T = cross_entropy(leaf_TV * 1 if in_place else leaf_TV, labels_T, vocab_size=13)
+    real_TV = leaf_TV.detach()[:, :13].clone().requires_grad_()
+    expected_T = F.cross_entropy(real_TV, labels_T, reduction="none")
+    torch.testing.assert_close(loss_T, expected_T)
+    (got,) = torch.autograd.grad(loss_T.sum(), leaf_TV)
+    (expected,) = torch.autograd.grad(expected_T.sum(), real_TV)
+    torch.testing.assert_close(got[:, :13], expected)
+    assert (got[:, 13:] == 0).all()
+
+
+def test_a_shard_of_padding_alone(labels_T):
+    leaf_TV = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    whole_T = torch.full((7,), 2.0, dtype=torch.float64)
+    parts = {}
+
+    def all_reduce(t, op):
+        parts[op] = t.clone()
+        return whole_T if op == "max" else torch.stack([whole_T, whole_T])
+
+    loss_T = cross_entropy(leaf_TV, labels_T, vocab_size=13, first_row=16, all_reduce=all_reduce)
+    assert (parts["max"] == -torch.inf).all()
+    assert (parts["sum"] == 0).all()
+    assert (torch.autograd.grad(loss_T.sum(), leaf_TV)[0] == 0).all()
+
+
 def test_shards_add_up_to_the_whole(labels_T):
     """Two shards, by a stand-in for the collective that knows both shards' parts."""
     torch.manual_seed(0)

@@ -24,7 +24,8 @@ LARGER = [
 @pytest.mark.parametrize("case", ODD_CASES + LARGER, ids=str)
 def test_bf16(backend, case, poisoned_memory):
     errors = relative_errors(case, backend, torch.bfloat16, "cuda")
-    assert max(errors.values()) < 1e-2, errors
+    # Where a clamp begins, rounding decides whether a gradient goes through.
+    assert max(errors.values()) < (3e-2 if case.activation == "swiglu_clamped" else 1e-2), errors
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_dtensor.kernels.experts import sequence, split_nodes
+from moe_dtensor.kernels.experts import autograd, split_nodes
 from moe_dtensor.kernels.experts.mlp import choose_backend, expert_mlp
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
@@ -138,7 +138,7 @@ def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch
     case = Case(37, 16, 24, 5, 2, "swiglu")
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     alive, freed = [], []
-    rows_times_weight, weight_gradient = sequence.rows_times_weight, sequence.weight_gradient
+    rows_times_weight, weight_gradient = autograd.rows_times_weight, autograd.weight_gradient
 
     def watched(*args):
         out = rows_times_weight(*args)
@@ -149,8 +149,8 @@ def test_the_up_projection_is_freed_before_a_weight_gradient_is_made(monkeypatch
         freed.append(alive[0].expired())
         return weight_gradient(*args)
 
-    monkeypatch.setattr(sequence, "rows_times_weight", watched)
-    monkeypatch.setattr(sequence, "weight_gradient", checked)
+    monkeypatch.setattr(autograd, "rows_times_weight", watched)
+    monkeypatch.setattr(autograd, "weight_gradient", checked)
     y_TD = run(case, "torch", leaves, expert_TK)
     assert not alive[0].expired()
     y_TD.backward(dy_TD)
@@ -217,8 +217,8 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
     case = Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=2, rows=70)
     leaves, expert_TK, _ = make_inputs(case, torch.float32)
     made = []
-    gather_rows = sequence.gather_rows
-    monkeypatch.setattr(sequence, "gather_rows", lambda *args: made.append(args[2]) or gather_rows(*args))
+    permute = autograd.permute
+    monkeypatch.setattr(autograd, "permute", lambda *args: made.append(args[2]) or permute(*args))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read the device"))
     run(case, "torch", leaves, expert_TK)
     assert made == [70]

@@ -10,7 +10,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.balance import AddLoss, balance_loss, chosen_mask, within_capacity
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
 
 from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, vectors

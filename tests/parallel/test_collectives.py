@@ -33,17 +33,17 @@ def _on_rank() -> dict[str, tuple[Tensor, Tensor]]:
         leaf.grad = None
 
     def total(share: Tensor) -> Tensor:
-        return collectives.start_reduce(share, mesh)().sum()
+        return collectives.start_all_reduce(share, mesh)().sum()
 
     # A share of the work, then the sum of all ranks' shares: the loss is the same on every rank.
-    record("gather, reduce", part, total(_share_of_work(rank, collectives.start_gather(part, mesh, 1)())))
+    record("gather, reduce", part, total(_share_of_work(rank, collectives.start_all_gather(part, mesh, 1)())))
     record("copy, reduce", whole, total(_share_of_work(rank, collectives.start_copy(whole, mesh)())))
     shares = _share_of_work(rank, collectives.start_copy(whole, mesh)())
     scattered = collectives.start_reduce_scatter(shares, mesh, 1)()
-    record("copy, reduce_scatter", whole, collectives.gather_alike(scattered, mesh, 1).square().sum())
-    record("gather_alike", part, collectives.gather_alike(part, mesh, 1).pow(3).sum())
-    of_all = collectives.reduce_shares(part.sum(), mesh)
-    record("reduce_shares", part, total(_share_of_work(rank, of_all * part)))
+    record("copy, reduce_scatter", whole, collectives.gather_replicated(scattered, mesh, 1).square().sum())
+    record("gather_replicated", part, collectives.gather_replicated(part, mesh, 1).pow(3).sum())
+    of_all = collectives.all_reduce_partials(part.sum(), mesh)
+    record("all_reduce_partials", part, total(_share_of_work(rank, of_all * part)))
     return results
 
 
@@ -57,7 +57,7 @@ def _by_hand(name: str) -> tuple[Tensor, list[Tensor]]:
         loss = sum(_share_of_work(rank, whole) for rank in range(RANKS)).sum()
     elif name == "copy, reduce_scatter":
         loss = sum(_share_of_work(rank, whole) for rank in range(RANKS)).square().sum()
-    elif name == "gather_alike":
+    elif name == "gather_replicated":
         loss = torch.cat(parts, 1).pow(3).sum()
     else:
         total = sum(part.sum() for part in parts)

@@ -307,15 +307,15 @@ def _copies(folder: Path) -> list[bool]:
 
     train_step(trainer, batch)
     found = [fresh()]
-    loss = evaluate(trainer, batch)
+    loss = evaluate(trainer, [batch])
     found.append(fresh())
     checkpoints = manager(trainer, folder)
     checkpoints.save(1)
     train_step(trainer, batch)
-    assert evaluate(trainer, batch) != loss
+    assert evaluate(trainer, [batch]) != loss
     checkpoints.load(1)
     found.append(fresh())
-    assert evaluate(trainer, batch) == loss
+    assert evaluate(trainer, [batch]) == loss
     return [*found, fresh()]
 
 
@@ -332,9 +332,9 @@ def _loaded_between_evaluations(folder: Path) -> tuple[float, float, float]:
     for step in (1, 2):
         train_step(trainer, batch)
         checkpoints.save(step)
-        losses.append(evaluate(trainer, batch).item())
+        losses.append(evaluate(trainer, [batch]).item())
     checkpoints.load(1)
-    return losses[0], losses[1], evaluate(trainer, batch).item()
+    return losses[0], losses[1], evaluate(trainer, [batch]).item()
 
 
 def test_weights_that_stay_gathered_follow_a_load(tmp_path: Path) -> None:

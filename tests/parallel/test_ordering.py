@@ -1,14 +1,22 @@
-"""The order that a compiled block is given, on graphs written by hand."""
+"""The order that a compiled block is given, on graphs written by hand and on one that inductor made."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import logging
+import re
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_dtensor.parallel.ordering import order
+from moe_dtensor.parallel.blocks import can_order
+from moe_dtensor.parallel.ordering import OrderForOverlap, order
+from moe_dtensor.testing.ranks import run_on_ranks
 
 MM, ADD = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -102,3 +110,48 @@ def test_without_collectives_nothing_is_ordered() -> None:
     x = new.graph.placeholder("x")
     new("b", MM, new("a", MM, x, x), x)
     assert new.pairs() == []
+
+
+def _gather_between_products(x: Tensor, w: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    sent = x @ w
+    beside = w @ w
+    gathered = GATHER(sent, 2, group)
+    return WAIT(gathered) @ w, beside
+
+
+def _compiled_on_rank() -> tuple[list[str], list[str], bool]:
+    """What inductor's code calls, in order, without the pass and with it; whether the numbers are eager's."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    group = dist.group.WORLD.group_name
+    eager = _gather_between_products(x, w, group)
+    calls = []
+    equal = True
+    for order_pass in (None, OrderForOverlap()):
+        torch._dynamo.reset()
+        # Only products and collectives: nothing for a C++ compiler, which would take most of the time.
+        with config.patch(post_grad_custom_post_pass=order_pass, reorder_for_locality=False, fx_graph_cache=False):
+            out, code = run_and_get_code(torch.compile(_gather_between_products), x, w, group)
+        equal = equal and all(torch.equal(a, b) for a, b in zip(out, eager, strict=True))
+        calls.append(re.findall(r"[._](mm|all_gather_into_tensor\w*|wait_tensor)(?:\.default)?\(", code[-1]))
+    return calls[0], calls[1], equal
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch itself imports to compile
+def test_inductor_keeps_the_order_that_its_graph_is_given() -> None:
+    importlib.import_module("torch._inductor.compile_fx")  # once, before the ranks are forked
+    for before, after, equal in run_on_ranks(_compiled_on_rank, 2, timeout=300):
+        kinds = [[name.split("_")[0] for name in calls] for calls in (before, after)]
+        assert kinds[0] == ["mm", "mm", "all", "wait", "mm"], "without the pass nothing runs beside the collective"
+        assert kinds[1] == ["mm", "all", "mm", "wait", "mm"]
+        assert equal
+
+
+def test_with_an_untested_torch_the_pass_is_off(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert can_order("2.13.1+cu130")
+        assert not caplog.messages
+        assert not can_order("2.99.0")
+    assert caplog.messages == ["compile.order is off: it was tested with torch 2.11 and 2.13, not with 2.99.0"]

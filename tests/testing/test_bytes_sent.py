@@ -22,11 +22,11 @@ def _by_hand() -> Sent:
     dp, tp, flat = mesh["dp"], mesh["tp"], flat_dp_tp(mesh)
     x = torch.ones(4, 10, dtype=torch.float64, requires_grad=True)
     with BytesSent(mesh) as sent:
-        collectives.start_gather(x, tp, 0)().sum().backward()
-        collectives.start_reduce(x, dp)()
+        collectives.start_all_gather(x, tp, 0)().sum().backward()
+        collectives.start_all_reduce(x, dp)()
         # This rank keeps its own part: three rows of four leave it, and come back.
         counts = [1] * 4
-        collectives.exchange(x, flat, counts, counts).sum().backward()
+        collectives.all_to_all(x, flat, counts, counts).sum().backward()
         dist.all_reduce(torch.ones(1))
         if dist.get_rank() == 0:
             dist.isend(x.detach(), 3).wait()

@@ -19,7 +19,6 @@ import moe_dtensor.train.loop
 import moe_dtensor.train.rank  # noqa: F401  (imported here, so that no rank has to)
 from moe_dtensor.__main__ import leave, main
 
-
 _STORES: list[dist.TCPStore] = []
 """Kept: one that is collected in a forked rank waits for a thread that this rank does not have."""
 

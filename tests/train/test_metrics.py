@@ -15,10 +15,9 @@ import torch
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config, Metrics, Profiling, Training
-from moe_dtensor.train.display import Display, format_record
 from moe_dtensor.train.metrics import Meter, peak_flops
 from moe_dtensor.train.profile import Profiler
-from moe_dtensor.train.sinks import Record, build_sinks, check_sinks
+from moe_dtensor.train.sinks import Display, Record, build_sinks, check_sinks, format_record
 
 CPU = torch.device("cpu")
 

@@ -437,3 +437,20 @@ def test_every_rank_gets_the_same_answer(folder: Path) -> None:
     assert "model.dim = 256 there, 512 here" in answers[0]
     assert "--run.fresh true" in answers[0]
     assert answers[1] == answers[0]
+
+
+def test_stages_that_have_begun_stay(folder: Path) -> None:
+    """Later ones may change: what is still to come is no other run."""
+    from moe_dtensor.config.schema import Stage
+
+    def with_stages(*stages: Stage) -> Config:
+        return replace(config_of(folder), stages=stages)
+
+    first, second = Stage(from_step=10, lr=1e-4), Stage(from_step=50, seq_len=64)
+    open_run_folder(with_stages(first, second), "text")
+    save_checkpoint(folder, 40)
+    assert open_run_folder(with_stages(first, replace(second, seq_len=32)), "text").state == "unfinished"
+    assert open_run_folder(with_stages(first), "text").state == "unfinished"
+    for stages in ((), (replace(first, lr=1e-3),), (first, Stage(from_step=30, lr=1e-5))):
+        with pytest.raises(ConfigError, match="stages up to step 40"):
+            open_run_folder(with_stages(*stages), "text")

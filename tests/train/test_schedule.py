@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dtensor.config.schema import Config, LrScheduler, Optimizer, Training
-from moe_dtensor.train.schedule import build_schedulers, lr_factor
+from moe_dtensor.train.optimizer import build_schedulers, lr_factor
 
 
 def factors(steps: int, **fields: object) -> list[float]:

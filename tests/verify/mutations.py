@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import Replicate
 
 from moe_dtensor.layers import moe
@@ -167,7 +168,7 @@ def loss_over_own_targets() -> Iterator[None]:
 
 @contextmanager
 def pipeline_scales_gradients() -> Iterator[None]:
-    right = pipeline.get_schedule_class
+    right = schedules.get_schedule_class
 
     def wrong(name: str) -> Any:
         cls = right(name)
@@ -178,7 +179,7 @@ def pipeline_scales_gradients() -> Iterator[None]:
 
         return Scaling
 
-    with mock.patch.object(pipeline, "get_schedule_class", wrong):
+    with mock.patch.object(schedules, "get_schedule_class", wrong):
         yield
 
 
@@ -196,6 +197,18 @@ def routing_over_own_tokens() -> Iterator[None]:
     from moe_dtensor.parallel import apply
 
     with mock.patch.object(apply, "install_collectives", wrong):
+        yield
+
+
+@contextmanager
+def padding_in_the_softmax() -> Iterator[None]:
+    """Rows of the head that no id has take part in the loss."""
+    right = tensor.cross_entropy
+
+    def wrong(*args: Any, vocab_size: int, **kwargs: Any) -> Tensor:
+        return right(*args, **kwargs)
+
+    with mock.patch.object(tensor, "cross_entropy", wrong):
         yield
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dtensor.layers import router
 from moe_dtensor.layers.balance import chosen_mask
 from moe_dtensor.layers.router import Router
-from moe_dtensor.model.balance import BalanceState
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.train import step
 
 
@@ -69,9 +69,9 @@ def bias_by_own_counts() -> Iterator[None]:
     """Each rank moves its biases by the load of its own tokens."""
     right, right_step, own = step.sum_over_ranks, BalanceState.step, []
 
-    def keep(trainer: Any, loss: Tensor, record: Tensor, *more: Any) -> Any:
+    def keep(trainer: Any, loss: Tensor, record: Tensor, *others: Any) -> Any:
         own[:] = [record[:, : trainer.config.moe.num_experts].clone()]
-        return right(trainer, loss, record, *more)
+        return right(trainer, loss, record, *others)
 
     def wrong(self: BalanceState, load: Tensor, finite: Tensor) -> Tensor:
         churn = right_step(self, own[0], finite)

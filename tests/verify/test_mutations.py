@@ -15,7 +15,7 @@ from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout
 from moe_dtensor.verify.run import prove
 
-from . import mutations, mutations_balance
+from . import mutations, mutations_attention, mutations_balance
 
 TP2, DP2, PP2 = Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 2, 1, "1F1B")
 CONFIG = override(
@@ -70,13 +70,13 @@ MUTATIONS = [
         changes={"moe.layers": (1,)},
     ),
     Expected(mutations.gates_detached, r"layers\.\d\.moe\.router\.weight", ratio=0.0),
-    Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "parameter"),
+    Expected(mutations.second_ranks_experts_stale, r"layers\.\d\.moe\.experts\.w_(up|down)", "update"),
     Expected(mutations.pipeline_scales_gradients, ".*", ratio=0.25, layout=PP2),
     Expected(mutations.routing_over_own_tokens, r"layers\.0\.moe\..*", "routing"),
     Expected(
         mutations.norms_decayed,
         r".*(norm|router|tok_embeddings)\.weight",
-        "parameter",
+        "update",
         changes={"optimizer.lr": 0.1, "lr_scheduler.warmup_steps": 0},
     ),
 ]
@@ -127,6 +127,31 @@ MUTATIONS += [
         changes={"moe.router": "topk", "moe.jitter": 0.5},
     ),
 ]
+LATENT = {"model.num_kv_heads": 0, "model.kv_rank": 10, "model.nope_dim": 6, "model.rope_dim": 4, "model.v_dim": 5}
+DENSE = {"moe.num_experts": 0}
+MUTATIONS += [
+    Expected(
+        mutations_attention.latent_not_summed,
+        r"layers\.\d\.attention\.w(q|kv)_a\.weight",
+        changes=LATENT | {"model.q_rank": 14},
+    ),
+    Expected(
+        mutations_attention.output_bias_of_every_rank,
+        ".*",
+        changes=DENSE | {"model.attention_bias": "all", "model.num_layers": 1},
+    ),
+    Expected(
+        mutations_attention.sink_without_gradient,
+        r"layers\.\d\.attention\.sinks",
+        ratio=0.0,
+        changes={"model.sinks": True},
+    ),
+    Expected(
+        mutations_attention.window_off_by_one,
+        ".*",
+        changes=DENSE | {"model.window": 3, "model.num_layers": 1},
+    ),
+]
 
 
 def verdict_on(layout: Layout, **changes: Any) -> Verdict:
@@ -152,7 +177,10 @@ def test_caught_and_named(expected: Expected) -> None:
         assert worst.ratio == pytest.approx(expected.ratio, rel=1e-6)
 
 
-@pytest.mark.parametrize("mutation", [mutations.microbatch_dropped, mutations.loss_over_own_targets])
+@pytest.mark.parametrize(
+    "mutation",
+    [mutations.microbatch_dropped, mutations.loss_over_own_targets, mutations.padding_in_the_softmax],
+)
 def test_what_is_wrong_with_all_gradients_alike_is_said_of_all(mutation: mutations.Mutation) -> None:
     with mutation():
         verdict = verdict_on(DP2)

@@ -47,6 +47,24 @@ VARIANTS = {
         "model.activation": "geglu",
         "data.document_mask": True,
     },
+    "biases clip partial rotation after-rope norm window sinks": {
+        "model.attention_bias": "all",
+        "model.clip_qkv": 0.7,
+        "model.head_dim": 6,
+        "model.rotary_dim": 4,
+        "model.qk_norm": "head_after_rope",
+        "model.window": 2,
+        "model.sinks": True,
+    },
+    "latent attention gate": {
+        "model.num_kv_heads": 0,
+        "model.q_rank": 7,
+        "model.kv_rank": 5,
+        "model.nope_dim": 3,
+        "model.rope_dim": 2,
+        "model.v_dim": 4,
+        "model.attention_gate": True,
+    },
     "expert choice": {"moe.router": "expert_choice", "moe.jitter": 0.1},
     "uniform capacity after top-k": {
         "moe.router": "uniform",
@@ -101,7 +119,7 @@ def test_attention_is_torchs() -> None:
 
     y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
     expected = y.transpose(1, 2).flatten(2) @ weights["layers.0.attention.wo.weight"].T
-    torch.testing.assert_close(model_of(config, weights)._attention("layers.0.attention.", x, microbatch), expected)
+    torch.testing.assert_close(model_of(config, weights)._attention(0, x, microbatch), expected)
 
 
 def test_cross_entropy_is_torchs() -> None:
@@ -151,7 +169,7 @@ def test_clipped_steps_are_torchs_adamw(order: float) -> None:
         for group in theirs.param_groups:
             group["lr"] = lr
         theirs.step()
-        ours.step(gradients, float(norm))
+        ours.step(gradients, float(norm), lr)
         for name, p in parameters.items():
             torch.testing.assert_close(ours.parameters[name], p.data, msg=name)
 

@@ -21,9 +21,10 @@ from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout, legal
 from moe_dtensor.verify.oracle import steps
-from moe_dtensor.verify.routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 from moe_dtensor.verify.run import prove
 from moe_dtensor.verify.subject import build_subject, load_parameters, own_share
+
+from .routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 
 MESHES = [mesh for meshes in MESH_SETS for mesh in meshes]
 TP, PP = Layout(2, 1, 2), Layout(1, 2, 2, "1F1B")
@@ -222,9 +223,9 @@ def losses_of(configs: Sequence[Config]) -> list[tuple[float, float]]:
         load_parameters(trainer, inputs.initial_values(config))
         trainer.balance.bias_LE.copy_(torch.arange(16.0).view(2, 8).flip(1) / 50)
         batch = own_share(trainer, inputs.global_batch(config))
-        before = float(evaluate(trainer, batch))
+        before = float(evaluate(trainer, [batch]))
         train_step(trainer, batch)
-        results.append((before, float(evaluate(trainer, batch))))
+        results.append((before, float(evaluate(trainer, [batch]))))
     return results
 
 

@@ -18,13 +18,25 @@ def relu2(x: Tensor) -> Tensor:
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu2": relu2}
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+
+
+def swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """``g sigmoid(1.702 g) (u + 1)`` with g = min(gate, 7) and u = up clamped to -7 .. 7: that of gpt-oss."""
+    gate = gate.clamp(max=7)
+    return gate * (1.702 * gate).sigmoid() * (up.clamp(-7, 7) + 1)
+
+
+_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "swiglu_clamped": swiglu_clamped,
+}
 
 ACTIVATIONS = (*_GATED, *_PLAIN)
 
 
 def num_up_projections(activation: str) -> int:
-    """G: 2 for swiglu and geglu, 1 for gelu, silu and relu2. Raises ValueError for any other name."""
+    """G: 2 for swiglu, geglu and swiglu_clamped, 1 for gelu, silu and relu2. Raises ValueError for any other name."""
     if activation in _GATED:
         return 2
     if activation in _PLAIN:
@@ -37,7 +49,8 @@ def activate(h_GF: Tensor, activation: str) -> Tensor:
 
     Args:
         h_GF: ``(..., G, F)``; for gated activations ``[..., 0, :]`` is the gate, ``[..., 1, :]`` the up-projection.
-        activation: swiglu ``silu(gate) * up``, geglu ``gelu(gate) * up`` (erf form), gelu, silu or relu2.
+        activation: swiglu ``silu(gate) * up``, geglu ``gelu(gate) * up`` (erf form), swiglu_clamped
+            (:func:`swiglu_clamped`), gelu, silu or relu2.
 
     Returns:
         ``(..., F)`` in the dtype of ``h_GF``.
@@ -46,13 +59,13 @@ def activate(h_GF: Tensor, activation: str) -> Tensor:
     if h_GF.shape[-2] != groups:
         raise ValueError(f"{activation} takes (..., {groups}, F), not {tuple(h_GF.shape)}.")
     if groups == 2:
-        return _GATED[activation](h_GF[..., 0, :]) * h_GF[..., 1, :]
+        return _GATED[activation](h_GF[..., 0, :], h_GF[..., 1, :])
     return _PLAIN[activation](h_GF[..., 0, :])
 
 
 def activate_pair(gate_F: Tensor, up_F: Tensor, activation: str) -> Tensor:
-    """A gated activation of two separate tensors of one shape: ``act(gate) * up``."""
-    return _GATED[activation](gate_F) * up_F
+    """A gated activation of two separate tensors of one shape."""
+    return _GATED[activation](gate_F, up_F)
 
 
 def activation_gradient(h_GF: Tensor, da_F: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -8,16 +8,75 @@ gradient is ``<dA', A>`` with ``dA' = dO w_down``.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moe_dtensor.kernels.experts import sequence, split_nodes
-from moe_dtensor.kernels.experts.grouped import check, make_plan
+from moe_dtensor.kernels.experts import split_nodes
+from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
+from moe_dtensor.kernels.experts.permute import activate_rows, activation_backward, permute, unpermute
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
-from moe_dtensor.kernels.library import is_traced, triton_kernels
+
+
+def run_forward(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    route: Route,
+    tiles: Tensor,
+    num_rows: int,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``(y_TD, h_NP)``: the output, and what the backward needs of what came in between."""
+    x_ND = permute(x_TD, route.position, num_rows)
+    h_NP = rows_times_weight(x_ND, w_up_EGFD.flatten(1, 2), route.ends, tiles, True, backend)
+    del x_ND
+    a_NF = activate_rows(h_NP, route.ends, activation)
+    y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
+    del a_NF
+    return unpermute(y_ND, route.position, gate_TK), h_NP
+
+
+def run_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    route: Route,
+    tiles: Tensor,
+    saved: list[Tensor],
+    wanted: tuple[bool, ...],
+    activation: str,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of x, w_up, w_down (None where not wanted) and the gate (float32).
+
+    Every tensor is dropped as soon as it has been used: dA' and H before the first weight gradient is made, dO and A'
+    before the second, dH before dx is summed. ``saved`` holds H, and is empty afterwards.
+    """
+    position_TK, _, ends_E = route
+    dx_TD = dw_up_EGFD = dw_down_EDF = None
+    h_NP = saved.pop()
+    num_rows = h_NP.shape[0]
+    do_ND = permute(dy_TD, position_TK, num_rows)
+    da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, tiles, False, backend)
+    dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, *route, activation)
+    del da_NF, h_NP
+    if wanted[2]:
+        dw_down_EDF = weight_gradient(do_ND, weighted_NF, ends_E, tiles, backend)
+    del do_ND, weighted_NF
+    if wanted[1]:
+        x_ND = permute(x_TD, position_TK, num_rows, dh_NP)
+        dw_up_EGFD = weight_gradient(dh_NP, x_ND, ends_E, tiles, backend).view(w_up_EGFD.shape)
+        del x_ND
+    if wanted[0]:
+        dx_ND = rows_times_weight(dh_NP, w_up_EGFD.flatten(1, 2), ends_E, tiles, False, backend)
+        del dh_NP
+        dx_TD = unpermute(dx_ND, position_TK, None)
+    return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK
 
 
 def expert_mlp(
@@ -33,6 +92,7 @@ def expert_mlp(
     rows: str | int = "exact",
     num_experts: int | None = None,
     split_backward: bool = False,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
@@ -41,46 +101,42 @@ def expert_mlp(
     # An unknown total with first_expert = 0 takes the static bound: right in any case, and without a sync.
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
-    plan = make_plan(route.ends, num_rows, backend)
-    arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
-    return split_nodes.expert_mlp(*arguments) if split_backward else _ExpertMLP.apply(*arguments)
+    tiles = make_tiles(route.ends, num_rows, backend)
+    arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
+    if split_backward or up_bias_EGF is not None:
+        return split_nodes.expert_mlp(*arguments, up_bias_EGF)
+    return _ExpertMLP.apply(*arguments)
 
 
 class _ExpertMLP(Function):
     """All of it as one node: the host's time of a small layer is that of its nodes and launches."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend):
-        run = _sequence(backend, num_rows)
-        y_TD, h_NP = run.forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, plan, num_rows, activation, backend)
-        ctx.save_for_backward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, *route, plan, h_NP)
+    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend):
+        y_TD, h_NP = run_forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
+        ctx.save_for_backward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, *route, tiles, h_NP)
         ctx.activation, ctx.backend = activation, backend
         return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD):
-        x_TD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, plan, h_NP = ctx.saved_tensors
+        x_TD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, tiles, h_NP = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             # H is dropped as soon as it has been used; not if the graph is retained.
             ctx.maybe_clear_saved_tensors()
-        run, saved = _sequence(ctx.backend, h_NP.shape[0]), [h_NP]
+        saved = [h_NP]
         del h_NP
-        dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run.backward(
+        dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run_backward(
             dy_TD,
             x_TD,
             w_up_EGFD,
             w_down_EDF,
             gate_TK,
             Route(position_TK, copy_N, ends_E),
-            plan,
+            tiles,
             saved,
             ctx.needs_input_grad,
             ctx.activation,
             ctx.backend,
         )
         return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), None, None, None, None, None
-
-
-def _sequence(backend: str, num_rows: int) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` run: launches where nobody traces, else operators."""
-    return sequence if backend != "triton" or is_traced() or num_rows == 0 else triton_kernels("experts.mlp")

@@ -1,6 +1,6 @@
 """Grouped GEMMs: rows sorted by expert times each expert's weight, and the weights' gradients, by backend.
 
-A backend is a module with three functions: ``plan`` (what it precomputes from the rows' ends), ``rows_times_weight``
+A backend is a module with three functions: ``tiles`` (what it precomputes from the rows' ends), ``rows_times_weight``
 and ``weight_gradient``. P and Q are a weight's two sides, ``w_EPQ``.
 """
 
@@ -49,49 +49,49 @@ def backend_module(backend: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[backend]}")
 
 
-def _make_plan(ends_E: Tensor, rows: int, backend: str) -> Tensor:
-    return backend_module(backend).plan(ends_E, rows)
+def _make_tiles(ends_E: Tensor, rows: int, backend: str) -> Tensor:
+    return backend_module(backend).make_tiles(ends_E, rows)
 
 
-make_plan = define(
-    "make_plan(Tensor ends, SymInt rows, str backend) -> Tensor",
-    _make_plan,
-    lambda ends_E, rows, backend: backend_module(backend).fake_plan(ends_E, rows),
+make_tiles = define(
+    "make_tiles(Tensor ends, SymInt rows, str backend) -> Tensor",
+    _make_tiles,
+    lambda ends_E, rows, backend: backend_module(backend).fake_tiles(ends_E, rows),
 )
 """What a backend's GEMMs share: the tile table of ``triton``, the host's counts of ``grouped_gemm``, else nothing."""
 
 
 def _rows_times_weight(
-    a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool, backend: str
+    a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor, transposed: bool, backend: str
 ) -> Tensor:
     if a_N.shape[0] == 0:
-        return _fake_rows_times_weight(a_N, w_EPQ, ends_E, plan, transposed, backend)
-    return backend_module(backend).rows_times_weight(a_N.contiguous(), w_EPQ.contiguous(), ends_E, plan, transposed)
+        return _fake_rows_times_weight(a_N, w_EPQ, ends_E, tiles, transposed, backend)
+    return backend_module(backend).rows_times_weight(a_N.contiguous(), w_EPQ.contiguous(), ends_E, tiles, transposed)
 
 
 def _fake_rows_times_weight(
-    a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool, backend: str
+    a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor, transposed: bool, backend: str
 ) -> Tensor:
     return a_N.new_empty(a_N.shape[0], w_EPQ.shape[1 if transposed else 2])
 
 
 rows_times_weight = define(
-    "rows_times_weight(Tensor a, Tensor w, Tensor ends, Tensor plan, bool transposed, str backend) -> Tensor",
+    "rows_times_weight(Tensor a, Tensor w, Tensor ends, Tensor tiles, bool transposed, str backend) -> Tensor",
     _rows_times_weight,
     _fake_rows_times_weight,
 )
 """``out[n] = w[e(n)] @ a[n]`` if transposed (``(N, Q) -> (N, P)``), else ``a[n] @ w[e(n)]`` (``(N, P) -> (N, Q)``)."""
 
 
-def _weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor, backend: str) -> Tensor:
+def _weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor, backend: str) -> Tensor:
     if l_NP.shape[0] == 0:
         return l_NP.new_zeros(ends_E.numel(), l_NP.shape[1], r_NQ.shape[1])
-    return backend_module(backend).weight_gradient(l_NP.contiguous(), r_NQ.contiguous(), ends_E, plan)
+    return backend_module(backend).weight_gradient(l_NP.contiguous(), r_NQ.contiguous(), ends_E, tiles)
 
 
 weight_gradient = define(
-    "weight_gradient(Tensor l, Tensor r, Tensor ends, Tensor plan, str backend) -> Tensor",
+    "weight_gradient(Tensor l, Tensor r, Tensor ends, Tensor tiles, str backend) -> Tensor",
     _weight_gradient,
-    lambda l_NP, r_NQ, ends_E, plan, backend: l_NP.new_empty(ends_E.numel(), l_NP.shape[1], r_NQ.shape[1]),
+    lambda l_NP, r_NQ, ends_E, tiles, backend: l_NP.new_empty(ends_E.numel(), l_NP.shape[1], r_NQ.shape[1]),
 )
 """``out[e] = sum over rows n of e of outer(l[n], r[n])``, ``(E, P, Q)``; 0 for experts with no row."""

@@ -20,31 +20,31 @@ def _backend() -> ModuleType:
         ) from error
 
 
-def plan(ends_E: Tensor, rows: int) -> Tensor:
+def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
     """Rows of each expert, int64, on the host (a sync)."""
     ends = ends_E.cpu().long()
     return torch.diff(ends, prepend=ends.new_zeros(1))
 
 
-def fake_plan(ends_E: Tensor, rows: int) -> Tensor:
+def fake_tiles(ends_E: Tensor, rows: int) -> Tensor:
     """For tracing."""
     return torch.empty(ends_E.shape, dtype=torch.int64, device="cpu")
 
 
-def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, plan: Tensor, transposed: bool) -> Tensor:
+def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor, transposed: bool) -> Tensor:
     """See :data:`moe_dtensor.kernels.experts.grouped.rows_times_weight`."""
     out_N = a_N.new_empty(a_N.shape[0], w_EPQ.shape[1 if transposed else 2])
     # The package wants as many rows as the counts add up to; ours may be more.
-    held = int(plan.sum())
-    _backend().gmm(a_N[:held], w_EPQ, plan, trans_a=False, trans_b=transposed, c=out_N[:held])
+    held = int(tiles.sum())
+    _backend().gmm(a_N[:held], w_EPQ, tiles, trans_a=False, trans_b=transposed, c=out_N[:held])
     return out_N
 
 
-def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, plan: Tensor) -> Tensor:
+def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor) -> Tensor:
     """See :data:`moe_dtensor.kernels.experts.grouped.weight_gradient`."""
-    held = int(plan.sum())
-    out_EPQ = _backend().gmm(l_NP[:held], r_NQ[:held], plan, trans_a=True, trans_b=False)
+    held = int(tiles.sum())
+    out_EPQ = _backend().gmm(l_NP[:held], r_NQ[:held], tiles, trans_a=True, trans_b=False)
     # One product for each expert: nothing promises that one over no rows writes zeros.
-    for expert in (plan == 0).nonzero().flatten().tolist():
+    for expert in (tiles == 0).nonzero().flatten().tolist():
         out_EPQ[expert].zero_()
     return out_EPQ

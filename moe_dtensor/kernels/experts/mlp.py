@@ -30,10 +30,11 @@ def expert_mlp(
     rows: str | int = "exact",
     num_experts: int | None = None,
     split_backward: bool = False,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
-    ``y_t = sum_k gate_tk * W_down[e_tk] act(W_up[e_tk] x_t)``, over those k whose expert is held here.
+    ``y_t = sum_k gate_tk * W_down[e_tk] act(W_up[e_tk] x_t + b_up[e_tk])``, over those k whose expert is held here.
 
     Args:
         x_TD: tokens ``(T, D)``; T may be 0.
@@ -43,7 +44,7 @@ def expert_mlp(
         expert_TK: global expert ids ``(T, K)``, int64. An id of -1 stands for no copy: a choice that was dropped, or
             that a token does not have. Such choices, and those for experts outside the held range, take up no row,
             contribute nothing and give their gate a gradient of 0, whatever the gate is (NaN too).
-        activation: swiglu, geglu, gelu, silu or relu2.
+        activation: swiglu, geglu, swiglu_clamped, gelu, silu or relu2.
         backend: ``auto`` or one of :data:`BACKENDS`.
         first_expert: global id of the first expert held here.
         rows: how many rows of copies to allocate. A number is taken as it is: the caller knows that the copies held
@@ -52,9 +53,10 @@ def expert_mlp(
             rank that holds them all takes T * K rows, without reading anything.
         num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
         split_backward: weights' gradients as nodes of their own, for schedules that run them apart; else one node.
+        up_bias_EGF: added to the up-projections' outputs; None: nothing. Takes the nodes of ``split_backward``.
 
     Returns:
-        ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights and the gate.
+        ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights, the bias and the gate.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or sizes that the backend cannot take.
@@ -76,6 +78,7 @@ def expert_mlp(
         rows=rows,
         num_experts=num_experts,
         split_backward=split_backward,
+        up_bias_EGF=up_bias_EGF,
     )
 
 

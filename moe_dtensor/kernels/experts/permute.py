@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from moe_dtensor.kernels.experts.activation import activate, activation_gradient, num_up_projections
 from moe_dtensor.kernels.library import define, launches_triton, triton_kernels
 
-# ---- gather_rows: x_TD, position_TK -> (rows, D) --------------------------------------------------------------------
+# ---- permute: x_TD, position_TK -> (rows, D) --------------------------------------------------------------------
 
 
-def _gather_rows(x_TD: Tensor, position_TK: Tensor, rows: int, after: Tensor | None = None) -> Tensor:
+def _permute(x_TD: Tensor, position_TK: Tensor, rows: int, after: Tensor | None = None) -> Tensor:
     out_ND = x_TD.new_empty(rows, x_TD.shape[1])
     if out_ND.numel() == 0:
         return out_ND
     if launches_triton(x_TD):
-        triton_kernels("experts.permute").gather_rows(x_TD.contiguous(), position_TK, out_ND)
+        triton_kernels("experts.permute").permute(x_TD.contiguous(), position_TK, out_ND)
         return out_ND
     token, choice = (position_TK >= 0).nonzero(as_tuple=True)
     return out_ND.index_copy_(0, position_TK[token, choice].long(), x_TD[token])
 
 
-gather_rows = define(
-    "gather_rows(Tensor x, Tensor position, SymInt rows, Tensor? after=None) -> Tensor",
-    _gather_rows,
+permute = define(
+    "permute(Tensor x, Tensor position, SymInt rows, Tensor? after=None) -> Tensor",
+    _permute,
     lambda x_TD, position_TK, rows, after=None: x_TD.new_empty(rows, x_TD.shape[1]),
 )
 """``out[position[t, k]] = x[t]``. Each token is read once and its rows written from registers.
@@ -37,17 +38,17 @@ gather_rows = define(
 forward pass, which has all that it needs, and keeps its (N, D) rows alive in between.
 """
 
-# ---- combine_rows: y_ND, position_TK, gate_TK -> (T, D) -------------------------------------------------------------
+# ---- unpermute: y_ND, position_TK, gate_TK -> (T, D) -------------------------------------------------------------
 
 
-def _combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
+def _unpermute(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
     out_TD = y_ND.new_empty(position_TK.shape[0], y_ND.shape[1])
     if out_TD.numel() == 0:
         return out_TD
     if y_ND.shape[0] == 0:
         return out_TD.zero_()
     if launches_triton(y_ND):
-        triton_kernels("experts.permute").combine_rows(y_ND.contiguous(), position_TK, gate_TK, out_TD)
+        triton_kernels("experts.permute").unpermute(y_ND.contiguous(), position_TK, gate_TK, out_TD)
         return out_TD
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     held_TK = position_TK >= 0
@@ -58,9 +59,9 @@ def _combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None) -> 
     return y_TKD.where(held_TK.unsqueeze(-1), 0).sum(1).to(y_ND.dtype)
 
 
-combine_rows = define(
-    "combine_rows(Tensor y, Tensor position, Tensor? gate) -> Tensor",
-    _combine_rows,
+unpermute = define(
+    "unpermute(Tensor y, Tensor position, Tensor? gate) -> Tensor",
+    _unpermute,
     lambda y_ND, position_TK, gate_TK: y_ND.new_empty(position_TK.shape[0], y_ND.shape[1]),
 )
 """``out[t] = sum_k gate[t, k] * y[position[t, k]]`` in fp32 and in the order of k; no gate: a plain sum."""
@@ -162,3 +163,38 @@ weighted_activation = define(
     ),
 )
 """``A' = gate * act(H)`` alone, for a weight gradient that runs apart from the input gradient (zero-bubble)."""
+
+
+def permute_to(x_TC: Tensor, position_TR: Tensor, rows: int) -> Tensor:
+    """``(N, C)``: token t's row at each of ``position_TR[t]`` that is not -1; others are not written."""
+    return _PermuteTo.apply(x_TC, position_TR, rows)
+
+
+def unpermute_from(y_NC: Tensor, position_TR: Tensor) -> Tensor:
+    """``(T, C)``: the sum of each token's rows, in the order of the receivers; 0 for a token without any."""
+    return _UnpermuteFrom.apply(y_NC, position_TR)
+
+
+class _PermuteTo(Function):
+    @staticmethod
+    def forward(ctx, x_TC, position_TR, rows):
+        ctx.save_for_backward(position_TR)
+        return permute(x_TC, position_TR, rows)
+
+    @staticmethod
+    def backward(ctx, grad_NC):
+        (position_TR,) = ctx.saved_tensors
+        return unpermute(grad_NC, position_TR, None), None, None
+
+
+class _UnpermuteFrom(Function):
+    @staticmethod
+    def forward(ctx, y_NC, position_TR):
+        ctx.save_for_backward(position_TR)
+        ctx.rows = y_NC.shape[0]
+        return unpermute(y_NC, position_TR, None)
+
+    @staticmethod
+    def backward(ctx, grad_TC):
+        (position_TR,) = ctx.saved_tensors
+        return permute(grad_TC, position_TR, ctx.rows), None

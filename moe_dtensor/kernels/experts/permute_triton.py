@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_dtensor.kernels.experts.activation import num_up_projections
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 
-def gather_rows(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
+def permute(x_TD: Tensor, position_TK: Tensor, out_ND: Tensor) -> None:
     """Write ``out[position[t, k]] = x[t]`` for positions >= 0."""
-    gather_launcher(x_TD.get_device(), x_TD.dtype, *position_TK.shape, x_TD.shape[1])(x_TD, position_TK, out_ND)
-
-
-@lru_cache
-def gather_launcher(device: int, dtype: torch.dtype, tokens: int, choices: int, width: int) -> Launcher:
-    """Takes x, position, out."""
+    (tokens, choices), width = position_TK.shape, x_TD.shape[1]
     block = min(2048, next_power_of_2(width))
-    return Launcher(_gather_rows, (tokens, ceil_div(width, block)), (width,), K=choices, BLOCK=block)
+    _permute[(tokens, ceil_div(width, block))](x_TD, position_TK, out_ND, width, K=choices, BLOCK=block)
 
 
-def combine_rows(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
+def unpermute(y_ND: Tensor, position_TK: Tensor, gate_TK: Tensor | None, out_TD: Tensor) -> None:
     """Write ``out[t] = sum_k gate[t, k] * y[position[t, k]]``."""
-    gate_dtype = None
-    if gate_TK is not None:
-        gate_TK, gate_dtype = gate_TK.contiguous(), gate_TK.dtype
-    launcher = combine_launcher(y_ND.get_device(), y_ND.dtype, gate_dtype, *position_TK.shape, y_ND.shape[1])
-    launcher(y_ND, position_TK, gate_TK, out_TD)
-
-
-@lru_cache
-def combine_launcher(
-    device: int, dtype: torch.dtype, gate_dtype: torch.dtype | None, tokens: int, choices: int, width: int
-) -> Launcher:
-    """Takes y, position, gate (None if ``gate_dtype`` is), out."""
+    (tokens, choices), width = position_TK.shape, y_ND.shape[1]
     block = min(1024, next_power_of_2(width))
-    grid = (tokens, ceil_div(width, block))
-    return Launcher(_combine_rows, grid, (width,), K=choices, BLOCK=block, HAS_GATE=gate_dtype is not None)
+    gate_TK = None if gate_TK is None else gate_TK.contiguous()
+    _unpermute[(tokens, ceil_div(width, block))](
+        y_ND, position_TK, gate_TK, out_TD, width, K=choices, BLOCK=block, HAS_GATE=gate_TK is not None
+    )
 
 
 def activate_rows(
@@ -54,30 +38,12 @@ def activate_rows(
     copy_N: Tensor | None = None,
 ) -> None:
     """Write the activation of each row, times its gate if one is given."""
-    gate_dtype = None if gate_TK is None else gate_TK.dtype
-    launcher = activate_launcher(h_NP.get_device(), h_NP.dtype, gate_dtype, *out_NF.shape, ends_E.shape[0], activation)
-    launcher(h_NP, ends_E, out_NF, gate_TK, copy_N)
-
-
-def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
-    groups = num_up_projections(activation)
-    return {"ACTIVATION": activation, "GROUPS": groups, "ROWS": 8, "BLOCK": min(256, next_power_of_2(hidden))}
-
-
-@lru_cache
-def activate_launcher(
-    device: int,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype | None,
-    rows: int,
-    hidden: int,
-    experts: int,
-    activation: str,
-) -> Launcher:
-    """Takes h, ends, out, gate and copy (both None if ``gate_dtype`` is)."""
+    rows, hidden = out_NF.shape
     constants = _activation_constants(hidden, activation)
     grid = (ceil_div(rows, constants["ROWS"]), ceil_div(hidden, constants["BLOCK"]))
-    return Launcher(_activate_rows, grid, (rows, hidden, experts), **constants, HAS_GATE=gate_dtype is not None)
+    _activate_rows[grid](
+        h_NP, ends_E, out_NF, gate_TK, copy_N, rows, hidden, len(ends_E), **constants, HAS_GATE=gate_TK is not None
+    )
 
 
 def activation_backward(
@@ -93,31 +59,22 @@ def activation_backward(
     activation: str,
 ) -> None:
     """Write dH, A' and dgate in one pass."""
-    launcher = activation_backward_launcher(
-        h_NP.get_device(), h_NP.dtype, gate_TK.dtype, *da_NF.shape, ends_E.shape[0], position_TK.numel(), activation
-    )
-    launcher(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK)
-
-
-@lru_cache
-def activation_backward_launcher(
-    device: int,
-    dtype: torch.dtype,
-    gate_dtype: torch.dtype,
-    rows: int,
-    hidden: int,
-    experts: int,
-    copies: int,
-    activation: str,
-) -> Launcher:
-    """Takes h, da, gate, position, copy, ends, dh, weighted, dgate."""
+    (rows, hidden), copies = da_NF.shape, position_TK.numel()
     constants = _activation_constants(hidden, activation)
-    grid = (ceil_div(max(rows, copies), constants["ROWS"]),)
-    return Launcher(_activation_backward, grid, (rows, hidden, experts, copies), **constants)
+    _activation_backward[(ceil_div(max(rows, copies), constants["ROWS"]),)](
+        *(h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, dh_NP, weighted_NF, dgate_TK),
+        *(rows, hidden, len(ends_E), copies),
+        **constants,
+    )
+
+
+def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
+    groups = num_up_projections(activation)
+    return {"ACTIVATION": activation, "GROUPS": groups, "ROWS": 8, "BLOCK": min(256, next_power_of_2(hidden))}
 
 
 @triton.jit
-def _gather_rows(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _permute(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -128,7 +85,7 @@ def _gather_rows(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _combine_rows(
+def _unpermute(
     y_ptr, position_ptr, gate_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr, HAS_GATE: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -155,6 +112,11 @@ def _act(x, KIND: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * cdf
         slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif KIND == "clamped":
+        g = tl.minimum(x, 7.0)
+        s = tl.sigmoid(1.702 * g)
+        value = g * s
+        slope = tl.where(x <= 7.0, s + 1.702 * value * (1.0 - s), 0.0)
     else:
         tl.static_assert(KIND == "relu2")
         positive = tl.maximum(x, 0.0)
@@ -165,8 +127,13 @@ def _act(x, KIND: tl.constexpr):
 
 @triton.jit
 def _load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr):
-    """The activated first projection, its slope, and the second projection (1 for plain activations)."""
-    KIND: tl.constexpr = "silu" if ACTIVATION == "swiglu" else ("gelu" if ACTIVATION == "geglu" else ACTIVATION)
+    """The activated first projection, its slope, the factor that the second one gives (1 for plain activations), and
+    that one's slope."""
+    KIND: tl.constexpr = (
+        "silu"
+        if ACTIVATION == "swiglu"
+        else ("gelu" if ACTIVATION == "geglu" else ("clamped" if ACTIVATION == "swiglu_clamped" else ACTIVATION))
+    )
     offset = row * (GROUPS * hidden) + column
     first = tl.load(h_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     value, slope = _act(first, KIND)
@@ -174,7 +141,11 @@ def _load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUP
         up = tl.load(h_ptr + offset + hidden, mask=inside, other=0.0).to(tl.float32)
     else:
         up = tl.full(first.shape, 1.0, tl.float32)
-    return offset, value, slope, up
+    up_slope = tl.full(first.shape, 1.0, tl.float32)
+    if KIND == "clamped":
+        up_slope = tl.where(tl.abs(up) <= 7.0, 1.0, 0.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
+    return offset, value, slope, up, up_slope
 
 
 @triton.jit
@@ -197,7 +168,7 @@ def _activate_rows(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = (row < end) & (column < hidden)
-    _, value, _, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+    _, value, _, up, _ = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
     a = value * up
     if HAS_GATE:
         copy = tl.load(copy_ptr + row, mask=row < end, other=0)
@@ -235,7 +206,7 @@ def _activation_backward(
     for start in range(0, tl.where(tl.program_id(0) * ROWS < end, hidden, 0), BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
         inside = (row < end) & (column < hidden)
-        offset, value, slope, up = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+        offset, value, slope, up, up_slope = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
         da = tl.load(da_ptr + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
         a = value * up
         dgate += tl.sum(a * da, axis=1)
@@ -243,7 +214,7 @@ def _activation_backward(
         tl.store(weighted_ptr + row * hidden + column, (a * gate).to(weighted_ptr.dtype.element_ty), mask=inside)
         tl.store(dh_ptr + offset, (da * up * slope).to(dh_ptr.dtype.element_ty), mask=inside)
         if GROUPS == 2:
-            tl.store(dh_ptr + offset + hidden, (da * value).to(dh_ptr.dtype.element_ty), mask=inside)
+            tl.store(dh_ptr + offset + hidden, (da * value * up_slope).to(dh_ptr.dtype.element_ty), mask=inside)
     tl.store(dgate_ptr + copy, dgate, mask=held)
     # The same numbers once more, as copies: those without a row.
     position = tl.load(position_ptr + row_R, mask=row_R < copies, other=0)

@@ -20,8 +20,10 @@ def expert_mlp(
     rows: str | int = "exact",
     num_experts: int | None = None,
     split_backward: bool = False,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`. Any device and dtype; the last three change nothing."""
+    """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`. Any device and dtype; ``rows``, ``num_experts`` and
+    ``split_backward`` change nothing."""
     tokens, choices = expert_TK.shape
     width, experts = x_TD.shape[1], w_up_EGFD.shape[0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -29,11 +31,13 @@ def expert_mlp(
     held_TK = (local_TK >= 0) & (local_TK < experts)
     # unbind, not indexing: its backward stacks the gradients, where E selects would make E full-size zero tensors.
     weights = zip(w_up_EGFD.unbind(), w_down_EDF.unbind(), strict=True)
+    biases = [None] * experts if up_bias_EGF is None else up_bias_EGF.unbind()
     where, copies = [], []
     # Experts without tokens go through as well, so that their weights get zeros for a gradient and not None.
-    for expert, (w_up_GFD, w_down_DF) in enumerate(weights):
+    for expert, ((w_up_GFD, w_down_DF), up_bias_GF) in enumerate(zip(weights, biases, strict=True)):
         where.append((local_TK.flatten() == expert).nonzero().flatten())
         h_nGF = (x_TD[where[-1] // choices] @ w_up_GFD.flatten(0, 1).T).unflatten(1, w_up_GFD.shape[:2])
+        h_nGF = h_nGF if up_bias_GF is None else h_nGF + up_bias_GF
         copies.append(activate(h_nGF, activation) @ w_down_DF.T)
     assert experts == len(copies)
     y_ND = x_TD.new_zeros(tokens * choices, width).index_copy(0, torch.cat(where), torch.cat(copies))

@@ -5,14 +5,12 @@ The first counts each chunk's copies of each expert, the second adds up the coun
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _BLOCK = 128
 _MAX_CHUNKS = 128
@@ -22,26 +20,20 @@ _ELEMENTS = 4096
 def sort_by_expert(expert_TK: Tensor, first_expert: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches; see :func:`moe_dtensor.kernels.experts.sort.sort_by_expert`."""
     copies = expert_TK.numel()
-    count, place = launchers(expert_TK.get_device(), copies, first_expert, num_experts)
-    position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
-    copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
-    counts_EC = position_TK.new_empty(num_experts, count.grid[0])
-    count(expert_TK, counts_EC)
-    place(expert_TK, counts_EC, position_TK, copy_N, ends_E)
-    return position_TK, copy_N, ends_E
-
-
-@lru_cache
-def launchers(device: int, copies: int, first_expert: int, num_experts: int) -> tuple[Launcher, Launcher]:
-    """What counts (ids -> counts) and what places (ids, counts -> position, copy, ends); a program for each chunk."""
     parts = ceil_div(copies, _BLOCK * _MAX_CHUNKS)
     chunks = ceil_div(copies, _BLOCK * parts)
     # One bin more than experts: that of copies without a row.
     bins = max(16, next_power_of_2(num_experts + 1))
     columns = min(next_power_of_2(chunks), max(1, _ELEMENTS // bins))
-    numbers = (copies, first_expert, num_experts, chunks, parts)
-    count = Launcher(_count, (chunks,), numbers, BLOCK=_BLOCK, BINS=bins)
-    return count, Launcher(_place, (chunks,), numbers, BLOCK=_BLOCK, BINS=bins, COLUMNS=columns)
+    position_TK = torch.empty_like(expert_TK, dtype=torch.int32)
+    copy_N, ends_E = position_TK.new_empty(copies), position_TK.new_empty(num_experts)
+    counts_EC = position_TK.new_empty(num_experts, chunks)
+    sizes = (copies, first_expert, num_experts, chunks, parts)
+    _count[(chunks,)](expert_TK, counts_EC, *sizes, BLOCK=_BLOCK, BINS=bins)
+    _place[(chunks,)](
+        expert_TK, counts_EC, position_TK, copy_N, ends_E, *sizes, BLOCK=_BLOCK, BINS=bins, COLUMNS=columns
+    )
+    return position_TK, copy_N, ends_E
 
 
 @triton.jit

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moe_dtensor.kernels.experts.exchange import spread_rows
 from moe_dtensor.kernels.experts.grouped import rows_times_weight, weight_gradient
 from moe_dtensor.kernels.experts.permute import (
     activate_rows,
     activation_backward,
-    combine_rows,
-    gather_rows,
+    permute,
+    permute_to,
+    unpermute,
     weighted_activation,
 )
 from moe_dtensor.kernels.experts.sort import Route
@@ -34,19 +34,22 @@ def expert_mlp(
     w_down_EDF: Tensor,
     gate_TK: Tensor,
     route: Route,
-    plan: Tensor,
+    tiles: Tensor,
     num_rows: int,
     activation: str,
     backend: str,
+    up_bias_EGF: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`.mlp.expert_mlp`; ``route``, ``plan`` and ``num_rows`` as in :mod:`.autograd`."""
+    """See :func:`.mlp.expert_mlp`; ``route``, ``tiles`` and ``num_rows`` as in :mod:`.autograd`."""
     # Apart from _Up, so that dH is gone when its backward sums.
-    x_ND = spread_rows(x_TD, route.position, num_rows)
-    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, plan, backend)
-    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, plan, num_rows, backend)
+    x_ND = permute_to(x_TD, route.position, num_rows)
+    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, tiles, backend)
+    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, tiles, num_rows, backend)
     h_NP = _Join.apply(h_NP, handle_NP)
-    do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, plan, num_rows, backend)
-    return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, plan, activation, backend)
+    if up_bias_EGF is not None:
+        h_NP = _AddBias.apply(h_NP, up_bias_EGF.flatten(1), route, tiles, backend)
+    do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, tiles, num_rows, backend)
+    return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, tiles, activation, backend)
 
 
 def _handle(like: Tensor, *shape: int) -> Tensor:
@@ -71,31 +74,31 @@ class _Up(Function):
     """H = x w_up^T; backward gives dX of the rows."""
 
     @staticmethod
-    def forward(ctx, x_ND, w_up_EPD, route, plan, backend):
-        ctx.save_for_backward(w_up_EPD, route.ends, plan)
+    def forward(ctx, x_ND, w_up_EPD, route, tiles, backend):
+        ctx.save_for_backward(w_up_EPD, route.ends, tiles)
         ctx.backend = backend
-        return rows_times_weight(x_ND, w_up_EPD, route.ends, plan, True, backend)
+        return rows_times_weight(x_ND, w_up_EPD, route.ends, tiles, True, backend)
 
     @staticmethod
     def backward(ctx, dh_NP):
-        w_up_EPD, ends_E, plan = ctx.saved_tensors
-        return rows_times_weight(dh_NP, w_up_EPD, ends_E, plan, False, ctx.backend), None, None, None, None
+        w_up_EPD, ends_E, tiles = ctx.saved_tensors
+        return rows_times_weight(dh_NP, w_up_EPD, ends_E, tiles, False, ctx.backend), None, None, None, None
 
 
 class _UpWeight(Function):
     """The handle of w_up: told dH, its gradient is ``dH^T gather(x)``."""
 
     @staticmethod
-    def forward(ctx, w_up_EPD, x_TD, route, plan, num_rows, backend):
-        ctx.save_for_backward(x_TD, route.position, route.ends, plan)
+    def forward(ctx, w_up_EPD, x_TD, route, tiles, num_rows, backend):
+        ctx.save_for_backward(x_TD, route.position, route.ends, tiles)
         ctx.num_rows, ctx.backend = num_rows, backend
         return _handle(x_TD, num_rows, w_up_EPD.shape[1])
 
     @staticmethod
     def backward(ctx, dh_NP):
-        x_TD, position_TK, ends_E, plan = ctx.saved_tensors
-        x_ND = gather_rows(x_TD, position_TK, ctx.num_rows, dh_NP)
-        return weight_gradient(dh_NP, x_ND, ends_E, plan, ctx.backend), None, None, None, None, None
+        x_TD, position_TK, ends_E, tiles = ctx.saved_tensors
+        x_ND = permute(x_TD, position_TK, ctx.num_rows, dh_NP)
+        return weight_gradient(dh_NP, x_ND, ends_E, tiles, ctx.backend), None, None, None, None, None
 
 
 class _Join(Function):
@@ -110,42 +113,62 @@ class _Join(Function):
         return grad, grad
 
 
+class _AddBias(Function):
+    """H plus each row's expert's bias; the bias's gradient is the sum of its rows, as a product with ones."""
+
+    @staticmethod
+    def forward(ctx, h_NP, bias_EP, route, tiles, backend):
+        ctx.save_for_backward(route.ends, tiles)
+        ctx.backend = backend
+        row_N = torch.arange(h_NP.shape[0], device=h_NP.device)
+        # Rows past the last end hold nothing.
+        expert_N = torch.searchsorted(route.ends, row_N, right=True).clamp(max=bias_EP.shape[0] - 1)
+        return h_NP + bias_EP[expert_N]
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        ends_E, tiles = ctx.saved_tensors
+        # Grouped GEMMs want rows of a multiple of 16 bytes.
+        ones_NC = dh_NP.new_ones(dh_NP.shape[0], 16)
+        return dh_NP, weight_gradient(dh_NP, ones_NC, ends_E, tiles, ctx.backend)[..., 0], None, None, None
+
+
 class _DownWeight(Function):
     """The handles of w_down: told dO and A', its gradient is ``dO^T A'``."""
 
     @staticmethod
-    def forward(ctx, w_down_EDF, route, plan, num_rows, backend):
-        ctx.save_for_backward(route.ends, plan)
+    def forward(ctx, w_down_EDF, route, tiles, num_rows, backend):
+        ctx.save_for_backward(route.ends, tiles)
         ctx.backend = backend
         _, width, hidden = w_down_EDF.shape
         return _handle(w_down_EDF, num_rows, width), _handle(w_down_EDF, num_rows, hidden)
 
     @staticmethod
     def backward(ctx, do_ND, weighted_NF):
-        ends_E, plan = ctx.saved_tensors
-        return weight_gradient(do_ND, weighted_NF, ends_E, plan, ctx.backend), None, None, None, None
+        ends_E, tiles = ctx.saved_tensors
+        return weight_gradient(do_ND, weighted_NF, ends_E, tiles, ctx.backend), None, None, None, None
 
 
 class _Down(Function):
     """y = sum over choices of gate * (act(H) w_down^T); backward gives dH, dgate, and what w_down's node needs."""
 
     @staticmethod
-    def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, plan, activation, backend):
+    def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, tiles, activation, backend):
         a_NF = activate_rows(h_NP, route.ends, activation)
-        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, plan, True, backend)
-        ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, plan)
+        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
+        ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, tiles)
         ctx.activation, ctx.backend = activation, backend
-        return combine_rows(y_ND, route.position, gate_TK)
+        return unpermute(y_ND, route.position, gate_TK)
 
     @staticmethod
     def backward(ctx, dy_TD):
-        h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, plan = ctx.saved_tensors
+        h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, tiles = ctx.saved_tensors
         route = Route(position_TK, copy_N, ends_E)
-        do_ND = gather_rows(dy_TD, route.position, h_NP.shape[0])
+        do_ND = permute(dy_TD, route.position, h_NP.shape[0])
         if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
             weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
             return None, None, do_ND, weighted_NF, None, None, None, None, None
-        da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, plan, False, ctx.backend)
+        da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, tiles, False, ctx.backend)
         dh_NP, weighted_NF, dgate_TK = activation_backward(
             h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, ctx.activation
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 
@@ -21,11 +20,12 @@ def top_k_gates(
     """See :func:`moe_dtensor.kernels.router.gates.top_k_gates`."""
     gate_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
     expert_TK = torch.empty_like(gate_TK, dtype=torch.int64)
-    ranking_dtype = None
-    if ranking_TE is not None:
-        ranking_TE, ranking_dtype = ranking_TE.contiguous(), ranking_TE.dtype
-    launcher = _top_k_launcher(logits_TE.get_device(), ranking_dtype, *logits_TE.shape, top_k, score, normalize)
-    launcher(logits_TE, ranking_TE, gate_TK, expert_TK)
+    tokens, experts = logits_TE.shape
+    ranking_TE = None if ranking_TE is None else ranking_TE.contiguous()
+    constants = _constants(experts, top_k, score, normalize)
+    _top_k_kernel[(ceil_div(tokens, constants["ROWS"]),)](
+        logits_TE, ranking_TE, gate_TK, expert_TK, tokens, experts, **constants, OWN_RANKING=ranking_TE is not None
+    )
     return gate_TK, expert_TK
 
 
@@ -35,42 +35,26 @@ def _constants(experts: int, top_k: int, score: str, normalize: bool) -> dict[st
     return {"K": top_k, "ROWS": rows, "COLUMNS": columns, "SOFTMAX": score == "softmax", "NORMALIZE": normalize}
 
 
-@lru_cache
-def _top_k_launcher(
-    device: int, ranking_dtype: torch.dtype | None, tokens: int, experts: int, top_k: int, score: str, normalize: bool
-) -> Launcher:
-    constants = _constants(experts, top_k, score, normalize)
-    grid = (ceil_div(tokens, constants["ROWS"]),)
-    return Launcher(_top_k_kernel, grid, (tokens, experts), **constants, OWN_RANKING=ranking_dtype is not None)
-
-
 def gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
     """The gradient of the logits from the gates'."""
     dlogits_TE = torch.empty_like(logits_TE)
-    launcher = _gates_launcher(logits_TE.get_device(), *logits_TE.shape, expert_TK.shape[1], score, normalize)
-    launcher(dgate_TK, logits_TE, expert_TK, dlogits_TE)
+    tokens, experts = logits_TE.shape
+    constants = _constants(experts, expert_TK.shape[1], score, normalize)
+    _gates_backward_kernel[(ceil_div(tokens, constants["ROWS"]),)](
+        dgate_TK, logits_TE, expert_TK, dlogits_TE, tokens, experts, **constants
+    )
     return dlogits_TE
-
-
-@lru_cache
-def _gates_launcher(device: int, tokens: int, experts: int, top_k: int, score: str, normalize: bool) -> Launcher:
-    constants = _constants(experts, top_k, score, normalize)
-    return Launcher(_gates_backward_kernel, (ceil_div(tokens, constants["ROWS"]),), (tokens, experts), **constants)
 
 
 def split_halves(x_TE: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
     """``[high | low]``, two numbers in the dtype of w whose sum is x, ``(T, 2 E)``; and w twice, ``(2 E, D)``."""
     halves_TC = w_ED.new_empty(x_TE.shape[0], 2 * x_TE.shape[1])
     twice_CD = w_ED.new_empty(2 * w_ED.shape[0], w_ED.shape[1])
-    _halves_launcher(x_TE.get_device(), w_ED.dtype, *x_TE.shape, w_ED.shape[1])(x_TE, w_ED, halves_TC, twice_CD)
+    elements, weights, block = x_TE.numel(), w_ED.numel(), 1024
+    _split_halves[(ceil_div(max(elements, 2 * weights), block),)](
+        x_TE, w_ED, halves_TC, twice_CD, elements, x_TE.shape[1], weights, BLOCK=block
+    )
     return halves_TC, twice_CD
-
-
-@lru_cache
-def _halves_launcher(device: int, dtype: torch.dtype, tokens: int, experts: int, width: int) -> Launcher:
-    elements, weights, block = tokens * experts, experts * width, 1024
-    grid = (ceil_div(max(elements, 2 * weights), block),)
-    return Launcher(_split_halves, grid, (elements, experts, weights), BLOCK=block)
 
 
 @triton.jit
@@ -190,3 +174,65 @@ def _gates_backward_kernel(
     else:
         dlogits = dgates * gates * (1.0 - gates)
     tl.store(dlogits_ptr + row * experts + column, dlogits, mask=inside)
+
+
+_ELEMENTS = 2048
+
+
+def router_statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
+    """See :func:`moe_dtensor.kernels.router.gates.router_statistics`; at least one token, not float64."""
+    (tokens, experts), choices = logits_TE.shape, gate_TK.shape[1]
+    columns = max(16, next_power_of_2(experts))
+    rows = max(1, min(64, _ELEMENTS // columns))
+    blocks = ceil_div(tokens, rows)
+    parts = torch.empty(4, blocks, dtype=torch.float32, device=logits_TE.device)
+    numbers = (tokens, experts, choices, blocks)
+    _statistics_kernel[(blocks,)](
+        logits_TE, gate_TK, parts, *numbers, ROWS=rows, COLUMNS=columns, CHOICES=next_power_of_2(choices)
+    )
+    return parts.sum(1)
+
+
+@triton.jit
+def _store_sum(parts_ptr, which, blocks, value_R, held_R):
+    tl.store(parts_ptr + which * blocks + tl.program_id(0), tl.sum(tl.where(held_R, value_R, 0.0), axis=0))
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,
+    gate_ptr,
+    parts_ptr,
+    tokens,
+    experts,
+    choices,
+    blocks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    held = row_R < tokens
+    row = row_R[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = held[:, None] & (column < experts)
+    # Columns past E weigh nothing; rows past T are not summed, and 0 keeps them free of NaN.
+    outside = tl.where(column < experts, 0.0, float("-inf"))
+    logits = tl.load(logits_ptr + row * experts + column, mask=inside, other=outside).to(tl.float32)
+    largest = tl.max(logits, axis=1)
+    shifted = logits - largest[:, None]
+    powers = tl.exp(shifted)
+    total = tl.sum(powers, axis=1)
+    log_total = tl.log(total)
+    # 0 times -inf is NaN, where a probability of 0 has no entropy.
+    entropy = log_total - tl.sum(powers * tl.where(powers > 0.0, shifted, 0.0), axis=1) / total
+    best = tl.argmax(logits, axis=1)
+    second = tl.max(tl.where(column == best[:, None], 0.0, powers), axis=1)
+    choice = tl.arange(0, CHOICES)[None, :]
+    gate_inside = held[:, None] & (choice < choices)
+    gate = tl.load(gate_ptr + row * choices + choice, mask=gate_inside, other=0.0).to(tl.float32)
+    logsumexp = largest + log_total
+    _store_sum(parts_ptr, 0, blocks, entropy, held)
+    _store_sum(parts_ptr, 1, blocks, (1.0 - second) / total, held)
+    _store_sum(parts_ptr, 2, blocks, tl.sqrt(tl.sum(gate * gate, axis=1)), held)
+    _store_sum(parts_ptr, 3, blocks, logsumexp * logsumexp, held)

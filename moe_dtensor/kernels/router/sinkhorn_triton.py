@@ -6,7 +6,6 @@ what the launch before it summed up, block by block, then the rows' r, and sums 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.launch import Launcher, ceil_div, next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 _PROGRAMS = 132
@@ -23,26 +22,19 @@ _PROGRAMS = 132
 def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
     """See :func:`moe_dtensor.kernels.router.sinkhorn.sinkhorn`; float32, at least one iteration and one token."""
     groups, tokens, experts = logits_GTE.shape
-    first, iterate, finish = _launchers(logits_GTE.get_device(), groups, tokens, experts, log_share)
-    row_GT = logits_GTE.new_empty(groups, tokens)
-    old, new = (logits_GTE.new_empty(2, groups, first.grid[0], experts).unbind() for _ in range(2))
-    for i in range(iterations):
-        (iterate if i else first)(logits_GTE, row_GT, *old, *new)
-        old, new = new, old
-    out_GTE = torch.empty_like(logits_GTE)
-    finish(logits_GTE, row_GT, *old, out_GTE)
-    return out_GTE
-
-
-@lru_cache
-def _launchers(device: int, groups: int, tokens: int, experts: int, log_share: float) -> tuple[Launcher, ...]:
     columns = max(16, next_power_of_2(experts))
     rows = max(1, _ELEMENTS // columns)
     blocks = min(ceil_div(tokens, rows), max(1, _PROGRAMS // groups))
     sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "TILES": ceil_div(ceil_div(tokens, rows), blocks)}
     grid, numbers = (blocks, groups), (tokens, experts, blocks, log_share)
-    first, iterate = (Launcher(_iterate, grid, numbers, FIRST=first, **sizes) for first in (True, False))
-    return first, iterate, Launcher(_finish, grid, numbers, **sizes)
+    row_GT = logits_GTE.new_empty(groups, tokens)
+    old, new = (logits_GTE.new_empty(2, groups, blocks, experts).unbind() for _ in range(2))
+    for i in range(iterations):
+        _iterate[grid](logits_GTE, row_GT, *old, *new, *numbers, FIRST=i == 0, **sizes)
+        old, new = new, old
+    out_GTE = torch.empty_like(logits_GTE)
+    _finish[grid](logits_GTE, row_GT, *old, out_GTE, *numbers, **sizes)
+    return out_GTE
 
 
 @triton.jit

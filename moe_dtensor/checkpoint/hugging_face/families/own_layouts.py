@@ -1,0 +1,108 @@
+"""GraniteMoE and DBRX: experts of a block in one tensor."""
+
+from __future__ import annotations
+
+from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
+from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks
+from moe_dtensor.checkpoint.hugging_face.families import pieces
+from moe_dtensor.checkpoint.hugging_face.keys import (
+    AttentionScale,
+    Clip,
+    EvenHeads,
+    Fixed,
+    Implied,
+    Inverse,
+    KeyValueHeads,
+    Same,
+    Unused,
+)
+from moe_dtensor.checkpoint.hugging_face.table import Family, Tensor
+
+GRANITE_MOE = Family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    keys=(
+        *pieces.body(),
+        EvenHeads(),
+        KeyValueHeads(),
+        pieces.ROPE,
+        pieces.TIED,
+        Same("moe.num_experts", "num_local_experts", 8),
+        Same("moe.top_k", "num_experts_per_tok", 2),
+        Same("moe.hidden_dim", "intermediate_size"),
+        AllBlocks(),
+        *pieces.WEIGHTED_AFTER_SOFTMAX,
+        Same("model.embedding_scale", "embedding_multiplier", 1.0),
+        Same("model.residual_scale", "residual_multiplier", 1.0),
+        Inverse("model.logit_scale", "logits_scaling"),
+        AttentionScale("attention_multiplier"),
+    ),
+    tensors=(
+        *pieces.EMBEDDINGS,
+        *pieces.NORMS,
+        *pieces.ATTENTION,
+        *pieces.router("block_sparse_moe.router.layer.weight"),
+        Tensor(
+            "layers.{i}.moe.experts.w_up",
+            "e g f d",
+            "model.layers.{i}.block_sparse_moe.input_linear.weight",
+            "e (g f) d",
+        ),
+        Tensor(
+            "layers.{i}.moe.experts.w_down",
+            "e d f",
+            "model.layers.{i}.block_sparse_moe.output_linear.weight",
+        ),
+        *pieces.FINAL_NORM,
+    ),
+)
+
+BLOCK = "transformer.blocks.{i}."
+ATTENTION_NORM = BLOCK + "norm_attn_norm."
+
+DBRX = Family(
+    "dbrx",
+    "DbrxForCausalLM",
+    keys=(
+        Same("model.dim", "d_model"),
+        Same("model.num_layers", "n_layers"),
+        Same("model.num_heads", "n_heads"),
+        Same("model.vocab_size", "vocab_size"),
+        EvenHeads(),
+        KeyValueHeads("attn_config.kv_n_heads", 1),
+        Unused("num_key_value_heads"),
+        Rope(10000.0, also="attn_config.rope_theta"),
+        Clip("attn_config.clip_qkv", none=1e30),
+        pieces.TIED,
+        Implied("model.norm", "layernorm"),
+        Implied("model.norm_eps", 1e-5),
+        Same("moe.num_experts", "ffn_config.moe_num_experts"),
+        Same("moe.top_k", "ffn_config.moe_top_k"),
+        Same("moe.hidden_dim", "ffn_config.ffn_hidden_size"),
+        Fixed("ffn_config.ffn_act_fn", {"name": "silu"}),
+        Fixed("ffn_config.moe_normalize_expert_weights", 1.0),
+        AllBlocks(),
+        *pieces.WEIGHTED_AFTER_SOFTMAX,
+    ),
+    tensors=(
+        *pieces.embeddings("transformer.wte.weight"),
+        Tensor("layers.{i}.attention_norm.weight", "d", ATTENTION_NORM + "norm_1.weight"),
+        Tensor("layers.{i}.ffn_norm.weight", "d", ATTENTION_NORM + "norm_2.weight"),
+        Tensor("layers.{i}.attention.wq.weight", "q d", ATTENTION_NORM + "attn.Wqkv.weight"),
+        Tensor("layers.{i}.attention.wk.weight", "q d", ATTENTION_NORM + "attn.Wqkv.weight"),
+        Tensor("layers.{i}.attention.wv.weight", "q d", ATTENTION_NORM + "attn.Wqkv.weight"),
+        Tensor("layers.{i}.attention.wo.weight", "d q", ATTENTION_NORM + "attn.out_proj.weight"),
+        Tensor("layers.{i}.moe.router.weight", "e d", BLOCK + "ffn.router.layer.weight"),
+        Tensor(
+            "layers.{i}.moe.experts.w_up",
+            "e g f d",
+            BLOCK + "ffn.experts.mlp.{g}",
+            "(e f) d",
+            words={"g": ("w1", "v1")},
+        ),
+        Tensor("layers.{i}.moe.experts.w_down", "e d f", BLOCK + "ffn.experts.mlp.w2", "(e f) d"),
+        Tensor("norm.weight", "d", "transformer.norm_f.weight"),
+    ),
+)
+
+FAMILIES = (GRANITE_MOE, DBRX)

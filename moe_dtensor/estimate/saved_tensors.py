@@ -1,0 +1,221 @@
+"""Bytes that a block keeps between its forward and its backward pass, by arithmetic. Loads no torch.
+
+Counted is what autograd saves on a GPU, term by term from ``layers/`` and ``kernels/``. T are the tokens of a
+microbatch, t those of one tp rank's slice of the sequence (T / tp under sequence parallelism, else T), U those whose
+vectors are at hand at a rank's experts, D the width, F an expert's hidden width on a rank, G 2 for gated activations
+and else 1, E experts, K choices, N rows of copies that are made room for (``estimate/sizes.py``).
+
+Compiled, inductor chooses what to save, and its cut through the graph comes to the same but for two things: a
+whole-width norm of queries and keys keeps its input in the compute dtype (eager: in float32, and the result too), and
+of a dense gated feed-forward ``act(gate)`` is recomputed. What a matrix product's or the attention's backward reads
+(normalised x, rotated q and k) it saves although it could recompute it from the norm's input: torch's partitioner
+does not recompute what the backward pass would have to write to memory again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_dtensor.config.attention import head_widths
+from moe_dtensor.config.resolve import GATED, block_norms, expert_ranks, padded_vocab
+from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
+from moe_dtensor.estimate.sizes import (
+    BYTES,
+    Tokens,
+    allocated_rows,
+    columns,
+    sent_tokens,
+    tokens,
+    tokens_at_experts,
+)
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One block and one microbatch."""
+
+    kept: int
+    """From forward to backward, under the configured recomputation; its input included, its output not."""
+    backward: int
+    """What its backward pass needs beside that at its highest: what it recomputes, and gradients of activations."""
+
+
+@dataclass(frozen=True)
+class AtExperts:
+    """What one rank's experts work on in a block and microbatch."""
+
+    tokens: int
+    """U."""
+    rows: int
+    """N."""
+    hidden: int
+    """F: a slice of an expert's under ``tp_hidden``."""
+
+
+def at_experts(config: Config, skewed: bool) -> AtExperts:
+    """Of a resolved config, ``mesh.dispatch`` settled."""
+    moe, mesh = config.moe, config.mesh
+    hidden = moe.hidden_dim // mesh.tp if mesh.experts == "tp_hidden" else moe.hidden_dim
+    return AtExperts(tokens_at_experts(config, skewed), allocated_rows(config, skewed), hidden)
+
+
+def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int = 0) -> BlockBytes:
+    """What block ``layer`` keeps and needs for one microbatch on a rank of a resolved config, its dispatch settled."""
+    at = tokens(config)
+    met = at_experts(config, skewed) if is_moe else None
+    stream = at.own * config.model.dim * at.compute
+    ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
+    # With norms on both sides, what attention and feed-forward give is kept beside what they read.
+    streams = (4 if config.model.norm_at == "both" else 2) * stream + at.whole * _norm_statistics(config, at)
+    everything = streams + attention_bytes(config, at, layer) + ffn
+    mode = config.activation_checkpoint.mode
+    kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
+    # Attention's backward pass comes when what the feed-forward kept is freed.
+    gradients = max(_gradients(config, at, met), gradient_bytes(config, at) - ffn)
+    return BlockBytes(kept, everything - kept + gradients)
+
+
+def head_bytes(config: Config) -> tuple[int, int]:
+    """``(kept, logits)`` of the last stage: the norm's input to the head, and the logits over a rank's vocabulary.
+
+    Cross-entropy turns the logits into their gradient in place. A loss of your own gets a copy of the whole
+    vocabulary.
+    """
+    at = tokens(config)
+    vocab = padded_vocab(config)
+    own_loss = config.training.loss != "cross_entropy"
+    columns = (vocab // config.mesh.tp + (vocab if own_loss else 0)) * (1 + config.model.mtp_depth)
+    return at.whole * config.model.dim * at.compute, at.whole * (columns * at.compute + at.wide)
+
+
+def _norm_statistics(config: Config, at: Tokens) -> int:
+    """Bytes a token of a block's norms: the reciprocal deviation, and LayerNorm's mean."""
+    return len(block_norms(config)) * at.wide * (2 if config.model.norm == "layernorm" else 1)
+
+
+def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> int:
+    """For ``count`` tokens its input; gate, up and their product; eager also act(gate)."""
+    gated = config.model.activation in GATED
+    copies = (3 if config.compile.enable else 4) if gated else 2
+    width = config.model.dim if with_input else 0
+    return count * (width + copies * hidden // config.mesh.tp) * tokens(config).compute
+
+
+def moe_bytes(config: Config, at: Tokens, met: AtExperts) -> int:
+    """What an MoE block's second half keeps without recomputation: router, dispatch, experts and shared expert.
+
+    Of the experts x, H, gates and route (``kernels/experts/autograd.py``); X, A and Y are not kept.
+    """
+    model, moe = config.model, config.moe
+    vector = model.dim * at.compute
+    kept = at.own * vector + _router(config, at) + _route(config, at, met)
+    if _experts_have_own_input(config):
+        kept += met.tokens * vector
+    kept += met.rows * gates(config) * met.hidden * at.compute
+    if uses_reference(config):  # X, the activation's parts and A; each copy's output in float32
+        inner = met.hidden * (2 if model.activation in GATED else 1)
+        kept += met.rows * (model.dim + inner) * at.compute + met.tokens * columns(config) * model.dim * at.wide
+    if moe.shared_hidden_dim:
+        kept += _dense(config, at.whole, moe.shared_hidden_dim, with_input=_shared_has_own_input(config))
+        if moe.shared_gate:  # the shared expert's output, the gate and its logit
+            kept += at.whole * (model.dim + 2) * at.compute
+    return kept
+
+
+def _experts_have_own_input(config: Config) -> bool:
+    """Whether what the experts read is another tensor than what the router reads, a rank's own tokens."""
+    mesh = config.mesh
+    over_tp = mesh.experts != "dp" and mesh.tp > 1 and mesh.sequence_parallel
+    over_dp = mesh.experts in ("dp", "dp_tp") and mesh.dp > 1
+    return mesh.dispatch == "all_to_all" or over_tp or over_dp
+
+
+def _shared_has_own_input(config: Config) -> bool:
+    """Whether the shared expert reads tokens gathered over tp that nothing else keeps."""
+    mesh = config.mesh
+    if mesh.tp == 1 or not mesh.sequence_parallel:
+        return False
+    experts_read_them = mesh.experts in ("tp", "tp_hidden") or (mesh.experts == "dp_tp" and mesh.dp == 1)
+    return mesh.dispatch == "all_to_all" or not experts_read_them
+
+
+def _router(config: Config, at: Tokens) -> int:
+    """Logits and ids of a rank's own tokens, what noise made of the vectors, and what the losses read."""
+    moe = config.moe
+    each = moe.num_experts * at.wide + columns(config) * 8
+    if moe.jitter > 0:
+        each += 2 * config.model.dim * at.compute
+    if moe.router == "expert_choice":  # which of the E are taken
+        each += moe.num_experts
+    if moe.balance_loss > 0:  # their softmax, or sigmoid
+        each += moe.num_experts * at.wide
+    return at.own * each
+
+
+def _route(config: Config, at: Tokens, met: AtExperts) -> int:
+    """For each choice of the tokens at hand a gate and two int32; of an all-to-all also ids beside the gates, and an
+    int32 for each token and rank."""
+    sends = config.mesh.dispatch == "all_to_all"
+    kept = met.tokens * columns(config) * ((2 if sends else 1) * at.wide + 8)
+    return kept + (sent_tokens(config) * expert_ranks(config) * 4 if sends else 0)
+
+
+def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
+    """What selective recomputation keeps beside the input: attention's output, sums over ranks, operators' results.
+
+    Eager, every result of a named operator is stored; compiled, only those that the backward pass reads.
+    """
+    model, moe, tp = config.model, config.moe, config.mesh.tp
+    eager = not config.compile.enable
+    kept = at.whole * model.num_heads // tp * (head_widths(config).value * at.compute + 4)
+    if tp > 1:
+        kept += at.own * model.dim * at.compute
+    if eager:
+        kept += _sums(config, at, met) * model.dim * at.compute
+    if met is None or uses_reference(config):
+        return kept
+    kept += _router(config, at) + _route(config, at, met) + met.rows * gates(config) * met.hidden * at.compute
+    if eager:  # X, A, Y, their sum, and Sinkhorn's matrix
+        kept += (met.rows * (2 * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
+        kept += at.whole * moe.num_experts * at.wide if moe.router == "sinkhorn" else 0
+        if config.mesh.dispatch == "all_to_all":  # rows for other ranks, and the sum of what they send back
+            sent = sent_tokens(config)
+            rows = tokens_at_experts(config, skewed=False) * (model.dim * at.compute + 2 * columns(config) * at.wide)
+            kept += rows + sent * model.dim * at.compute
+    return kept
+
+
+def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
+    """Tokens of what reduce-scatters and all-reduces bring out of the second half of a block."""
+    mesh = config.mesh
+    over_tp = at.own if mesh.tp > 1 else 0
+    if met is None or (mesh.dispatch == "all_gather" and mesh.experts in ("tp", "tp_hidden")):
+        return over_tp
+    shared = over_tp if config.moe.shared_hidden_dim else 0
+    if mesh.dispatch == "all_to_all":
+        return shared
+    over_dp = at.own if mesh.experts == "dp" else at.whole
+    return (over_dp if mesh.dp > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
+
+
+def _gradients(config: Config, at: Tokens, met: AtExperts | None) -> int:
+    """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH."""
+    model, mesh = config.model, config.mesh
+    if met is None:
+        inner = at.whole * (1 + gates(config)) * model.hidden_dim // mesh.tp
+        return ((at.whole + at.own) * model.dim + inner) * at.compute
+    rows = met.rows * (model.dim + (2 + gates(config)) * met.hidden)
+    return ((met.tokens + at.own) * model.dim + rows) * at.compute
+
+
+def gates(config: Config) -> int:
+    """G."""
+    return 2 if config.model.activation in GATED else 1
+
+
+def uses_reference(config: Config) -> bool:
+    """Whether a GPU would run the ``reference`` backend: it is named, or no other takes the sizes."""
+    size = BYTES[config.training.param_dtype]
+    aligned = config.model.dim * size % 16 == 0 and config.moe.hidden_dim * size % 16 == 0
+    return config.moe.backend == "reference" or (config.moe.backend == "auto" and (size == 8 or not aligned))

@@ -1,0 +1,80 @@
+"""One forward pass more for each token. B sequences, S new positions, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_dtensor.config.attention import block_window
+from moe_dtensor.config.resolve import padded_vocab
+from moe_dtensor.config.schema import Config
+from moe_dtensor.generate.cache import KeyValueCache, Slots
+from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.layers.attention import Attention
+from moe_dtensor.layers.block import Block
+from moe_dtensor.layers.positions import Place, Positions, rotation
+from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel import collectives
+
+
+class Decoder:
+    """A whole model with caches, on this rank. Open it by :func:`open_decoder`.
+
+    Args:
+        model: in evaluation mode; without sequence parallelism, whose single positions could not be split.
+        config: resolved.
+        tp: over which its vocabulary is split.
+        slots: of the batch that is to be continued.
+    """
+
+    def __init__(self, model: Transformer, config: Config, tp: DeviceMesh, slots: Slots) -> None:
+        self.model, self.config, self.tp, self.slots = model, config, tp, slots
+        dtype = getattr(torch, config.training.param_dtype)
+        self.wide = torch.promote_types(dtype, torch.float32)
+
+    @torch.no_grad()
+    def __call__(self, tokens_BS: Tensor) -> Tensor:
+        """Read the next ``(B, S)`` tokens; the logits after the last of them, ``(B, V)``, the same on all tp ranks."""
+        positions_BS = self.slots.positions_BS(tokens_BS.shape[1])
+        full, window = (
+            Place(*rotation(self.config, has_window, positions_BS, self.slots.total, self.wide), Visible(None, None))
+            for has_window in (False, True)
+        )
+        held_BSV = self.model(tokens_BS, positions=Positions(full, window))
+        self.slots.filled += tokens_BS.shape[1]
+        return whole_vocabulary(held_BSV, self.config, self.tp)[:, -1]
+
+
+@contextmanager
+def open_decoder(model: Transformer, config: Config, tp: DeviceMesh, slots: Slots) -> Iterator[Decoder]:
+    """While it is open the model's attention remembers, and its head sees the last position alone."""
+    layers: list[tuple[Attention, KeyValueCache]] = []
+    for index, block in model.layers.items():
+        # Blocks of multi-token prediction are for training.
+        if int(index) < config.model.num_layers:
+            assert isinstance(block, Block)
+            layers.append((block.attention, KeyValueCache(slots, block_window(config, int(index)))))
+    before_head = model.before_head
+    right = [attention.attend for attention, _ in layers]
+    try:
+        for attention, cache in layers:
+            attention.attend = cache
+        model.before_head = lambda x: before_head(x[:, -1:])
+        yield Decoder(model, config, tp, slots)
+    finally:
+        model.before_head = before_head
+        for (attention, _), attend in zip(layers, right, strict=True):
+            attention.attend = attend
+
+
+def whole_vocabulary(held_BSV: Tensor, config: Config, tp: DeviceMesh) -> Tensor:
+    """Logits of all ids ``(B, S, V)`` from those of the ids that each tp rank holds."""
+    if tp.size() == 1:
+        return held_BSV
+    rows = padded_vocab(config) // tp.size()
+    padded = torch.nn.functional.pad(held_BSV, (0, rows - held_BSV.shape[-1]))
+    return collectives.gather_replicated(padded, tp, 2)[..., : config.model.vocab_size]

@@ -1,0 +1,236 @@
+"""Configs by chance from the whole schema, on meshes by chance, and the smallest config that still fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.check import ROUTERS
+from moe_dtensor.config.resolve import SPLIT_BACKWARD
+from moe_dtensor.config.schema import Config, Schedule
+from moe_dtensor.config.tables import Field, all_fields
+from moe_dtensor.config.values import show_value
+from moe_dtensor.verify.cases import Case, whole_case
+from moe_dtensor.verify.miniature import Layout, legal
+
+MESHES = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1), (1, 3, 1))
+SMALLEST: dict[str, Any] = {
+    "model.num_layers": 2,
+    "model.dim": 8,
+    "model.num_heads": 4,
+    "model.head_dim": 4,
+    "model.hidden_dim": 8,
+    "model.vocab_size": 61,
+    "moe.num_experts": 4,
+    "moe.hidden_dim": 8,
+    "data.corpus": "random",
+    "training.seq_len": 8,
+    "training.microbatch_size": 1,
+    "training.global_batch_size": 4,
+    "training.dtype": "float64",
+    "training.param_dtype": "float64",
+    "training.reduce_dtype": "float64",
+    "training.max_grad_norm": 0.1,
+    "optimizer.lr": 0.01,
+    "optimizer.weight_decay": 1.0,
+    "lr_scheduler.warmup_steps": 0,
+    "lr_scheduler.decay": "constant",
+    "checkpoint.enable": False,
+}
+"""What a draw starts from; a mesh raises the batch where it has to."""
+OTHER_TABLES = ("run", "mesh", "data", "compile", "checkpoint", "metrics", "profiling", "comm", "lr_scheduler")
+"""Of these tables only what :data:`VALUES` names is drawn: the oracle is not asked about the others."""
+LEFT_OUT = (
+    *(
+        "model.init_std",
+        "model.vocab_size",
+        "model.attention_backend",
+        "moe.backend",
+        "training.steps",
+        "training.loss",
+        "training.nonfinite",
+    ),
+    *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
+    *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
+)
+VALUES: dict[str, tuple[Any, ...]] = {
+    "model.num_layers": (1, 2, 3, 4, 6),
+    "model.dim": (8, 12, 16, 24),
+    "model.num_heads": (1, 2, 4, 8),
+    "model.num_kv_heads": (0, 1, 2, 4),
+    "model.head_dim": (2, 4, 6, 8),
+    "model.hidden_dim": (8, 12, 20),
+    "model.norm_eps": (1e-6, 1e-3),
+    "model.rope_theta": (100.0, 1e6),
+    "moe.num_experts": (0, 1, 2, 3, 4, 6, 8, 16),
+    "moe.top_k": (1, 2, 3, 4),
+    "moe.hidden_dim": (4, 8, 12),
+    "moe.every": (1, 2),
+    "moe.layers": ((), (0,), (1,), (0, 2)),
+    "moe.num_shared_experts": (0, 1, 2),
+    "moe.router": ROUTERS,
+    "moe.group_sequences": (0, 1, 2),
+    "moe.sinkhorn_iterations": (1, 3, 8),
+    "moe.gate_scale": (0.5, 2.5),
+    "moe.expert_groups": (0, 2, 4),
+    "moe.expert_groups_kept": (0, 1, 2, 3),
+    "moe.jitter": (0.0, 0.1, 0.5),
+    "moe.capacity_factor": (0.0, 0.5, 1.0, 1.1, 3.0),
+    "moe.balance_loss": (0.0, 0.1, 1.0),
+    "moe.z_loss": (0.0, 0.1),
+    "moe.bias_rate": (0.0, 0.001, 0.1),
+    "mesh.sequence_parallel": (True, False),
+    "mesh.experts": ("tp", "dp", "tp_hidden", "dp_tp"),
+    "mesh.dispatch": ("all_gather", "all_to_all", "auto"),
+    "data.document_mask": (False, True),
+    "pipeline.stages_per_rank": (0, 2, 3),
+    "training.seq_len": (2, 4, 5, 7, 8, 12),
+    "training.global_batch_size": (2, 4, 6, 8, 12),
+    "training.microbatch_size": (1, 2, 3),
+    "training.max_grad_norm": (0.0, 0.1, 100.0),
+    "training.norm_type": (2.0, float("inf")),
+    "training.seed": (1, 2, 3),
+    "optimizer.beta1": (0.0, 0.5, 0.99),
+    "optimizer.beta2": (0.0, 0.5, 0.999),
+    "optimizer.eps": (1e-8, 1e-4),
+    "optimizer.weight_decay": (0.0, 0.1, 4.0),
+    "lr_scheduler.warmup_steps": (0, 2, 4),
+}
+TOGETHER = (
+    ("moe.expert_groups", "moe.expert_groups_kept"),
+    ("moe.normalize_gates", "moe.top_k"),
+    ("moe.score_before_top_k", "moe.top_k"),
+    ("moe.group_sequences", "training.microbatch_size"),
+    ("model.num_heads", "model.num_kv_heads"),
+    ("moe.router", "moe.top_k", "moe.capacity_factor"),
+)
+"""Keys of which one alone is often refused."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A case, and what of it differs from :data:`SMALLEST` on its mesh."""
+
+    case: Case
+    changes: dict[str, Any]
+
+
+def draws(seed: int, on_each_mesh: int = 8) -> Iterator[Drawn]:
+    """Cases without end, the same for the same seed and schema; several on a mesh after each other, to share ranks."""
+    for number in range(1 << 30):
+        order = random.Random(f"{seed} {number}")
+        dp, pp, tp = order.choice(MESHES)
+        for _ in range(on_each_mesh):
+            layout = Layout(dp, pp, tp, order.choice(get_args(Schedule)) if pp > 1 else "none")
+            yield draw(layout, order)
+
+
+def draw(layout: Layout, order: random.Random) -> Drawn:
+    """One case: each of some keys in turn takes a value by chance, if the config stays legal on the layout."""
+    config = smallest(layout)
+    changes: dict[str, Any] = {}
+    groups = [(key,) for key in drawn_keys()] + list(TOGETHER)
+    for keys in order.sample(groups, order.randint(1, len(groups) // 2)):
+        wanted = {key: order.choice(values_of(all_fields()[key])) for key in keys}
+        if legal(changed := override(config, wanted), [layout]):
+            config = changed
+            changes |= wanted
+    return Drawn(whole_case(layout, config), changes)
+
+
+def smallest(layout: Layout) -> Config:
+    """:data:`SMALLEST` with the fewest sequences and blocks that the layout takes."""
+    for layers in (2, 3, 4, 6):
+        for batch in (4, 6, 8, 12):
+            config = override(Config(), SMALLEST | {"model.num_layers": layers, "training.global_batch_size": batch})
+            if legal(config, [layout]):
+                return config
+    raise ValueError(f"{layout} takes no small config.")
+
+
+def drawn_keys() -> list[str]:
+    """Every key that the oracle's answer may depend on, or how it is computed: new ones of the schema too."""
+    return [
+        key
+        for key, field in all_fields().items()
+        if key not in LEFT_OUT and (key in VALUES or (field.table not in OTHER_TABLES and values_of(field)))
+    ]
+
+
+def values_of(field: Field) -> tuple[Any, ...]:
+    """Values to draw from; none where the schema does not tell and :data:`VALUES` neither."""
+    if field.key in VALUES:
+        return VALUES[field.key]
+    if field.type is bool:
+        return (False, True)
+    if get_origin(field.type) is Literal:
+        return get_args(field.type)
+    if field.item is not None and get_origin(field.item) is Literal:
+        names = get_args(field.item)
+        return ((), *((name,) for name in names), names)
+    if field.type is int:
+        return (field.default, field.default + 1, field.default + 2)
+    if field.type is float:
+        return (field.default, 2 * field.default, field.default / 2) if field.default else (0.0, 0.1, 1.0)
+    return ()
+
+
+def shrink_failure(drawn: Drawn, fails: Callable[[Case], bool], most: int = 60) -> Drawn:
+    """The smallest of the drawn changes that still fails: each is taken back where the failure stays.
+
+    Args:
+        drawn: a case that fails.
+        fails: whether a case does.
+        most: cases to try.
+    """
+    layouts = [drawn.case.layout, *_simpler(drawn.case.layout)]
+    tried = 0
+    for layout in reversed(layouts):
+        case = whole_case(layout, override(smallest(layout), drawn.changes))
+        if layout == drawn.case.layout or (legal(case.config, [layout]) and fails(case)):
+            drawn = Drawn(case, drawn.changes)
+            break
+    for key in list(drawn.changes):
+        fewer = {k: v for k, v in drawn.changes.items() if k != key}
+        case = whole_case(drawn.case.layout, override(smallest(drawn.case.layout), fewer))
+        if tried < most and legal(case.config, [case.layout]):
+            tried += 1
+            if fails(case):
+                drawn = Drawn(case, fewer)
+    return drawn
+
+
+def _simpler(layout: Layout) -> list[Layout]:
+    """Layouts of fewer ranks to try, the simplest last."""
+    fewer = []
+    if layout.schedule in SPLIT_BACKWARD or layout.schedule.startswith("Interleaved"):
+        fewer.append(Layout(layout.dp, layout.pp, layout.tp, "1F1B"))
+    if layout.dp > 1 and (layout.pp > 1 or layout.tp > 1):
+        fewer.append(Layout(1, layout.pp, layout.tp, layout.schedule))
+    if layout.pp > 1:
+        fewer.append(Layout(layout.dp, 1, layout.tp))
+    if layout.tp > 1:
+        fewer.append(Layout(layout.dp, layout.pp, 1, layout.schedule))
+    return [*fewer, Layout(1, 1, 1)] if layout.world_size > 1 else []
+
+
+def command(case: Case, config_file: str, base: Config) -> str:
+    """The command line that judges a case again: what of its config differs from ``base``, the one in the file."""
+    words = ["python -m moe_dtensor verify --config", config_file, "--exact --meshes", case.layout.mesh]
+    if case.layout.pp > 1:
+        words += ["--schedules", case.layout.schedule]
+    told = {*SMALLEST, *drawn_keys()}
+    for key, field in all_fields().items():
+        value, old = (getattr(getattr(c, field.table), field.name) for c in (case.config, base))
+        if key in told and value != old:
+            words += [f"--{key}", _word(value)]
+    return " ".join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "''"
+    return value if isinstance(value, str) else show_value(value)

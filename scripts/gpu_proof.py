@@ -1,0 +1,244 @@
+"""What ``tests/gpu.sh`` runs: kernels, ``verify``, training, on the GPUs of this machine, and the record of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_seen import tree_hashes
+
+from moe_dtensor.bench.measure import provenance
+
+CONFIG = "train_configs/debug.toml"
+SMALL = (
+    *("--training.steps", "20", "--training.global_batch_size", "8", "--training.microbatch_size", "2"),
+    *("--optimizer.lr", "1e-3", "--checkpoint.interval", "1000"),
+)
+TEN_STEPS = (
+    *SMALL,
+    *("--training.steps", "10", "--training.deterministic", "true", "--training.param_dtype", "bfloat16"),
+    *("--checkpoint.interval", "5", "--checkpoint.keep_last", "0"),
+)
+AT_ONCE = 4
+"""Parts side by side: the oracle, compilation and start-up take CPU cores, not the GPU."""
+
+
+class Session:
+    """Where parts run: a folder for what they write, the number of GPUs, and the time left."""
+
+    def __init__(self, folder: Path, gpus: int, limit: float) -> None:
+        self.folder, self.gpus = folder, gpus
+        self.end = time.monotonic() + limit
+
+    def call(self, words: Sequence[str], name: str, **variables: str) -> None:
+        """Run ``python words``; raises RuntimeError with the end of its output if it fails or time runs out."""
+        left = self.end - time.monotonic()
+        if left < 5:
+            raise TimeoutError("not reached: no time was left")
+        environment = {**os.environ, "OMP_NUM_THREADS": "4", **variables}
+        log = self.folder / f"{name}.log"
+        with log.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
+            )
+        if done.returncode:
+            raise RuntimeError(f"exit status {done.returncode}: {log.read_text(errors='replace')[-3000:]}")
+
+    def train(self, name: str, *options: str, on_cpu: bool = False, **variables: str) -> list[dict[str, Any]]:
+        """Train in a run folder of this name; the metrics of each step."""
+        ranks = 1 if on_cpu else self.gpus
+        start = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        start = [*start, f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        tp = ("--mesh.tp", str(ranks))
+        run = ("-m", "moe_dtensor", "train", "--config", CONFIG, "--run.folder", str(self.folder / name))
+        if on_cpu:
+            variables = {"CUDA_VISIBLE_DEVICES": "", **variables}
+        self.call([*start, *run, *tp, *options], f"{name}_train", CUBLAS_WORKSPACE_CONFIG=":4096:8", **variables)
+        lines = (self.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def kernels(session: Session) -> dict[str, Any]:
+    """The tests that need a GPU."""
+    session.call(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py", "tests/kernels/on_triton"],
+        "kernels",
+    )
+    return {"summary": (session.folder / "kernels.log").read_text().strip().splitlines()[-1]}
+
+
+def verify(dtype: str, backend: str, compiled: bool) -> Callable[[Session], dict[str, Any]]:
+    """``verify`` on every mesh that the GPUs make."""
+
+    def part(session: Session) -> dict[str, Any]:
+        name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "")
+        meshes = ["1x1x1"] if session.gpus == 1 else ["1x1x2", "2x1x1", "1x2x1"]
+        out = session.folder / f"{name}.json"
+        options = ["--dtype", dtype, "--backend", backend, *(["--compiled"] if compiled else [])]
+        words = ["-m", "moe_dtensor", "verify", "--config", CONFIG, "--meshes", *meshes, *options, "--json", str(out)]
+        try:
+            session.call(words, name)
+        finally:
+            found = json.loads(out.read_text()) if out.exists() else []
+        return {"verdicts": found}
+
+    return part
+
+
+def losses(session: Session) -> dict[str, Any]:
+    """20 steps in float32 and bfloat16 against float32 on the CPU."""
+    runs = {"cpu": session.train("cpu", *SMALL, "--training.param_dtype", "float32", on_cpu=True)}
+    for dtype in ("float32", "bfloat16"):
+        runs[dtype] = session.train(dtype, *SMALL, "--training.param_dtype", dtype)
+    found = {name: [record["loss"] for record in run] for name, run in runs.items()}
+    far = {
+        name: max(abs(a - b) / b for a, b in zip(found[name], found["cpu"], strict=True))
+        for name in ("float32", "bfloat16")
+    }
+    result = {"losses": found, "largest_relative_difference": far}
+    if not (far["float32"] < 1e-3 and far["bfloat16"] < 3e-2):
+        raise RuntimeError(json.dumps(result))
+    return result
+
+
+def deterministic(session: Session) -> dict[str, Any]:
+    """Ten steps twice, and once more from the checkpoint of step 5: losses, norms and weights to the last bit."""
+    first, second = (numbers(session.train(name, *TEN_STEPS)) for name in ("first", "second"))
+    again = session.folder / "resumed"
+    shutil.copytree(session.folder / "first", again)
+    shutil.rmtree(next((again / "checkpoints").glob("step-*10")))
+    path = again / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "finished_step": None}))
+    resumed = numbers(session.train("resumed", *TEN_STEPS))
+    log = (session.folder / "resumed_train.log").read_text()
+    result = {
+        "repeats": first == second and same_weights(session.folder / "first", session.folder / "second"),
+        "resumes": first == resumed and same_weights(session.folder / "first", again) and "after step 5" in log,
+        "steps": len(first),
+    }
+    if not (result["repeats"] and result["resumes"]):
+        raise RuntimeError(json.dumps(result | {"first": first, "second": second, "resumed": resumed}))
+    return result
+
+
+def numbers(run: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Of each step what must repeat."""
+    return [(record["loss"], record["grad_norm"]) for record in run]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether the last checkpoints of two runs hold the same bits of model and optimizer."""
+    from torch import Tensor, equal, load
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    states = []
+    for folder in (a, b):
+        last = next((folder / "checkpoints").glob("step-*10"))
+        dcp_to_torch_save(last, folder / "last.pt")
+        state = load(folder / "last.pt", weights_only=False)
+        states.append({f"{part}.{k}": v for part in ("model", "optimizer") for k, v in flat(state[part])})
+    tensors = [{k: v for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+    return (
+        len(tensors[0]) > 0
+        and tensors[0].keys() == tensors[1].keys()
+        and all(equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+    )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves by path."""
+    items = [(f"{prefix}{key}", value) for key, value in tree.items()]
+    return [leaf for k, v in items for leaf in (flat(v, f"{k}.") if isinstance(v, dict) else [(k, v)])]
+
+
+def offload(session: Session) -> dict[str, Any]:
+    """Ten steps with weights in host memory: the losses of those without."""
+    options = (*SMALL, "--training.steps", "10", "--training.param_dtype", "float32")
+    kept, moved = (
+        [r["loss"] for r in session.train(f"offload_{on}", *options, "--fsdp.cpu_offload", on)]
+        for on in ("false", "true")
+    )
+    result = {"largest_relative_difference": max(abs(a - b) / a for a, b in zip(kept, moved, strict=True))}
+    if not result["largest_relative_difference"] < 1e-3:
+        raise RuntimeError(json.dumps(result | {"kept": kept, "moved": moved}))
+    return result
+
+
+def parts() -> dict[str, Callable[[Session], dict[str, Any]]]:
+    """By name, those that take longest first."""
+    backends = ("torch", "triton", *(["grouped_gemm"] if find_spec("grouped_gemm") else []))
+    return {
+        "kernels": kernels,
+        "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
+        "verify float32 auto compiled": verify("float32", "auto", True),
+        "losses": losses,
+        "deterministic and resumed": deterministic,
+        "cpu offload": offload,
+        **{f"verify bfloat16 {b}": verify("bfloat16", b, False) for b in backends},
+        **{f"verify float32 {b}": verify("float32", b, False) for b in backends if b != "grouped_gemm"},
+    }
+
+
+def main() -> int:
+    """Run all parts; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="default: docs/results/<device>[x2]_proof.json")
+    parser.add_argument("--limit", type=float, default=520.0, help="seconds for all of it")
+    options = parser.parse_args()
+    import torch
+
+    gpus = min(2, torch.cuda.device_count())
+    if not gpus:
+        print("error: torch sees no GPU here.", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(Path(folder), gpus, options.limit)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            results = list(pool.map(lambda named: report(*named, session), parts().items()))
+    device = torch.cuda.get_device_name()
+    record = {
+        "ok": all(result["ok"] for result in results),
+        "gpus": gpus,
+        **provenance(),
+        "device": device,
+        "cuda": torch.version.cuda,
+        "trees": tree_hashes(),
+        "parts": results,
+    }
+    short = next((word.lower() for word in device.split() if word[0] in "AHBL" and word[1:2].isdigit()), "gpu")
+    out = options.out or Path(f"docs/results/{short}{f'x{gpus}' if gpus > 1 else ''}_proof.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{'ok' if record['ok'] else 'FAILED'}: {out}")
+    return 0 if record["ok"] else 1
+
+
+def report(name: str, part: Callable[[Session], dict[str, Any]], session: Session) -> dict[str, Any]:
+    """What a part found, or how it failed; said at once."""
+    start = time.monotonic()
+    try:
+        result = {"name": name, "ok": True, **part(session)}
+    except Exception as error:
+        result = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[-4000:]}
+    result["seconds"] = math.ceil(time.monotonic() - start)
+    print(f"{'ok' if result['ok'] else 'FAILED':<7}{name} ({result['seconds']} s)", flush=True)
+    if not result["ok"]:
+        print(result["error"], flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

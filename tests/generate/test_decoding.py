@@ -1,0 +1,122 @@
+"""Cached decoding is the full forward pass, for every kind of attention, mesh and placement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dtensor.config.build import override
+from moe_dtensor.config.check import check
+from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.schema import Config
+from moe_dtensor.generate.batch import Completion, Model, complete
+from moe_dtensor.generate.sampling import Sampling
+from moe_dtensor.mesh import build_mesh
+from moe_dtensor.model.balance_state import BalanceState
+from moe_dtensor.parallel.apply import build_parts
+from moe_dtensor.testing.ranks import run_on_ranks
+
+BASE = override(
+    Config(),
+    {
+        "model.num_layers": 3,
+        "model.dim": 32,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.vocab_size": 61,
+        "model.init_std": 0.3,
+        "moe.num_experts": 4,
+        "moe.hidden_dim": 16,
+        "moe.layers": (1, 2),
+        "moe.num_shared_experts": 1,
+        "moe.selection_bias": True,
+        "mesh.sequence_parallel": False,
+        "training.seq_len": 16,
+        "training.dtype": "float64",
+        "training.param_dtype": "float64",
+        "training.reduce_dtype": "float64",
+    },
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "normed": {"model.qk_norm": "full", "model.attention_gate": True, "model.attention_bias": "all"},
+    "latent": {
+        "model.kv_rank": 12,
+        "model.nope_dim": 8,
+        "model.rope_dim": 4,
+        "model.v_dim": 10,
+        "model.num_kv_heads": 0,
+    },
+    "window": {"model.window": 5, "model.window_layers": ("window", "full"), "model.window_theta": 500.0},
+    "window and sinks": {"model.window": 4, "model.sinks": True},
+    "multi-token": {"model.mtp_depth": 1, "model.qk_norm": "head"},
+}
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 1, 4], [60, 2, 2, 2, 2, 9], [50, 40]]
+END = 0
+
+
+def generate(
+    configs: Sequence[Config], mesh: tuple[int, int, int], sampling: Sampling
+) -> list[tuple[list[Completion], float]]:
+    found = []
+    for config in configs:
+        dp, pp, tp = mesh
+        placed = override(config, {"mesh.dp": dp, "mesh.pp": pp, "mesh.tp": tp})
+        check(placed, dp * pp * tp)
+        resolved = resolve(placed, dp * pp * tp)
+        device = torch.device("cpu")
+        device_mesh = build_mesh(resolved, device)
+        (part,) = build_parts(resolved, device_mesh, device)
+        balance = BalanceState(resolved, [part], device)
+        balance.bias_LE.copy_(torch.randn(balance.bias_LE.shape, generator=torch.Generator().manual_seed(0)) / 10)
+        model = Model(part.eval(), resolved, device_mesh, device)
+        found.append(complete(model, PROMPTS, 9, sampling, [END], check=True))
+    return found
+
+
+def test_every_kind_of_attention_on_one_rank() -> None:
+    configs = [override(BASE, changes) for changes in KINDS.values()]
+    (results,) = run_on_ranks(generate, 1, configs, (1, 1, 1), Sampling())
+    for name, (completions, error) in zip(KINDS, results, strict=True):
+        assert error < 1e-12, name
+        assert all(len(c.ids) == 9 or c.ended for c in completions)
+        assert len({tuple(c.ids) for c in completions}) > 1
+
+
+MESHES = [((1, 1, 4), "tp"), ((2, 1, 2), "tp"), ((2, 1, 2), "dp")]
+
+
+def test_meshes_give_the_same_tokens() -> None:
+    """Five prompts on two dp ranks, drawn: each has its own stream, and stands in another batch."""
+    kinds = [KINDS["latent"], KINDS["window and sinks"] | {"model.num_kv_heads": 1}]
+    configs = [override(BASE, changes) for changes in kinds]
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)
+    (alone,) = run_on_ranks(generate, 1, configs, (1, 1, 1), sampling)
+    for mesh, experts in MESHES:
+        placed = [override(config, {"mesh.experts": experts}) for config in configs]
+        for results in run_on_ranks(generate, 4, placed, mesh, sampling):
+            assert [completions for completions, _ in results] == [completions for completions, _ in alone], mesh
+            assert all(error < 1e-12 for _, error in results), mesh
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12])
+def test_an_end_token_ends_a_completion(max_tokens: int) -> None:
+    (((free, _),),) = run_on_ranks(generate, 1, [BASE], (1, 1, 1), Sampling())
+    end = free[1].ids[4]
+    (((ended, _),),) = run_on_ranks(with_end, 1, end, max_tokens)
+    cut = free[1].ids[:max_tokens]
+    assert ended[1].ids == (cut[: cut.index(end)] if end in cut else cut)
+    assert ended[1].ended == (end in cut)
+
+
+def with_end(end: int, max_tokens: int) -> list[tuple[list[Completion], float]]:
+    resolved = resolve(override(BASE, {"mesh.dp": 1}), 1)
+    device = torch.device("cpu")
+    mesh = build_mesh(resolved, device)
+    (part,) = build_parts(resolved, mesh, device)
+    balance = BalanceState(resolved, [part], device)
+    balance.bias_LE.copy_(torch.randn(balance.bias_LE.shape, generator=torch.Generator().manual_seed(0)) / 10)
+    return [complete(Model(part.eval(), resolved, mesh, device), PROMPTS, max_tokens, Sampling(), [end])]
