@@ -24,8 +24,11 @@ from moe_dtensor.train import loop
 from moe_dtensor.train.run_folder import open_run_folder
 
 HERE = Path(__file__).parent / "old_run"
-# Of the same run left alone, by the same old program.
-LOSSES = [5.7744, 5.7781, 5.7692, 5.7745, 5.7758, 5.7735, 5.7706, 5.7707]
+# Of its first four steps, as the old program took them. It gave the rows that pad the vocabulary (257 of 320) a share of
+# the probability; since they have none, the same weights have a loss lower by about ln(320 / 257) = 0.219.
+LOSSES = [5.7744, 5.7781, 5.7692, 5.7745]
+# Of the same run left alone, by the old program, less that share.
+THEN = [5.7758 - 0.2192, 5.7735 - 0.2192, 5.7706 - 0.2192, 5.7707 - 0.2192]
 
 
 def go_on(config: Config) -> tuple[int, str]:
@@ -47,7 +50,7 @@ def test_an_older_run_goes_on(tmp_path: Path) -> None:
     assert run_on_ranks(go_on, 2, config) == [(4, old_id)] * 2
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert [record["loss"] for record in records] == pytest.approx(LOSSES, abs=2e-4)
+    assert [record["loss"] for record in records] == pytest.approx([*LOSSES, *THEN], abs=1e-3)
 
 
 def test_an_older_run_goes_on_with_another_mesh(tmp_path: Path) -> None:

@@ -447,10 +447,10 @@ def test_stages_that_have_begun_stay(folder: Path) -> None:
         return replace(config_of(folder), stages=stages)
 
     first, second = Stage(from_step=10, lr=1e-4), Stage(from_step=50, seq_len=64)
-    open_run_folder(with_stages(first, second), "text")
+    begun(with_stages(first, second))
     save_checkpoint(folder, 40)
-    assert open_run_folder(with_stages(first, replace(second, seq_len=32)), "text").state == "unfinished"
-    assert open_run_folder(with_stages(first), "text").state == "unfinished"
+    assert opened(with_stages(first, replace(second, seq_len=32))).state == "unfinished"
+    assert opened(with_stages(first)).state == "unfinished"
     for stages in ((), (replace(first, lr=1e-3),), (first, Stage(from_step=30, lr=1e-5))):
         with pytest.raises(ConfigError, match="stages up to step 40"):
-            open_run_folder(with_stages(*stages), "text")
+            opened(with_stages(*stages))
