@@ -24,7 +24,7 @@ from moe_dtensor.train import loop
 from moe_dtensor.train.run_folder import open_run_folder
 
 HERE = Path(__file__).parent / "old_run"
-# Of its first four steps, as the old program took them. It gave the rows that pad the vocabulary (257 of 320) a share of
+# Of its first four steps, as the old program took them. It gave the rows that pad the vocabulary (257 to 320) a part of
 # the probability; since they have none, the same weights have a loss lower by about ln(320 / 257) = 0.219.
 LOSSES = [5.7744, 5.7781, 5.7692, 5.7745]
 # Of the same run left alone, by the old program, less that share.
