@@ -75,6 +75,7 @@ def status_of(run: Callable[[], int], ranks: Ranks) -> int:
 def tell_once(ranks: Ranks, text: str, key: str) -> None:
     """Print ``text`` unless another rank has told an error of the same ``key``."""
     if ranks.claims(key):
+        ranks.claims("lost")  # ranks that lose this one need not tell it
         tell(text)
 
 

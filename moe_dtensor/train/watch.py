@@ -108,6 +108,7 @@ class Watch:
         healthy = [rank for rank in signs if rank not in hung]
         self._dump()
         if healthy and self._ranks.rank == healthy[0]:
+            self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
             print(words(tale(signs, hung, healthy[0], self._folder)), file=sys.stderr, flush=True)
             self._end(FAILED)
         else:

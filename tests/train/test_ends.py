@@ -103,18 +103,18 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     """It ended the others after their timeout, with a trace that named nobody."""
     folder = tmp_path / "run"
     argv = tiny(folder, training__steps="100000", comm__timeout_seconds="20")
-    start = Start(tmp_path, argv, 3, environment={"TORCH_FR_BUFFER_SIZE": "100"})
+    start = Start(tmp_path, argv, 4, environment={"TORCH_FR_BUFFER_SIZE": "100"})
     wait_for_step(folder, 3)
     os.kill(start.pids[1], signal.SIGSTOP)
     begin = time.monotonic()
     ended = start.wait()
-    assert ended.statuses == [1, -9, 76], ended.text
+    assert ended.statuses == [1, -9, 76, 76], ended.text
     assert len(ended.errors) == 1
     assert "rank 1 on " in ended.errors[0]
     assert "hangs in step " in ended.errors[0]
     assert "Rank 0 waits for it in step " in ended.text
     assert time.monotonic() - begin < 20 + 12  # the stopped one is killed ten seconds after
-    assert sorted(p.name[-11:] for p in (folder / "hangs").iterdir()) == ["rank-0.json", "rank-2.json"]
+    assert sorted(p.name[-11:] for p in (folder / "hangs").iterdir()) == ["rank-0.json", "rank-2.json", "rank-3.json"]
 
 
 def test_a_killed_rank_is_no_riddle(tmp_path: Path) -> None:
