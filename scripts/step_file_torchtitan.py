@@ -71,7 +71,7 @@ def attend(_self: Any, q: DTensor, k: DTensor, v: DTensor, **options: Any) -> DT
 
 def count(x: Tensor, histc: Any = torch.histc, **options: Any) -> Tensor:
     """``torch.histc`` of integers, which CPUs lack."""
-    return histc(x.float(), **options)
+    return histc(x.float(), **options).to(x.dtype)
 
 
 def gradients(tokens: Tensor, labels: Tensor, mended: bool) -> tuple[float, dict[str, bytes]]:

@@ -117,7 +117,7 @@ def write_native(
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     state = {"model": model, "balance": dict(balance)}
-    writer = write_alone(folder, Manifest("converted", "", 0))
+    writer = write_alone(folder, Manifest("converted", "", 0), file_per_tensor=True)
     with alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 

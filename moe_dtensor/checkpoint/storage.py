@@ -105,8 +105,15 @@ class Writer(FileSystemWriter):
         before_rename: called on rank 0 before the checkpoint appears; raises where it must not.
     """
 
-    def __init__(self, folder: Path, partial: Path, manifest: Manifest, before_rename: Callable[[], None]) -> None:
-        super().__init__(partial, overwrite=False)
+    def __init__(
+        self,
+        folder: Path,
+        partial: Path,
+        manifest: Manifest,
+        before_rename: Callable[[], None],
+        file_per_tensor: bool = False,
+    ) -> None:
+        super().__init__(partial, single_file_per_rank=not file_per_tensor, overwrite=False)
         self.fs = _CountingFiles()
         self._folder, self._manifest, self._before_rename = folder, manifest, before_rename
 
@@ -135,10 +142,16 @@ class Writer(FileSystemWriter):
         sync_folder(self._folder)
 
 
-def write_alone(folder: Path, manifest: Manifest) -> Writer:
-    """A writer for a process that is the only one to write into ``folder``."""
+def write_alone(folder: Path, manifest: Manifest, file_per_tensor: bool = False) -> Writer:
+    """A writer for a process that is the only one to write into ``folder``.
+
+    Args:
+        folder: holds the checkpoint's folder.
+        manifest: without files.
+        file_per_tensor: write each tensor to a file of its own. DCP holds what goes into one file until it is written.
+    """
     partial = partial_folder(folder, manifest.step, manifest.run_id, "alone")
-    return Writer(folder, partial, manifest, lambda: None)
+    return Writer(folder, partial, manifest, lambda: None, file_per_tensor)
 
 
 class Reader(FileSystemReader):

@@ -87,6 +87,11 @@ def _scaling(config: Config) -> Broken:
         )
     if rope.scaling == "none" and rope.factor != 1:
         yield f"rope.factor = {rope.factor} with rope.scaling = none.", "Set rope.scaling, or rope.factor = 1."
+    if rope.scaling == "none" and rope.attention_factor:
+        yield (
+            f"rope.attention_factor = {rope.attention_factor} with rope.scaling = none.",
+            "Set rope.scaling, or rope.attention_factor = 0.",
+        )
     if rope.scaling == "llama3" and not rope.low < rope.high:
         yield f"rope.low = {rope.low} is not below rope.high = {rope.high}.", "Set rope.low below rope.high."
     if rope.scaling == "yarn" and not rope.beta_slow < rope.beta_fast:

@@ -17,19 +17,22 @@ from moe_dtensor.config.tables import all_fields, is_array
 class Parser(argparse.ArgumentParser):
     """An argparse parser with ``--config``, the overrides in its ``--help``, and ConfigError for a wrong command line.
 
-    Add a verb's own options with ``add_argument``, then call :meth:`load`.
+    Add a verb's own options with ``add_argument``, then call :meth:`load`; without a config (``needs_config`` false)
+    call ``parse_args``.
     """
 
-    def __init__(self, verb: str, description: str) -> None:
+    def __init__(self, verb: str, description: str, needs_config: bool = True) -> None:
+        whose = "--config F [options] [--table.key value ...]" if needs_config else "[options]"
         super().__init__(
             prog=f"python -m moe_dtensor {verb}",
-            usage=f"python -m moe_dtensor {verb} --config F [options] [--table.key value ...]",
+            usage=f"python -m moe_dtensor {verb} {whose}",
             description=description,
-            epilog=help_text(),
+            epilog=help_text() if needs_config else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--config", metavar="F", required=True, help="the TOML of the run")
+        if needs_config:
+            self.add_argument("--config", metavar="F", required=True, help="the TOML of the run")
 
     def load(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         """Parse ``argv``: the verb's own options, and the Config with every override applied.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_dtensor.checkpoint.folder import step_folder
@@ -22,6 +22,7 @@ from moe_dtensor.checkpoint.storage import Reader
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.initial import held_slices
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.run_folder import EXPORT_FOLDER, RUN_FILE
@@ -47,12 +48,19 @@ def open_initial(config: Config) -> HuggingFaceSource | NativeFolder:
     return source
 
 
-@torch.no_grad()
 def load_initial(trainer: Trainer, source: HuggingFaceSource | NativeFolder) -> None:
+    """Fill a trainer's parameters and biases."""
+    load_weights(trainer.parts, trainer.balance, trainer.config, source)
+
+
+@torch.no_grad()
+def load_weights(
+    parts: Iterable[nn.Module], balance: BalanceState, config: Config, source: HuggingFaceSource | NativeFolder
+) -> None:
     """Fill this rank's part of every parameter, and the biases that the choice sees. Called by all ranks together."""
-    params = {name: param for part in trainer.parts for name, param in part.named_parameters()}
+    params = {name: param for part in parts for name, param in part.named_parameters()}
     if isinstance(source, NativeFolder):
-        _load_native(trainer, params, source)
+        _load_native(balance, params, source)
         return
     for name, param in params.items():
         local = param.to_local() if isinstance(param, DTensor) else param
@@ -61,13 +69,13 @@ def load_initial(trainer: Trainer, source: HuggingFaceSource | NativeFolder) -> 
         part = torch.empty(local.shape, dtype=local.dtype)
         source.read(name, held, part)
         local.copy_(part)
-    for row, layer in enumerate(sorted(moe_layers(trainer.config))):
-        bias_E = torch.zeros(trainer.config.moe.num_experts)
+    for row, layer in enumerate(sorted(moe_layers(config))):
+        bias_E = torch.zeros(config.moe.num_experts)
         source.read(f"layers.{layer}.moe.router.bias", [(0, len(bias_E))], bias_E)
-        trainer.balance.bias_LE[row].copy_(bias_E)
+        balance.bias_LE[row].copy_(bias_E)
 
 
-def _load_native(trainer: Trainer, params: Mapping[str, Tensor], source: NativeFolder) -> None:
+def _load_native(balance: BalanceState, params: Mapping[str, Tensor], source: NativeFolder) -> None:
     weights = NativeWeights(source.checkpoint)
     held = set(weights.names())
     tensors = {name: param.detach() for name, param in params.items()}
@@ -77,8 +85,8 @@ def _load_native(trainer: Trainer, params: Mapping[str, Tensor], source: NativeF
         head = tensors.get("output.weight")
         _load(source.checkpoint, {} if head is None else {"tok_embeddings.weight": head})
     bias_LE = weights.bias_LE()
-    if bias_LE.shape == trainer.balance.bias_LE.shape:
-        trainer.balance.bias_LE.copy_(bias_LE)
+    if bias_LE.shape == balance.bias_LE.shape:
+        balance.bias_LE.copy_(bias_LE)
 
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

@@ -31,6 +31,8 @@ BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm")
 
 def main(argv: list[str]) -> int:
     """Print a table, a row for each mesh and schedule; 1 if any differs from the oracle, else 0."""
+    if any(word == "--hf" or word.startswith("--hf=") for word in argv):
+        return _verify_folder(argv)
     if any(word.partition("=")[0] == "--against" for word in argv):
         return _against(argv)
     parser = Parser("verify", HELP)
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
     parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
+    parser.add_argument("--hf", metavar="DIR", help="instead: the transformers model in a folder, without --config")
     parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
     parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
@@ -81,6 +84,18 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_record(options.json, verdicts, cases, options.compiled)
     return 0 if all(v.ok for v in verdicts) else 1
+
+
+def _verify_folder(argv: list[str]) -> int:
+    """The same for the transformers model in a folder: a row for each dtype."""
+    parser = Parser("verify", HELP, needs_config=False)
+    parser.add_argument("--hf", type=Path, metavar="DIR", required=True, help="a Hugging Face folder, without --config")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="default: both, one after the other")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
+    options = parser.parse_args(argv)
+    from moe_dtensor.verify.hugging_face_report import report
+
+    return report(options.hf, [options.dtype] if options.dtype else ["float32", "float64"], options.json)
 
 
 def _distinct(

@@ -14,6 +14,8 @@ FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share."""
 
 KINDS = (
+    "stream",
+    "logits",
     "routing",
     "statistic",
     "gradient",

@@ -96,7 +96,7 @@ def steps(
     answers = []
     for number, batch in enumerate(batches, 1):
         weights = {name: value.clone().requires_grad_() for name, value in adamw.parameters.items()}
-        model = _Transformer(config, weights, balance)
+        model = Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
         norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
@@ -135,7 +135,7 @@ def steps(
     return answers
 
 
-def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
+def _differentiate(model: Transformer, batch: Batch) -> list[float]:
     """Backward through all microbatches; the cross-entropies of the next and of further tokens, in which no auxiliary
     loss is counted."""
     targets = sum(int((m.labels != IGNORED).sum()) for m in batch)
@@ -145,7 +145,7 @@ def _differentiate(model: _Transformer, batch: Batch) -> list[float]:
     for microbatch in batch:
         labels = [microbatch.labels.reshape(-1), *(_labels_ahead(microbatch, k + 1) for k in range(depths))]
         logits = model.logits(microbatch)
-        parts = [_cross_entropy(*pair) / targets for pair in zip(logits, labels, strict=True)]
+        parts = [cross_entropy(*pair) / targets for pair in zip(logits, labels, strict=True)]
         auxiliary = sum((r[-1].auxiliary for r in model.routed.values()), torch.zeros((), dtype=torch.float64)) / tokens
         weights = [1.0] + [model.config.training.mtp_weight / max(1, depths)] * depths
         torch.stack([w * part for w, part in zip(weights, parts, strict=True)] + [auxiliary]).sum().backward()
@@ -158,8 +158,8 @@ def _evaluate(
     config: Config, parameters: Mapping[str, Tensor], balance: Mapping[int, Balance], batch: Batch
 ) -> tuple[float, dict[int, list[Routed]]]:
     """The mean cross-entropy of all targets, and the routing of each MoE block."""
-    model = _Transformer(config, parameters, balance, training=False)
-    total = sum(float(_cross_entropy(model.logits(m)[0], m.labels.reshape(-1))) for m in batch)
+    model = Transformer(config, parameters, balance, training=False)
+    total = sum(float(cross_entropy(model.logits(m)[0], m.labels.reshape(-1))) for m in batch)
     return total / sum(int((m.labels != IGNORED).sum()) for m in batch), model.routed
 
 
@@ -222,7 +222,7 @@ def _undecayed(name: str) -> bool:
     return "norm" in name or "router" in name or name.endswith(("bias", "sinks")) or name.startswith("tok_embeddings")
 
 
-def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Summed over the targets."""
     rows = [t for t in range(labels_T.numel()) if labels_T[t] != IGNORED]
     shifted = logits_TV - logits_TV.detach().max(dim=1, keepdim=True).values
@@ -230,7 +230,16 @@ def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return -log_p[rows, labels_T[rows]].sum()
 
 
-class _Transformer:
+class Transformer:
+    """The model over full weights by name.
+
+    Args:
+        config: resolved.
+        weights: of every parameter, float64.
+        balance: of each MoE block, by index.
+        training: whether further tokens are predicted too.
+    """
+
     def __init__(
         self, config: Config, weights: Mapping[str, Tensor], balance: Mapping[int, Balance], training: bool = True
     ) -> None:

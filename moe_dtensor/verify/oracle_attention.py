@@ -55,7 +55,7 @@ class Attention:
             q, k = self._rms("q_norm", q, model.norm_eps), self._rms("k_norm", k, model.norm_eps)
         if model.clip_qkv:
             q, k, v = (
-                t.maximum(torch.tensor(-model.clip_qkv)).minimum(torch.tensor(model.clip_qkv)) for t in (q, k, v)
+                t.maximum(t.new_tensor(-model.clip_qkv)).minimum(t.new_tensor(model.clip_qkv)) for t in (q, k, v)
             )
         q, k, v = (t.reshape(*t.shape[:2], -1, model.head_dim) for t in (q, k, v))
         if model.qk_norm == "head":

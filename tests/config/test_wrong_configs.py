@@ -206,6 +206,7 @@ WRONG = [
     # Precision.
     ("--training.param_dtype float16", "training.param_dtype = float16 needs loss scaling", "bfloat16"),
     ("--training.param_dtype float64", "training.param_dtype = float64 is wider", "training.dtype = float64"),
+    ("--rope.attention_factor 0.5", "rope.attention_factor = 0.5 with rope.scaling = none", "rope.scaling"),
     ("--training.dtype float16 --training.param_dtype bfloat16", "training.dtype = float16", "float32"),
     (
         "--training.param_dtype bfloat16 --training.reduce_dtype float16",

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,10 @@ from moe_dtensor.train import loop
 from moe_dtensor.train.run_folder import open_run_folder
 
 HERE = Path(__file__).parent / "old_run"
-# Of its first four steps, as the old program took them. It gave the rows that pad the vocabulary (257 to 320) a part of
-# the probability; since they have none, the same weights have a loss lower by about ln(320 / 257) = 0.219.
-LOSSES = [5.7744, 5.7781, 5.7692, 5.7745]
-# Of the same run left alone, by the old program, less that share.
-THEN = [5.7758 - 0.2192, 5.7735 - 0.2192, 5.7706 - 0.2192, 5.7707 - 0.2192]
+# Of the same run left alone, by the same old program.
+LOSSES = [5.7744, 5.7781, 5.7692, 5.7745, 5.7758, 5.7735, 5.7706, 5.7707]
+# The old program took the padding of the vocabulary into the softmax, 320 rows for 257 bytes: at first all weigh alike.
+PADDING = math.log(320 / 257)
 
 
 def go_on(config: Config) -> tuple[int, str]:
@@ -50,7 +50,10 @@ def test_an_older_run_goes_on(tmp_path: Path) -> None:
     assert run_on_ranks(go_on, 2, config) == [(4, old_id)] * 2
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert [record["loss"] for record in records] == pytest.approx([*LOSSES, *THEN], abs=1e-3)
+    losses = [record["loss"] for record in records]
+    # Step 5 was taken and not saved: it is taken again.
+    assert losses[:4] == pytest.approx(LOSSES[:4], abs=2e-4)
+    assert losses[4:] == pytest.approx([loss - PADDING for loss in LOSSES[4:]], abs=1e-3)
 
 
 def test_an_older_run_goes_on_with_another_mesh(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ MUTATIONS += [
     ),
     Expected(
         mutations_attention.output_bias_of_every_rank,
-        ".*",
+        r"layers\.0\.attention\.output_bias",
         changes=DENSE | {"model.attention_bias": "all", "model.num_layers": 1},
     ),
     Expected(
@@ -148,7 +148,7 @@ MUTATIONS += [
     ),
     Expected(
         mutations_attention.window_off_by_one,
-        ".*",
+        r"layers\.0\.attention\.w[qk]\.weight",
         changes=DENSE | {"model.window": 3, "model.num_layers": 1},
     ),
 ]

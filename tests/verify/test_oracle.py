@@ -101,8 +101,8 @@ def test_every_gradient_is_the_slope_of_the_loss(name: str) -> None:
         assert torch.isclose(expected, slope, rtol=1e-5, atol=1e-8), parameter
 
 
-def model_of(config: Config, weights: dict[str, torch.Tensor]) -> oracle._Transformer:
-    return oracle._Transformer(config, weights, {})
+def model_of(config: Config, weights: dict[str, torch.Tensor]) -> oracle.Transformer:
+    return oracle.Transformer(config, weights, {})
 
 
 def test_attention_is_torchs() -> None:
@@ -126,7 +126,7 @@ def test_cross_entropy_is_torchs() -> None:
     logits, labels = torch.randn(9, 20, dtype=torch.float64) * 5, torch.randint(0, 20, (9,))
     labels[2:4] = IGNORED
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(oracle._cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(oracle.cross_entropy(logits, labels), expected)
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_dtensor.checkpoint.hugging_face.export import Plan, appear, plan_export, write_json, write_shards
 from moe_dtensor.checkpoint.hugging_face.function import function_of
@@ -168,6 +166,10 @@ def hidden_folder(output: Path) -> Iterator[Path]:
 @contextmanager
 def progress(word: str, total: int) -> Iterator[Done]:
     """A bar of bytes on stderr; call what it gives with the bytes of each tensor."""
+    # Here, since every rank that trains loads this module, and few convert.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as bar:
         task = bar.add_task(word, total=total)

@@ -179,7 +179,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"intermediate_size": 48, "num_local_experts": 6, "num_experts_per_tok": 2}),
     "mixtral tied": ("mixtral", {"intermediate_size": 24, "num_local_experts": 6, "tie_word_embeddings": True}),
     "olmoe": ("olmoe", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}),
-    "olmoe normalised": ("olmoe", {"intermediate_size": 24, "num_experts": 6, "norm_topk_prob": True}),
+    "olmoe normalised": (
+        "olmoe",
+        {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
     "qwen3_moe": ("qwen3_moe", {**OWN_HEADS, **EXPERTS, "num_experts": 6, "norm_topk_prob": True}),
     "qwen3_moe dense block, tied": (
         "qwen3_moe",
@@ -218,7 +221,7 @@ def build_model(case: str) -> Any:
             n_heads=4,
             n_layers=3,
             vocab_size=131,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 0.7, "rope_theta": 1e4},
+            attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4},
             ffn_config={"hidden_size": 48, "ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
         )
     else:
@@ -228,7 +231,7 @@ def build_model(case: str) -> Any:
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if "bias" in name:
                 value.normal_(0, 0.2)
-            elif "norm" in name:
+            elif "norm" in name and value.ndim == 1:
                 value.normal_(1, 0.25)
             elif "inv_freq" not in name and value.is_floating_point():
                 value.normal_(0, (1 if value.ndim < 2 else value.shape[-1]) ** -0.5)
