@@ -5,8 +5,11 @@
 #   NGPU           ranks on this machine (default: its GPUs, else 4 CPU ranks)
 #   NNODES         machines, each started with this script (default 1)
 #   RDZV_ENDPOINT  host:port of one of them, needed for NNODES > 1
+#   MAX_RESTARTS   how often ranks that failed are started again by themselves (default 0)
 #   RDZV_TIMEOUT   seconds to wait for the others (default 600)
 #   PYTHON         the Python to make .venv with (default: the first >= 3.11)
+#
+# Exit status: 0 done, 1 failed, 2 wrong config or data, 75 ended by a signal and saved (the same command goes on).
 set -euo pipefail
 
 started_in="$PWD"
@@ -30,6 +33,13 @@ count_gpus() {
 gpus="$(count_gpus)"
 ranks="${NGPU:-$((gpus > 0 ? gpus : 4))}"
 nodes="${NNODES:-1}"
+for pair in "NGPU=$ranks" "NNODES=$nodes" "MAX_RESTARTS=${MAX_RESTARTS:-0}"; do
+    if ! [[ "${pair#*=}" =~ ^[0-9]{1,6}$ ]] || { [ "${pair#*=}" -eq 0 ] && [ "${pair%%=*}" != MAX_RESTARTS ]; }; then
+        echo "error: $pair is no number of ${pair%%=*}." >&2
+        echo "       Set it to a whole number of 1 or more, or unset it." >&2
+        exit 2
+    fi
+done
 
 use_environment
 for word in "$@"; do
@@ -47,7 +57,10 @@ cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
 
 if [ "$nodes" -gt 1 ]; then
-    : "${RDZV_ENDPOINT:?NNODES > 1 needs RDZV_ENDPOINT=host:port, the same on every machine}"
+    if [ -z "${RDZV_ENDPOINT:-}" ]; then
+        echo "error: NNODES > 1 needs RDZV_ENDPOINT=host:port, the same on every machine." >&2
+        exit 2
+    fi
     meeting="$(python scripts/meet.py "$RDZV_ENDPOINT" "$nodes" --config "$config" --ranks "$ranks" \
         --timeout "${RDZV_TIMEOUT:-600}" -- "$@")"
     read -r host_number address port interface <<<"$meeting"
@@ -58,4 +71,5 @@ if [ "$nodes" -gt 1 ]; then
 else
     rendezvous=(--standalone)
 fi
-exec python -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks" -m moe_dtensor train --config "$config" "$@"
+exec python -m moe_dtensor launch "${rendezvous[@]}" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
+    train --config "$config" "$@"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
+import logging
 import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from moe_dtensor import verbs
-from moe_dtensor.config.errors import ConfigError, RankError
+from moe_dtensor.config.errors import WRONG, ConfigError, words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"{verbs.__name__}.{find_verb(argv[0])}").main(argv[1:])
     except ConfigError as error:
         report(error)
-        return 2
+        return WRONG
 
 
 def find_verb(word: str) -> str:
@@ -56,13 +59,31 @@ def usage() -> str:
 
 
 def report(error: ConfigError) -> None:
-    """Print the error to stderr; under torchrun only on rank 0, unless another rank met it alone."""
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
+    """Print the error to stderr; under torchrun only on rank 0: an error told here is every rank's."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):
+            print(words(error.problem, error.remedy), file=sys.stderr, flush=True)
     else:
         # torchrun ends all ranks when the first one exits: leave rank 0 the time to speak.
         time.sleep(1)
 
 
+def leave(status: int) -> NoReturn:
+    """End the process with ``status``, whatever becomes of its output.
+
+    Ranks end without the interpreter's shutdown: threads of gloo and of a save in the background can abort in it, and
+    the status would be theirs.
+    """
+    if "torch.distributed" not in sys.modules:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -53,7 +53,7 @@ from moe_dtensor.layers.router import Routing
 from moe_dtensor.testing.bytes_sent import BytesSent
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
-from moe_dtensor.train.loop import end_ranks, start_ranks
+from moe_dtensor.train.ranks import end_ranks, start_ranks
 from moe_dtensor.train.step import count_targets, read_batch, train_step
 from moe_dtensor.verbs import train
 

@@ -26,8 +26,8 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import build, set_vocabulary
-from moe_dtensor.train.loop import end_ranks, start_ranks
 from moe_dtensor.train.metrics import peak_flops
+from moe_dtensor.train.ranks import end_ranks, start_ranks
 from moe_dtensor.train.step import read_batch, train_step
 
 

@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moe_dtensor.checkpoint import surgery, upcycle
 from moe_dtensor.checkpoint.deviation import deviation, feed_forward_output
-from moe_dtensor.checkpoint.folder import AtomicWriter
+from moe_dtensor.checkpoint.folder import Manifest, read_manifest
 from moe_dtensor.checkpoint.hugging_face.convert import check_output, hidden_folder, progress
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, alone, find_native, write_native
+from moe_dtensor.checkpoint.storage import write_alone
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump_changes
 from moe_dtensor.config.resolve import moe_layers
@@ -137,9 +138,10 @@ def cut_folder(
                 far = max(far, _deviation(layer, before, after))
         with hidden_folder(output) as hidden:
             _write_config(hidden, output, config, own_tokenizer=copy_tokenizer(native.path, hidden))
-            _write_run(native.path, hidden)
+            manifest = _manifest(native.checkpoint, made)
+            manifest = _write_run(native.path, hidden, manifest)
             with alone():
-                writer = AtomicWriter(hidden / config.checkpoint.folder, state["step"], keep_last=0)
+                writer = write_alone(hidden / config.checkpoint.folder, manifest)
                 dcp.save(made, storage_writer=writer, no_dist=True)
         has_optimizer = "optimizer" in state
         del state, model, balance
@@ -223,9 +225,21 @@ def _write_config(hidden: Path, output: Path, config: Config, own_tokenizer: boo
     (hidden / CONFIG_FILE).write_text(dump_changes(config), encoding="utf-8")
 
 
-def _write_run(source: Path, hidden: Path) -> None:
-    """Mark the folder as a run's, so that training resumes in it with the optimizer's state."""
-    if (source / RUN_FILE).is_file():
-        run = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
-        run |= {"run_id": uuid.uuid4().hex[:12], "finished_step": None}
-        (hidden / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+def _manifest(checkpoint: Path, state: dict[str, Any]) -> Manifest:
+    """Step, schedule and loader of a checkpoint; an older version kept them in ``state``, which they leave here."""
+    manifest = read_manifest(checkpoint)
+    schedule, loader, step = (state.pop(key, None) for key in ("schedule", "loader", "step"))
+    if manifest is not None:
+        return replace(manifest, files={})
+    values = {"schedule": schedule, "loader": json.loads(loader)} if loader is not None else {}
+    return Manifest("converted", "", step or 0, values)
+
+
+def _write_run(source: Path, hidden: Path, manifest: Manifest) -> Manifest:
+    """Mark the folder as a run's, so that training resumes in it with the optimizer's state; the checkpoint with it."""
+    if not (source / RUN_FILE).is_file():
+        return manifest
+    run = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
+    run |= {"run_id": uuid.uuid4().hex[:12], "finished_step": None, "saved_step": manifest.step}
+    (hidden / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+    return replace(manifest, run_id=run["run_id"])

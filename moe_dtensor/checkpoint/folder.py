@@ -1,22 +1,65 @@
-"""Which checkpoints a folder holds, and how one becomes whole or goes away. Rank 0's work.
+"""Which checkpoints a folder holds, whose they are, and how one goes away. Rank 0's work.
 
-A checkpoint is the folder ``step-<step>``. It is written and deleted under a hidden name, so a folder of
-that name is always whole: renaming is the one act that makes it appear or vanish.
+A checkpoint is the folder ``step-<step>``. It is written and deleted under a hidden name, so that renaming is the one
+act that makes it appear or vanish. Its manifest names the run, the step, what is no tensor, and every file's size and
+checksum.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
+from moe_dtensor.checkpoint.small_files import write_small
 
+MANIFEST = "manifest.json"
+INDEX = ".metadata"
 _WHOLE = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"\.step-(\d+)\.(partial|deleted)")
+_HIDDEN = re.compile(r"\.step-(\d+)\.(?:(?P<run>\w+)\.(?P<start>\w+)\.)?(partial|deleted)")
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json`` of a checkpoint."""
+
+    run_id: str
+    """Of the run that wrote it."""
+    data: str
+    """Fingerprint of the data it was trained on."""
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+    """State that is no tensor: of the schedule and the loader."""
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Size in bytes and CRC-32 of every other file."""
+    format: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+        write_small(folder / MANIFEST, json.dumps(asdict(self)))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where an older version wrote the checkpoint, without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    try:
+        content["files"] = {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
+        return Manifest(**{key: value for key, value in content.items() if key in Manifest.__dataclass_fields__})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is not complete ({error})") from None
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -24,70 +67,121 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def partial_folder(folder: Path, step: int, run_id: str, start_id: str) -> Path:
+    """Where a start of a run writes the checkpoint of ``step``."""
+    return folder / f".step-{step:08d}.{run_id}.{start_id}.partial"
+
+
 def whole_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in ``folder``, ascending; half-written ones are not among them."""
     if not folder.is_dir():
         return []
-    matches = [_WHOLE.fullmatch(entry.name) for entry in folder.iterdir() if (entry / ".metadata").is_file()]
+    matches = [_WHOLE.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
     return sorted(int(match[1]) for match in matches if match)
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what interrupted writes and deletions left behind. No write may be under way."""
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if _PARTIAL.fullmatch(entry.name):
-                shutil.rmtree(entry)
-
-
-def remove_step(folder: Path, step: int) -> None:
-    """Delete a whole checkpoint; interrupted half-way, it no longer counts as one."""
-    deleted = folder / f".step-{step:08d}.deleted"
-    os.replace(step_folder(folder, step), deleted)
-    shutil.rmtree(deleted)
-
-
-def remove_all(folder: Path) -> None:
-    """Delete every checkpoint, and the folder if nothing else is in it."""
-    remove_partial(folder)
+def owners(folder: Path) -> dict[int, str | None]:
+    """The run that wrote each checkpoint; None where that is not written in it (an older version, or damage)."""
+    found: dict[int, str | None] = {}
     for step in whole_steps(folder):
-        remove_step(folder, step)
-    if folder.is_dir() and not any(folder.iterdir()):
+        try:
+            manifest = read_manifest(step_folder(folder, step))
+        except (ValueError, OSError):
+            manifest = None
+        found[step] = manifest.run_id if manifest else None
+    return found
+
+
+def damage(folder: Path, contents: bool, share: tuple[int, int] = (0, 1)) -> str:
+    """What is wrong with a checkpoint's files; empty if nothing.
+
+    Args:
+        folder: of the checkpoint.
+        contents: compare checksums, too, which reads every byte; else sizes alone.
+        share: (i, n) checks the contents of every n-th file from the i-th.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except (ValueError, OSError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if manifest is None:
+        index = folder / INDEX
+        if not index.is_file() or index.stat().st_size == 0:
+            return f"its index {INDEX} is {'empty' if index.is_file() else 'missing'}"
+        return ""
+    for name, (size, _) in sorted(manifest.files.items()):
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes of {size}"
+    if contents:
+        for name in sorted(manifest.files)[share[0] :: share[1]]:
+            if checksum(folder / name) != manifest.files[name][1]:
+                return f"the contents of {name} are not what was written (CRC-32)"
+    return ""
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def remove_partial(folder: Path, run_id: str, keep_start: str = "") -> list[str]:
+    """Delete what interrupted writes and deletions of a run left behind, but for those of ``keep_start``.
+
+    Returns:
+        What could not be deleted, and why.
+    """
+    problems: list[str] = []
+    if folder.is_dir():
+        for entry in list(folder.iterdir()):
+            match = _HIDDEN.fullmatch(entry.name)
+            if match and match["run"] == run_id and match["start"] != keep_start:
+                problems += _remove_tree(entry)
+    return problems
+
+
+def remove_step(folder: Path, step: int, run_id: str, start_id: str) -> list[str]:
+    """Delete a whole checkpoint; interrupted half-way, it no longer counts as one. Returns what could not be done."""
+    deleted = folder / f".step-{step:08d}.{run_id}.{start_id}.deleted"
+    try:
+        os.replace(step_folder(folder, step), deleted)
+    except OSError as error:
+        return [f"{step_folder(folder, step)}: {error.strerror}"]
+    return _remove_tree(deleted)
+
+
+def remove_all(folder: Path, run_id: str) -> None:
+    """Delete every checkpoint of a run, and the folder if nothing else is in it; a link to a folder stays.
+
+    Raises:
+        OSError: something could not be deleted.
+    """
+    for step, owner in owners(folder).items():
+        if owner in (run_id, None):
+            shutil.rmtree(step_folder(folder, step))
+    if not folder.is_dir():
+        return
+    for entry in list(folder.iterdir()):
+        match = _HIDDEN.fullmatch(entry.name)
+        if match and match["run"] in (run_id, None):
+            shutil.rmtree(entry)
+    if not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-class AtomicWriter(FileSystemWriter):
-    """Writes the checkpoint of one step beside its place and renames it when all ranks have written.
+def _remove_tree(folder: Path) -> list[str]:
+    """Delete a folder as far as it can be; returns what could not be."""
+    problems: list[str] = []
 
-    Args:
-        folder: holds the checkpoints; seen by every rank (a shared file system when there are several hosts).
-        step: the step's number.
-        keep_last: whole checkpoints to keep, this one included; 0 keeps all.
-        file_per_tensor: write each tensor to a file of its own. DCP holds what goes into one file until it is written.
-    """
+    def note(_: object, path: str, error: Any) -> None:
+        problems.append(f"{path}: {getattr(error[1], 'strerror', error[1])}")
 
-    def __init__(self, folder: Path, step: int, keep_last: int, file_per_tensor: bool = False) -> None:
-        super().__init__(folder / f".step-{step:08d}.partial", single_file_per_rank=not file_per_tensor)
-        self._folder = folder
-        self._step = step
-        self._keep_last = keep_last
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on rank 0, in the writing thread, after the last rank has written."""
-        super().finish(metadata, results)
-        if step_folder(self._folder, self._step).exists():
-            remove_step(self._folder, self._step)
-        os.replace(self.path, step_folder(self._folder, self._step))
-        _sync(self._folder)
-        if self._keep_last:
-            for step in whole_steps(self._folder)[: -self._keep_last]:
-                remove_step(self._folder, step)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in ``folder`` last through a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    shutil.rmtree(folder, onerror=note)
+    return problems[:1]

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from moe_dtensor.checkpoint.folder import AtomicWriter, step_folder, whole_steps
+from moe_dtensor.checkpoint.folder import Manifest, step_folder, whole_steps
+from moe_dtensor.checkpoint.storage import Reader, write_alone
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
@@ -68,7 +69,7 @@ class NativeWeights:
 
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
-        entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        entries = Reader(checkpoint).read_metadata().state_dict_metadata
         self.entries = {name: e for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
     def names(self) -> list[str]:
@@ -96,7 +97,7 @@ class NativeWeights:
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         table, _, name = key.partition(".")
         with alone():
-            dcp.load({table: {name: out}}, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+            dcp.load({table: {name: out}}, storage_reader=Reader(self.path), no_dist=True)
         return out
 
 
@@ -115,8 +116,8 @@ def write_native(
         balance: as :class:`moe_dtensor.model.balance_state.BalanceState` saves it.
     """
     model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    state = {"model": model, "balance": dict(balance), "step": 0}
-    writer = AtomicWriter(folder, 0, keep_last=0, file_per_tensor=True)
+    state = {"model": model, "balance": dict(balance)}
+    writer = write_alone(folder, Manifest("converted", "", 0), file_per_tensor=True)
     with alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(values), no_dist=True)
 

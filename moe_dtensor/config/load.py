@@ -18,11 +18,15 @@ from moe_dtensor.config.tables import arrays, show, tables
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a TOML, apply overrides by ``table.key``, and name the run's folder after the file if nothing else does.
 
+    The ``config.toml`` in a run's folder means the run there, from wherever it is named and wherever it was moved.
+
     Raises:
         ConfigError: the file is missing or no TOML, or a key, type or choice is wrong.
     """
     path = Path(path)
     config = override(build(_read(path)), overrides or {})
+    if path.name == "config.toml" and (path.parent / "run.json").exists() and "run.folder" not in (overrides or {}):
+        config = replace(config, run=replace(config.run, folder=str(path.parent)))
     if not config.run.folder:
         config = replace(config, run=replace(config.run, folder=f"outputs/{path.stem}"))
     return config

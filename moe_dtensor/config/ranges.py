@@ -54,6 +54,8 @@ MINIMUM: dict[str, float] = {
     "training.max_grad_norm": 0,
     "training.seed": 0,
     "training.validation_interval": 0,
+    "training.max_skipped": 1,
+    "training.check_replicas": 0,
     "training.validation_sequences": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,

@@ -367,6 +367,10 @@ class Training:
     """Order of the gradient norm: 2, or inf."""
     nonfinite: Literal["skip", "stop"] = "stop"
     """On a loss or gradient that is not finite: skip the update, or stop the run. Every rank decides alike."""
+    max_skipped: int = 10
+    """With nonfinite = "skip": steps skipped in a row that end the run."""
+    check_replicas: int = 0
+    """Steps between comparisons of what several ranks hold alike; a rank that differs ends the run. 0: never."""
     seed: int = 0
     """Seed of initial values and data order."""
     dtype: DType = "float32"
@@ -449,6 +453,8 @@ class Checkpoint:
     """Write in the background."""
     keep_last: int = 2
     """Checkpoints kept (at least 2). 0: all."""
+    verify: bool = True
+    """Compare the checksum of every file before a checkpoint is loaded. Their sizes are compared in any case."""
     initial: str = ""
     """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
     schedule and data start anew. Empty: from random values."""

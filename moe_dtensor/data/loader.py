@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.errors import ConfigError, RankError
+from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import sequences_before, span_at, spans
 from moe_dtensor.data.fit import FittedWindows
@@ -89,10 +89,7 @@ class Loader:
         if not 0 <= first <= last <= size:
             raise ValueError(f"[{first}, {last}) is not within the global batch of {size} sequences.")
         window_BS1 = self.windows.read(size, first, last)
-        try:
-            check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
-        except ConfigError as error:
-            raise RankError(error.problem, error.remedy) from None
+        check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
         batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
         numbers_B = torch.arange(self.sequences + first, self.sequences + last)
         self.sequences += size

@@ -2,85 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import logging
-import os
-import sys
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.config.resolve import FORCED, moe_layers
+from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
+from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
+from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.data.prefetch import Prefetcher
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
-from moe_dtensor.train.run_folder import RunFolder, open_run_folder
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks
+from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
+from moe_dtensor.train.replicas import check_replicas
+from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
+from moe_dtensor.train.signals import EndRequest
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
+from moe_dtensor.train.watch import Watch
 from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
 
 
-def train(config: Config) -> int:
-    """Run ``config`` (resolved) to its last step on this rank; returns the exit status.
+def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
+    """Run ``given`` (checked, not resolved) to its last step on this rank; returns the exit status.
 
-    The process group is made here from torchrun's environment, and ended here.
+    Raises:
+        Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
-    device = start_ranks(config)
-    check_sinks(config)
-    corpus = build_corpus(config)
-    config = set_vocabulary(config, corpus)
+    config = resolve(given, ranks.world_size)
+    ranks.agree(lambda: check_sinks(config))
+    watch = Watch(ranks, config.comm.timeout_seconds)
+    device = start_ranks(config, ranks)
+
+    def read() -> tuple[Corpus, Config, str]:
+        corpus = build_corpus(config)
+        return corpus, set_vocabulary(config, corpus), corpus.fingerprint()
+
+    corpus, config, fingerprint = ranks.agree(read)
     check_weights(config)
-    folder = open_run_folder(config, corpus.fingerprint())
-    status = 0
-    if folder.state == "finished":
-        _say(folder.message)
-    else:
-        status = Run(config, device, corpus, folder).to_the_end()
-    end_ranks()
+    folder = ranks.agree(lambda: open_run_folder(config, fingerprint, given))
+    try:
+        status = DONE
+        if folder.state == "finished":
+            _say(folder.message)
+        else:
+            loaders = ranks.agree(lambda: build_loaders(config, corpus))
+            run = ranks.agree(lambda: Run(config, device, corpus, folder, request, loaders, watch))
+            status = run.to_the_end()
+        watch.now("end", config.training.steps)
+        end_ranks()
+    finally:
+        watch.close()
+        folder.close()
     return status
 
 
-def start_ranks(config: Config) -> torch.device:
-    """Join the process group (nccl on GPUs, gloo on CPUs; one rank without torchrun); the device of this rank."""
-    timeout = timedelta(seconds=config.comm.timeout_seconds)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=int(os.environ["RANK"]) if store else -1,
-        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return device
-
-
-def end_ranks(status: int = 0) -> None:
-    """Leave the process group together; of several CPU ranks the processes end here, with ``status``."""
-    dist.barrier()
-    dist.destroy_process_group()
-    if not torch.cuda.is_available() and int(os.environ["WORLD_SIZE"]) > 1:
-        # gloo's threads can abort in an interpreter's shutdown.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        logging.shutdown()
-        os._exit(status)
+def build_loaders(config: Config, corpus: Corpus) -> tuple[Loader, Loader | None]:
+    """Of training and, where it is measured, of validation; a split that is too small is told at once."""
+    held_out = Loader(config, corpus, "validation") if config.training.validation_interval else None
+    return Loader(config, corpus), held_out
 
 
 @dataclass
@@ -91,45 +82,54 @@ class Run:
     device: torch.device
     corpus: Corpus
     folder: RunFolder
+    request: EndRequest = field(default_factory=EndRequest)
+    loaders: tuple[Loader, Loader | None] | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
-        config = self.config
+        config, folder = self.config, self.folder
         self.told = describe(config, self.corpus)
         self.exported = plan_export(config, self.folder.checkpoints)
         self.trainer: Trainer = build(config, self.device)
-        self.loader = Loader(config, self.corpus)
+        self.loader, self.validation = self.loaders or build_loaders(config, self.corpus)
         self.batches = Prefetcher(self.loader, self.trainer.mesh["dp"].get_local_rank(), config.mesh.dp)
-        # Made now, though used later: a split that is too small is told at once.
-        self.validation = Loader(config, self.corpus, "validation") if config.training.validation_interval else None
         self.checkpoints = CheckpointManager(
-            self.folder.checkpoints,
+            folder.checkpoints,
             config,
             list(self.trainer.parts),
             self.trainer.optimizers,
             self.trainer.schedule,
             self.batches,
             self.trainer.balance,
+            Identity(folder.run_id, folder.run["data"], folder.start_id, folder.check_owner),
+            self._warn,
         )
-        self.step = (self.checkpoints.load_latest() or 0) if config.checkpoint.enable else 0
+        resumes = config.checkpoint.enable and folder.state == "unfinished"
+        self.step = (self.checkpoints.load_latest() or 0) if resumes else 0
         if config.checkpoint.initial and self.step == 0:
             load_initial(self.trainer, open_initial(config))
         self.is_rank_0 = dist.get_rank() == 0
-        self.profiler = Profiler(config.profiling, self.folder.path, dist.get_rank())
+        self.profiler = Profiler(config.profiling, folder.path, dist.get_rank())
+        self.display: Display | None = None
+        self.sinks: list[Sink] = []
+        if self.is_rank_0:
+            self.display = self._open_display()
+            self.sinks.append(self.display)
         self.meter = Meter(
             config,
             self.device,
-            self._open_sinks(),
+            self.sinks,
             world_size=dist.get_world_size(),
             flops_per_token=flops_per_token(config),
             layers=sorted(moe_layers(config)),
             names={key: [s.name for s in config.data.sources] for key in ("source_loss", "source_tokens")},
         )
+        self.begun = False
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.skips = Skips(self.device)
+        self.end_flag = DelayedFlag(self.device)
 
-    def _open_sinks(self) -> list[Sink]:
-        if not self.is_rank_0:
-            return []
-        self.folder.cut_back(self.step)
+    def _open_display(self) -> Display:
         display = Display(self.config.training.steps, self.step, self.config.metrics.log_interval)
         total, active = parameters(self.config)
         if self.folder.message:
@@ -144,35 +144,75 @@ class Run:
             display.say(packing)
         if notice := routing_notice(self.config):
             display.say(notice)
-        return [*build_sinks(self.config, self.folder.path, self.folder.run_id, self.step), display]
+        return display
 
     def to_the_end(self) -> int:
-        """Take the remaining steps; 0, or 1 if the run stopped on a loss or gradient that is not finite."""
+        """Take the remaining steps; returns the exit status.
+
+        0 at the last step; 1 if the run stopped on a loss or gradient that is not finite, or if its last state could
+        not be saved; 75 if it was asked to end, saved and ended.
+        """
         steps = self.config.training.steps
+        self.request.from_now_on_save()
+        if self.watch is not None:
+            self.watch.arm(self.folder.path / HANG_FOLDER)
         while self.step < steps:
             self.step += 1
+            self._now("step")
             self._enter_stage()
             self.profiler.before_step(self.step)
             lr = self.trainer.schedule.lr
-            result = train_step(self.trainer, to_device(self.batches.next(), self.device))
+            asked = float(self.request.signal != 0)
+            result = train_step(self.trainer, to_device(self.batches.next(), self.device), asked)
+            self._begin()
             self._record(result, lr)
             self.profiler.after_step(self.step)
             if self._must_stop(result):
-                self._close()
-                _say(
-                    f"error: loss or gradient was not finite by step {self.step}; the update of such a step was not "
-                    "applied, and nothing was saved after it.\n"
-                    "Start again to resume from the last checkpoint, with a lower optimizer.lr or with "
-                    'training.nonfinite = "skip".'
-                )
-                return 1
-            self._save()
+                self._stop()
+            ends = self.end_flag.read(result.asked_to_end) and self.step < steps
+            self._check_replicas()
+            self._save(ends)
+            if ends:
+                return self._end_early()
+        return self._finish()
+
+    def _begin(self) -> None:
+        """With the first step taken the folder becomes this run's."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.is_rank_0:
+            config = self.config
+            self.folder.begin(self.step - 1)
+            opened = build_sinks(config, self.folder.path, self.folder.run_id, self.step - 1)
+            self.sinks[:0] = opened
+
+    def _finish(self) -> int:
         self._close()
+        if self.config.checkpoint.enable and self.checkpoints.saved_step != self.step:
+            self._save(True)  # a disk that was full may have room by now
+            self.checkpoints.wait()
+        if self.config.checkpoint.enable and self.checkpoints.saved_step != self.step:
+            raise RunError(
+                f"all {self.step} steps are taken, but the last state could not be saved; the newest checkpoint is "
+                f"that of step {self.checkpoints.saved_step}.",
+                "Make room, and start again: the run resumes from there.",
+                common=True,
+            )
         if self.exported is not None:
             _say(f"The weights are in {write_export(self.exported, self.folder.path)}.")
         if self.is_rank_0:
             self.folder.finish(self.step)
-        return 0
+        return DONE
+
+    def _end_early(self) -> int:
+        self._close()
+        saved = self.checkpoints.saved_step == self.step
+        if self.is_rank_0:
+            by = f" by {self.request.name}" if self.request.name else ""
+            kept = "which is saved; the same command goes on" if saved else "which could not be saved"
+            say_aside(f"Ended{by} after step {self.step} of {self.config.training.steps}, {kept}.")
+        return AGAIN if saved else FAILED
 
     def _enter_stage(self) -> None:
         """Before a step with other sizes than the last: build for them, with the same weights."""
@@ -200,7 +240,9 @@ class Run:
         self.batches.close()
         self.loader.close()
         self.profiler.close()
+        self._now("saving")
         self.checkpoints.wait()
+        self._note_saved()
         self.meter.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
@@ -230,22 +272,75 @@ class Run:
         return loss
 
     def _must_stop(self, result: StepResult) -> bool:
-        """Whether a step since the last look was not finite and the run is to stop. Looks before anything is saved."""
-        if self.config.training.nonfinite == "skip":
+        """Whether a step since the last look was not finite, or too many in a row were skipped.
+
+        Looks before anything is saved.
+        """
+        skips = self.config.training.nonfinite == "skip"
+        if skips:
+            self.skips.add(result.finite)
+        else:
+            self.unfinite |= ~result.finite
+        if not (self.step % self.config.metrics.log_interval == 0 or self._saves_now()):
             return False
-        self.unfinite |= ~result.finite
-        looks = self.step % self.config.metrics.log_interval == 0 or self._saves_now()
-        return looks and bool(self.unfinite)
+        return self.skips.longest() >= self.config.training.max_skipped if skips else bool(self.unfinite)
+
+    def _stop(self) -> NoReturn:
+        self._close()
+        if self.config.training.nonfinite == "skip":
+            raise RunError(
+                f"{self.config.training.max_skipped} steps in a row were skipped by step {self.step}, since loss or "
+                "gradient was not finite: the model does not train any more. Nothing was saved after the first.",
+                "Start again to resume from the last checkpoint, with a lower optimizer.lr.",
+                common=True,
+            )
+        raise RunError(
+            f"loss or gradient was not finite by step {self.step}; the update of such a step was not applied, and "
+            "nothing was saved after it.",
+            "Start again to resume from the last checkpoint, with a lower optimizer.lr or with "
+            'training.nonfinite = "skip".',
+            common=True,
+        )
 
     def _saves_now(self) -> bool:
         options = self.config.checkpoint
         return options.enable and (self.step % options.interval == 0 or self.step == self.config.training.steps)
 
-    def _save(self) -> None:
-        if self._saves_now():
-            self.meter.flush()
-            with self.meter.paused():
-                self.checkpoints.save(self.step)
+    def _save(self, at_once: bool = False) -> None:
+        """Save where it is time to, or at once; a model whose last step was skipped waits for a better one."""
+        if not self.config.checkpoint.enable or not (at_once or self._saves_now()):
+            return
+        if self.config.training.nonfinite == "skip" and self.skips.now() and self.step < self.config.training.steps:
+            self._tell(f"step {self.step} was skipped: no checkpoint of it is written")
+            return
+        self.meter.flush()
+        with self.meter.paused():
+            self._now("saving")
+            self.checkpoints.save(self.step)
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        if self.is_rank_0 and self.checkpoints.saved_step is not None:
+            try:
+                self.folder.note_saved(self.checkpoints.saved_step)
+            except OSError as error:
+                self._warn(f"warning: run.json cannot be written: {error.strerror}.")
+
+    def _check_replicas(self) -> None:
+        interval = self.config.training.check_replicas
+        if interval and self.step % interval == 0:
+            check_replicas(self.trainer, self.step)
+
+    def _now(self, what: str) -> None:
+        if self.watch is not None:
+            self.watch.now(what, self.step)
+
+    def _tell(self, text: str) -> None:
+        if self.display is not None:
+            self.display.say(text)
+
+    def _warn(self, text: str) -> None:
+        say_aside(text)
 
 
 def routing_notice(config: Config) -> str:
@@ -283,4 +378,5 @@ def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
 
 def _say(message: str) -> None:
     if dist.get_rank() == 0:
-        print(message, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(message, flush=True)

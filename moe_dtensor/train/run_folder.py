@@ -1,8 +1,8 @@
 """The folder of a run: what it holds, and whether a config may go on in it.
 
-``run.json`` marks a folder as a run's; ``config.toml`` is its resolved config. A run that is not finished
-resumes. Mesh, precision of the computation, optimizer, steps and logging may change on the way; what makes
-it another run (:func:`differences`) may not.
+``run.json`` marks a folder as a run's; ``config.toml`` is its config. A run that is not finished resumes. Mesh,
+precision of the computation, optimizer, steps and logging may change on the way; what makes it another run
+(:func:`moe_dtensor.train.same_run.differences`) may not. A folder becomes a run's with the first step taken in it.
 """
 
 from __future__ import annotations
@@ -12,74 +12,127 @@ import os
 import shutil
 import tomllib
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dtensor.checkpoint.folder import remove_all, whole_steps
+from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps
 from moe_dtensor.checkpoint.rank0 import on_rank_0
-from moe_dtensor.config.build import build
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.checkpoint.small_files import write_small
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.load import dump
-from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.config.tables import tables
+from moe_dtensor.train.lease import LEASE_FILE, Lease
 from moe_dtensor.train.profile import PROFILE_FOLDER
-from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER
+from moe_dtensor.train.same_run import changed_past, data_differences, differences, with_defaults
+from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER, cut_back, last_step
 
 CONFIG_FILE = "config.toml"
 RUN_FILE = "run.json"
+HANG_FOLDER = "hangs"
 EXPORT_FOLDER = "hugging_face"
 """Where ``checkpoint.export_hf`` writes."""
-_FREE_KEYS = {"model": {"attention_backend"}, "rope": set[str](), "moe": {"backend", "rows"}}
-_FIXED_KEYS = {
-    "data": ("document_mask", "packing", "sources"),
-    "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
-}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """A run's folder, checked and open to write."""
+    """A run's folder, checked, and held against other processes."""
 
     path: Path
     checkpoints: Path
     """Folder of the checkpoints."""
-    run_id: str
-    """Stays the same when the run resumes."""
     state: Literal["new", "unfinished", "finished"]
     message: str
     """What to tell the user; empty for a new run."""
+    run: dict[str, Any]
+    """What run.json holds, or will."""
+    config: Config
+    """To be written."""
+    start_id: str
+    """Of this start of the run."""
+    fresh: bool = False
+    """Whether the run that is there is deleted when this one takes its first step."""
+    lease: Lease | None = field(default=None, repr=False)
+    """On rank 0."""
+    made: list[Path] = field(default_factory=list)
+    """Folders made for the lease: they go again if no step is taken."""
 
-    def cut_back(self, step: int) -> None:
-        """Drop metrics of steps after ``step``: they are about to be taken again. Rank 0 only."""
-        path = self.path / METRICS_FILE
-        if not path.is_file():
-            return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        _write(path, "".join(f"{line}\n" for line in kept))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lease": None}  # other ranks hold none
+
+    @property
+    def run_id(self) -> str:
+        """Stays the same when the run resumes."""
+        return self.run["run_id"]
+
+    def check_owner(self) -> None:
+        """Raise RunError if another process has taken the run over. Rank 0 only."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def begin(self, step: int) -> None:
+        """Make the folder this run's: a step has been taken after ``step`` of before. Rank 0 only.
+
+        A fresh start deletes what was there; a resumed run drops the metrics of steps after ``step``.
+        """
+        self.check_owner()
+        try:
+            if self.fresh:
+                _clear(self.path, self.checkpoints)
+                self.fresh = False
+            elif self.state == "unfinished":
+                cut_back(self.path / METRICS_FILE, step)
+            # The config comes last: without it the folder is as good as new.
+            self._write_run()
+            write_small(self.path / CONFIG_FILE, dump(self.config))
+        except OSError as error:
+            raise RunError(
+                f"run.folder = {str(self.path)!r} cannot be written: {error.strerror}: {error.filename}.",
+                "Make room in it, or set run.folder to another folder.",
+            ) from None
+        self.made = []
+
+    def note_saved(self, step: int) -> None:
+        """Note the newest checkpoint, so that its absence is noticed. Rank 0 only."""
+        if self.run.get("saved_step") != step:
+            self.run["saved_step"] = step
+            self._write_run()
 
     def finish(self, step: int) -> None:
         """Note that the run is complete with ``step`` steps. Rank 0 only."""
-        path = self.path / RUN_FILE
-        _write(path, json.dumps({**json.loads(path.read_text(encoding="utf-8")), "finished_step": step}))
+        self.check_owner()
+        self.run["finished_step"] = step
+        self._write_run()
+
+    def close(self) -> None:
+        """Let another process hold the run. Rank 0 only."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+            for folder in reversed(self.made):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+    def _write_run(self) -> None:
+        write_small(self.path / RUN_FILE, json.dumps(self.run))
 
 
-def open_run_folder(config: Config, fingerprint: str) -> RunFolder:
-    """Make or check the folder of a run and write the resolved config into it. Called by all ranks together.
+def open_run_folder(config: Config, fingerprint: str, given: Config | None = None) -> RunFolder:
+    """Check the folder of a run and hold it. Called by all ranks together.
 
     Args:
         config: resolved, with the vocabulary's size filled in.
         fingerprint: of the training data; the folder keeps it.
+        given: the config before it was resolved: what hangs on the mesh is written as it stands there.
 
     Raises:
-        ConfigError: the folder is not a run's, is a run of another model or data, or cannot be written. The
-            same on every rank.
+        ConfigError: the folder is not a run's, is a run of another model or data, is held by another process, or
+            cannot be written. The same on every rank.
     """
 
     def prepare() -> RunFolder:
         try:
-            return _open(config, fingerprint)
+            return _open(config, fingerprint, to_keep(config, given or config))
         except OSError as error:
             raise ConfigError(
                 f"run.folder = {config.run.folder!r} cannot be used: {error.strerror}: {error.filename}.",
@@ -89,46 +142,27 @@ def open_run_folder(config: Config, fingerprint: str) -> RunFolder:
     return on_rank_0(prepare)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys that make ``new`` another run than ``old``, as ``table.key = old there, new here``.
-
-    Fixed are ``[model]``, ``[rope]`` and ``[moe]`` but for how they are computed, and of ``[data]`` and ``[training]``
-    what decides a step's tokens and the master weights' precision. A key that ``old``, written by an older version,
-    lacks counts as its default there. ``old`` is what a run's config.toml holds, ``new`` the tables of a resolved
-    config.
-    """
-    old, new = with_defaults(old), with_defaults(new)
-    keys = [(table, key) for table, free in _FREE_KEYS.items() for key in new[table] if key not in free]
-    keys += [(table, key) for table, fixed in _FIXED_KEYS.items() for key in fixed]
-    pairs = [(f"{table}.{key}", _toml(old[table][key]), _toml(new[table][key])) for table, key in keys]
-    return [f"{name} = {there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+def to_keep(config: Config, given: Config) -> Config:
+    """The config that a run's folder keeps: started from there, it resumes on any mesh and from any folder."""
+    data = {key: _absolute(getattr(config.data, key)) for key in ("path", "validation_path", "tokenizer")}
+    return replace(
+        config,
+        run=replace(config.run, fresh=False),
+        mesh=replace(config.mesh, dp=given.mesh.dp),
+        pipeline=replace(config.pipeline, stages_per_rank=given.pipeline.stages_per_rank),
+        fsdp=replace(config.fsdp, reshard_after_forward=given.fsdp.reshard_after_forward),
+        data=replace(config.data, **data),  # type: ignore[arg-type]
+    )
 
 
-def changed_past(old: dict[str, Any], new: dict[str, Any], steps: int) -> list[str]:
-    """What of the data's order in the first ``steps`` steps ``new`` would change; arguments as :func:`differences`."""
-    old, new = with_defaults(old), with_defaults(new)
-    begun, now = ([stage for stage in x["stages"] if stage["from_step"] <= steps] for x in (old, new))
-    found = [f"stages up to step {steps} = {begun!r} there, {now!r} here"] if begun != now else []
-    there, here = old["training"]["steps"], new["training"]["steps"]
-    if there != here and any(source["tokens"] for source in new["data"]["sources"]):
-        found.append(f"training.steps = {there} there, {here} here, of which data.sources.*.tokens are shares")
-    return found
+def _absolute(path: str) -> str:
+    """A path that leads to something, from everywhere; names of other things stay."""
+    if path in ("", "bytes") or not (os.path.exists(os.path.expanduser(path)) or any(c in path for c in "*?[")):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
-def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The tables of a run's config.toml with every key of today: unknown ones left out, missing ones at their default.
-
-    Defaults are resolved as any config's; a resolved config names its own dp, so the number of ranks plays no part.
-    """
-    known = {
-        name: {key: value for key, value in values.get(name, {}).items() if key in table.fields}
-        for name, table in tables().items()
-    }
-    known["data"] |= {"sources": values.get("data", {}).get("sources", ())}
-    return asdict(resolve(build({**known, "stages": values.get("stages", ())}), 1))
-
-
-def _open(config: Config, fingerprint: str) -> RunFolder:
+def _open(config: Config, fingerprint: str, kept: Config) -> RunFolder:
     path = Path(config.run.folder)
     checkpoints = path / config.checkpoint.folder
     if path.is_dir() and not (path / RUN_FILE).is_file() and any(not p.name.startswith(".") for p in path.iterdir()):
@@ -136,44 +170,116 @@ def _open(config: Config, fingerprint: str) -> RunFolder:
             f"run.folder = {str(path)!r} is not empty and holds no run of this program (no {RUN_FILE}).",
             "Set run.folder to an empty or a new folder.",
         )
-    if config.run.fresh:
-        _clear(path, checkpoints)
-    # The config is written last and deleted first: without it the folder is as good as new.
-    if not (path / CONFIG_FILE).is_file():
-        return _open_new(path, checkpoints, config, fingerprint)
-    run = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-    _check_same_run(path, config, run["data"], fingerprint)
-    state, message = _progress(path, checkpoints, config, run["finished_step"])
-    if state == "unfinished":
-        _write_config(path, config)
-    return RunFolder(path, checkpoints, run["run_id"], state, message)
-
-
-def _open_new(path: Path, checkpoints: Path, config: Config, fingerprint: str) -> RunFolder:
-    if whole_steps(checkpoints):
-        raise ConfigError(
-            f"checkpoint.folder = {str(checkpoints)!r} holds checkpoints of some other run.",
-            "Set checkpoint.folder to a folder of this run alone; the default lies inside run.folder.",
-        )
+    made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    run_id = uuid.uuid4().hex[:12]
-    _write(path / RUN_FILE, json.dumps({"run_id": run_id, "data": fingerprint, "finished_step": None}))
-    _write_config(path, config)
-    return RunFolder(path, checkpoints, run_id, "new", "")
+    start_id = uuid.uuid4().hex[:12]
+    lease = Lease(path, start_id)
+    run: dict[str, Any] = {
+        "run_id": uuid.uuid4().hex[:12],
+        "data": fingerprint,
+        "finished_step": None,
+        "saved_step": None,
+    }
+    run |= {"format": 2, "started_by": os.environ.get("MOE_DTENSOR_START")}
+    folder = RunFolder(path, checkpoints, "new", "", run, kept, start_id, lease=lease, made=made)
+    try:
+        _check_place(checkpoints)
+        old = read_run(path)
+        if old is not None and config.run.fresh and not _is_restart(old):
+            _check_owners(checkpoints, old, path)
+            folder.fresh = True
+        # Without a config the folder is as good as new: it is written last and deleted first.
+        elif old is not None and (path / CONFIG_FILE).is_file():
+            _go_on(folder, old, config, fingerprint)
+        else:
+            _check_owners(checkpoints, old or {}, path)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """What a folder's run.json holds; None if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"run_id", "data", "finished_step"} <= content.keys():
+            return content
+        problem = "it lacks run_id, data or finished_step"
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigError(
+        f"{str(path / RUN_FILE)!r} is damaged: {problem}.",
+        "Put a copy of it back, or set run.folder to another folder.",
+    )
+
+
+def _is_restart(run: dict[str, Any]) -> bool:
+    """Whether the launcher or Slurm started this command again by itself: it must not start over again."""
+    started_by = os.environ.get("MOE_DTENSOR_START")
+    return (
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        or (started_by is not None and run.get("started_by") == started_by)
+    )
+
+
+def _check_place(checkpoints: Path) -> None:
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise ConfigError(
+            f"checkpoint.folder = {str(checkpoints)!r} is a link to {os.readlink(checkpoints)!r}, which is not there.",
+            "Mount what it links to, or remove the link.",
+        )
+
+
+def _check_owners(checkpoints: Path, run: dict[str, Any], path: Path) -> None:
+    """Refuse a place that holds what may be another run's checkpoints."""
+    inside = path.resolve() in checkpoints.resolve().parents
+    old = run.get("unsigned_until", 10**12 if run and "format" not in run else -1)
+    for step, owner in owners(checkpoints).items():
+        # One that bears no name is this run's if an older version may have written it here.
+        if owner is None and run and (inside or step <= old):
+            continue
+        if owner is None or owner != run.get("run_id"):
+            raise ConfigError(
+                f"checkpoint.folder = {str(checkpoints)!r} holds checkpoints of some other run"
+                f"{f' ({owner})' if owner else ''}.",
+                "Set checkpoint.folder to a folder of this run alone; the default lies inside run.folder.",
+            )
+
+
+def _go_on(folder: RunFolder, old: dict[str, Any], config: Config, fingerprint: str) -> None:
+    """Check that ``config`` goes on with the run that is there, and take over its id."""
+    _check_same_run(folder.path, config, old["data"], fingerprint)
+    _check_owners(folder.checkpoints, old, folder.path)
+    saved = list(owners(folder.checkpoints))
+    folder.run = {**folder.run, **old, "started_by": folder.run["started_by"], "format": 2}
+    if "format" not in old and saved:
+        folder.run["unsigned_until"] = saved[-1]
+    folder.state, folder.message = _progress(folder, old, config, saved)
 
 
 def _check_same_run(path: Path, config: Config, old_data: str, data: str) -> None:
-    old = tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        old = with_defaults(tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{str(path / CONFIG_FILE)!r} is damaged: {error}.", "Put a copy of it back, or set run.folder to another."
+        ) from None
     new = asdict(config)
     found = differences(old, new)
     if saved := whole_steps(path / config.checkpoint.folder):
         found += changed_past(old, new, saved[-1])
     if old_data != data:
-        there, here = with_defaults(old)["data"], with_defaults(new)["data"]
-        changed = [
-            f"data.{key} = {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value
+        found += data_differences(old, with_defaults(new)) or [
+            f"the documents or the tokenizer behind data.corpus = {config.data.corpus!r} have changed"
         ]
-        found += changed or [f"the documents or the tokenizer behind data.corpus = {config.data.corpus!r} have changed"]
     if found:
         raise ConfigError(
             f"run.folder = {str(path)!r} holds another run: " + "; ".join(found) + ".",
@@ -182,61 +288,62 @@ def _check_same_run(path: Path, config: Config, old_data: str, data: str) -> Non
 
 
 def _progress(
-    path: Path, checkpoints: Path, config: Config, finished_step: int | None
+    folder: RunFolder, run: dict[str, Any], config: Config, saved: list[int]
 ) -> tuple[Literal["unfinished", "finished"], str]:
-    steps = config.training.steps
+    steps, path, finished_step = config.training.steps, folder.path, run["finished_step"]
+    start_over = "start over in this one with --run.fresh true."
     if finished_step is not None and finished_step >= steps:
         return "finished", (
             f"The run in {path} is finished ({finished_step} steps). To train again: --run.fresh true starts over, "
             f"--run.folder names another folder; to go on: --training.steps above {finished_step}."
         )
-    saved = whole_steps(checkpoints)
     if saved and not config.checkpoint.enable:
         raise ConfigError(
             f"run.folder = {str(path)!r} holds checkpoints, and checkpoint.enable = false would ignore them.",
-            "Set checkpoint.enable = true to resume, or start over with --run.fresh true.",
+            f"Set checkpoint.enable = true to resume, or {start_over}",
         )
-    if finished_step is not None and not saved:
+    if finished_step is not None and not saved and run.get("saved_step") is None:
         raise ConfigError(
             f"run.folder = {str(path)!r} holds a run of {finished_step} steps without a checkpoint to go on from.",
-            "Set run.folder to another folder, or start over in this one with --run.fresh true.",
+            f"Set run.folder to another folder, or {start_over}",
+        )
+    if saved and saved[-1] > steps:
+        raise ConfigError(
+            f"training.steps = {steps} is below the {saved[-1]} steps that the run in {str(path)!r} has saved.",
+            f"Set training.steps to {saved[-1]} or more, or {start_over}",
         )
     if saved:
         return "unfinished", f"Resuming the run in {path} after step {saved[-1]} of {steps}."
+    if missing := _missing_step(run, folder, config):
+        raise ConfigError(
+            f"the run in {str(path)!r} has saved a checkpoint (step {missing}), but "
+            f"checkpoint.folder = {str(folder.checkpoints)!r} holds none.",
+            f"Mount it or put it back, set checkpoint.folder to where it is, or {start_over}",
+        )
     return "unfinished", f"The run in {path} has no checkpoint yet; it starts at step 1 again."
 
 
+def _missing_step(run: dict[str, Any], folder: RunFolder, config: Config) -> int:
+    """The step of a checkpoint that must have been there; 0 if none was."""
+    if run.get("saved_step") is not None:
+        return run["saved_step"]
+    if "format" in run or run["finished_step"] is not None:
+        return run["finished_step"] or 0
+    # An older version noted no saves: its metrics tell how far it came.
+    last = last_step(folder.path / METRICS_FILE)
+    return last // config.checkpoint.interval * config.checkpoint.interval
+
+
 def _clear(path: Path, checkpoints: Path) -> None:
-    """Delete what a run writes, the mark last; other files stay."""
-    if not (path / RUN_FILE).is_file():
+    """Delete what a run wrote, the mark last; other files stay."""
+    run = read_run(path)
+    if run is None:
         return
-    remove_all(checkpoints)
-    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER, EXPORT_FOLDER):
+    remove_all(checkpoints, run["run_id"])
+    for name in (TENSORBOARD_FOLDER, WANDB_FOLDER, PROFILE_FOLDER, HANG_FOLDER, EXPORT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (METRICS_FILE, CONFIG_FILE, RUN_FILE):
         (path / name).unlink(missing_ok=True)
 
 
-def _write_config(path: Path, config: Config) -> None:
-    # Started from this file, a run resumes; it must not delete itself again.
-    _write(path / CONFIG_FILE, dump(replace(config, run=replace(config.run, fresh=False))))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file as a whole, so that no reader and no crash sees half of it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def _step_of(line: str) -> float:
-    """Step of a metrics record; infinite for a line cut short by a crash."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _toml(value: Any) -> Any:
-    """The value as TOML gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+__all__ = ["CONFIG_FILE", "HANG_FOLDER", "LEASE_FILE", "RUN_FILE", "RunFolder", "open_run_folder", "read_run"]

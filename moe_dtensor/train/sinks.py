@@ -6,14 +6,18 @@ A record is a dict with ``step``, scalars, texts, and per-layer values as ``{nam
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import math
+import netrc
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
@@ -22,6 +26,7 @@ Record = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
+_BLOCK = 1 << 16
 
 
 class Sink(Protocol):
@@ -35,19 +40,104 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line, on disk as soon as it is logged. A value that is not finite is ``null``."""
+    """One JSON object per line, on disk as soon as it is logged. A value that is not finite is ``null``.
+
+    The file is made with the first record. A record that cannot be written (disk full) is kept and written with the
+    next one; the file never holds half a line that another follows.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._pending: list[bytes] = []
+        self.failing = False
+        """Whether the last record could not be written."""
 
     def log(self, record: Record) -> None:
         """Append the record."""
-        self._file.write(json.dumps(_json(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self._pending.append((json.dumps(_json(record), allow_nan=False) + "\n").encode())
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            self._write(self._file)
+        except OSError as error:
+            if not self.failing:
+                say_aside(f"warning: {self._path} cannot be written ({error.strerror}); records wait in memory.")
+            self.failing = True
+            return
+        self.failing = False
+
+    def _write(self, file: BinaryIO) -> None:
+        end = file.seek(0, os.SEEK_END)
+        text = b"".join(self._pending)
+        try:
+            if (written := file.write(text)) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path), written)
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+        self._pending.clear()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records of steps after ``step`` from a metrics file, and a last line that was cut short.
+
+    Reads from the end: a long run's file is not read whole.
+    """
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        for start, line in _lines_backward(file):
+            if line.endswith(b"\n") and _step_of(line) <= step:
+                break
+            end = start
+        file.truncate(end)
+
+
+def last_step(path: Path) -> int:
+    """Step of the last whole record of a metrics file; 0 if there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return next((int(_step_of(line)) for _, line in _lines_backward(file) if _step_of(line) < math.inf), 0)
+
+
+def _lines_backward(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Place and content of each line, the last first."""
+    start = file.seek(0, os.SEEK_END)
+    rest = b""
+    while start > 0:
+        size = min(_BLOCK, start)
+        start -= size
+        file.seek(start)
+        lines = (file.read(size) + rest).splitlines(keepends=True)
+        rest, place = lines[0], start + sum(map(len, lines))
+        for line in reversed(lines[1:]):
+            place -= len(line)
+            yield place, line
+    if rest:
+        yield 0, rest
+
+
+def _step_of(line: bytes) -> float:
+    """Step of a metrics record; infinite for a line cut short by a crash."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def say_aside(text: str) -> None:
+    """Print to stderr, which may be closed or full."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class TensorBoard:
@@ -110,6 +200,21 @@ def check_sinks(config: Config) -> None:
             'Run `pip install "moe_dtensor[wandb]"` (from a clone: `pip install -e ".[wandb]"`), '
             "or set metrics.wandb = false.",
         )
+    if config.metrics.wandb and not _may_log_to_wandb():
+        raise ConfigError(
+            "metrics.wandb = true, but this account is not logged in to Weights & Biases.",
+            "Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.",
+        )
+
+
+def _may_log_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def build_sinks(config: Config, folder: Path, run_id: str, start_step: int) -> list[Sink]:
@@ -179,7 +284,11 @@ class Display:
             console.show_cursor(True)
 
     def log(self, record: Record) -> None:
-        """Show a step's record."""
+        """Show a step's record. An output that is closed or full is told to nobody: the run goes on."""
+        with contextlib.suppress(OSError, ValueError):
+            self._log(record)
+
+    def _log(self, record: Record) -> None:
         if record["step"] % self._every and record["step"] != self._steps:
             return
         line = format_record(record, self._steps)
@@ -192,15 +301,17 @@ class Display:
 
     def say(self, message: str) -> None:
         """Show a message, above the live line if there is one."""
-        if self._progress is None:
-            print(message, file=self._stream, flush=True)
-        else:
-            self._progress.console.print(message, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError, ValueError):
+            if self._progress is None:
+                print(message, file=self._stream, flush=True)
+            else:
+                self._progress.console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last live line and give the terminal back."""
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.stop()
             self._progress = None
 
 

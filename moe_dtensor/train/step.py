@@ -32,6 +32,8 @@ class StepResult:
     """How much the load moved since the step before: see :meth:`BalanceState.step`."""
     mtp_loss_K: Tensor
     """Of each depth of multi-token prediction the summed loss over the step's target tokens, in nats."""
+    asked_to_end: Tensor
+    """Above 0 if some rank was asked to end."""
     source_loss_N: Tensor | None = None
     """Mean loss over the target tokens of each of ``data.sources``; not a number where the step has none of it."""
 
@@ -61,15 +63,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def train_step(trainer: Trainer, batch: Batch) -> StepResult:
-    """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share."""
+def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> StepResult:
+    """Forward, backward, clip and update over one global batch, of which ``batch`` is this dp rank's share.
+
+    Args:
+        asked_to_end: above 0 where this rank was asked to end; every rank finds the sum in the result.
+    """
     training = trainer.config.training
     trainer.optimizers.zero_grad()
     scale = 1.0 / count_targets(trainer, batch)
     keep_sequence_losses(trainer, batch)
     loss = trainer.runner.step(batch, scale)
-    loss, record_LR, mtp_K, source_2N = sum_over_ranks(
-        trainer, loss, take_record(trainer), take_mtp_loss(trainer) * scale, take_source_losses(trainer, batch)
+    loss, record_LR, mtp_K, source_2N, asked = sum_over_ranks(
+        trainer,
+        loss,
+        take_record(trainer),
+        take_mtp_loss(trainer) * scale,
+        take_source_losses(trainer, batch),
+        asked_to_end,
     )
     norm = gradients.global_norm(trainer.parts, training.norm_type, trainer.device)
     finite = norm.isfinite() & loss.isfinite()
@@ -78,7 +89,7 @@ def train_step(trainer: Trainer, batch: Batch) -> StepResult:
     routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
-    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, source_loss_N)
+    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N)
 
 
 @torch.no_grad()
@@ -150,18 +161,24 @@ def take_source_losses(trainer: Trainer, batch: Batch) -> Tensor:
 
 
 def sum_over_ranks(
-    trainer: Trainer, loss: Tensor, record_LR: Tensor, mtp_K: Tensor, source_2N: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each rank's share of losses and routing record to those of the step, in one collective."""
+    trainer: Trainer,
+    loss: Tensor,
+    record_LR: Tensor,
+    mtp_K: Tensor,
+    source_2N: Tensor,
+    asked_to_end: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Each rank's share of losses and routing record to those of the step, and requests to end, in one collective."""
     if trainer.mesh["tp"].get_local_rank() > 0:
         # tp ranks hold the same loss; without sequence parallelism they also count the same tokens.
         loss, mtp_K, source_2N = torch.zeros_like(loss), torch.zeros_like(mtp_K), torch.zeros_like(source_2N)
         record_LR = record_LR if trainer.config.mesh.sequence_parallel else torch.zeros_like(record_LR)
+    asked = torch.full((1,), asked_to_end, dtype=torch.float64, device=loss.device)
     shares = [loss.to(torch.float64).reshape(1), mtp_K.to(torch.float64), record_LR.flatten(), source_2N.flatten()]
-    packed = torch.cat(shares)
+    packed = torch.cat([*shares, asked])
     dist.all_reduce(packed)
-    loss, mtp_K, record, source = packed.split([len(share) for share in shares])
-    return loss[0], record.view_as(record_LR), mtp_K, source.view_as(source_2N)
+    loss, mtp_K, record, source, asked = packed.split([*(len(share) for share in shares), 1])
+    return loss[0], record.view_as(record_LR), mtp_K, source.view_as(source_2N), asked[0]
 
 
 def update(trainer: Trainer, finite: Tensor) -> None:

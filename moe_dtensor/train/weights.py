@@ -18,6 +18,7 @@ from moe_dtensor.checkpoint.hugging_face.export import appear
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, same_function_problems
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeFolder, NativeWeights, find_native
 from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.checkpoint.storage import Reader
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
@@ -89,7 +90,7 @@ def _load_native(balance: BalanceState, params: Mapping[str, Tensor], source: Na
 
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    dcp.load({"model": tensors}, storage_reader=dcp.FileSystemReader(checkpoint))
+    dcp.load({"model": tensors}, storage_reader=Reader(checkpoint))
 
 
 def check_weights(config: Config) -> None:

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     from moe_dtensor.generate.batch import complete
     from moe_dtensor.generate.load import find_source, load_model, load_tokenizer
     from moe_dtensor.generate.sampling import Sampling
-    from moe_dtensor.train.loop import end_ranks, start_ranks
+    from moe_dtensor.train.ranks import end_ranks, start_ranks
 
     source = find_source(options.checkpoint, overrides, world_size)
     tokenizer, ends = load_tokenizer(source)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
     status = 1 if options.check and worst > limit else 0
-    end_ranks(status)
+    end_ranks()
     return status
 
 

@@ -1,23 +1,48 @@
-"""``train``: what torchrun starts on every rank."""
+"""``train``: what a launcher starts on every rank."""
 
 from __future__ import annotations
 
 import os
 
 from moe_dtensor.config.check import check
+from moe_dtensor.config.check_files import check_files
 from moe_dtensor.config.command_line import Parser
-from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.schema import Config
 
-HELP = "train a model (under torchrun for several ranks)"
+HELP = "train a model (./run_train.sh starts it on several ranks)"
 
 
 def main(argv: list[str]) -> int:
     """Load and check the config, then train; 0 when the run has finished."""
+    if any(word in argv for word in ("-h", "--help")):
+        Parser("train", HELP).parse_args(["--help"])
+    world_size = read_world_size()
+    try:
+        config: Config | ConfigError = read_config(argv, world_size)
+    except ConfigError as error:
+        # Only now: a wrong config is told without waiting for torch, but where there are several ranks they have to
+        # find out together whose it is.
+        if world_size == 1:
+            raise
+        config = error
+
+    from moe_dtensor.train.rank import run_rank
+
+    return run_rank(config)
+
+
+def read_config(argv: list[str], world_size: int) -> Config:
+    """The config of the command line, checked; not resolved."""
     _, config = Parser("train", HELP).load(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check(config, world_size)
+    check_files(config)
+    return config
 
-    # Only now: a wrong config is told without waiting for torch.
-    from moe_dtensor.train.loop import train
 
-    return train(resolve(config, world_size)) or 0
+def read_world_size() -> int:
+    """Ranks, from the environment."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE = {text!r} is no number of ranks.", "Unset it, or start with ./run_train.sh.")
+    return int(text)

@@ -106,10 +106,11 @@ def shard(stage: nn.Module, dp: int, pp: int, tp: int) -> None:
     fully_shard(stage, mesh=mesh["dp"])
 
 
-def run_of(folder: Path, parts: list[nn.Module], config: Config) -> tuple[CheckpointManager, Rest]:
+def run_of(folder: Path, parts: list[nn.Module], config: Config, **more: Any) -> tuple[CheckpointManager, Rest]:
     optimizers = build_optimizers(parts, config)
     rest = Rest(optimizers, build_schedulers(optimizers, config), Position(), Balance())
-    manager = CheckpointManager(folder, config, parts, rest.optimizers, rest.schedule, rest.position, rest.balance)
+    state = (rest.optimizers, rest.schedule, rest.position, rest.balance)
+    manager = CheckpointManager(folder, config, parts, *state, **more)
     return manager, rest
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_dtensor.config.build import override
+from moe_dtensor.config.errors import FAILED, RunError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import build_corpus
 from moe_dtensor.testing.ranks import run_on_ranks
@@ -117,7 +118,10 @@ def run_with_infinite_gradient(config: Config) -> tuple[int, int]:
     config = set_vocabulary(config, corpus)
     run = Run(config, CPU, corpus, open_run_folder(config, corpus.fingerprint()))
     run.trainer = replace(run.trainer, runner=Poisoned(run.trainer, 3, 2))  # type: ignore[arg-type]
-    return run.to_the_end(), run.step
+    try:
+        return run.to_the_end(), run.step
+    except RunError:
+        return FAILED, run.step
 
 
 @pytest.mark.parametrize(("policy", "status", "last_step"), [("skip", 0, 4), ("stop", 1, 2)])

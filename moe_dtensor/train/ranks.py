@@ -1,0 +1,155 @@
+"""Start and end of the ranks, and what they agree on before and beside their process group.
+
+Ranks meet in torchrun's store first. What may fail on one of them alone (a file that is missing on one host) is done
+through :meth:`Ranks.agree`: every rank then ends with one status, and the error is told once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from moe_dtensor.config.errors import FAILED, WRONG, ConfigError, RunError, words
+from moe_dtensor.config.schema import Config
+
+T = TypeVar("T")
+
+
+class Ended(BaseException):
+    """Raised on every rank when the run ends: the status, and the words of the rank that has to say them."""
+
+    def __init__(self, status: int, message: str = "") -> None:
+        self.status, self.message = status, message
+        super().__init__(message)
+
+
+class Ranks:
+    """This process among the run's ranks, joined by torchrun's store; without torchrun it is the only one.
+
+    Raises:
+        ConfigError: the variables that torchrun sets are incomplete.
+    """
+
+    def __init__(self) -> None:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            os.environ.setdefault(name, value)
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.host = socket.gethostname()
+        self._round = 0
+        self.store: Any
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            self.store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=600))))
+        elif self.world_size == 1:
+            self.store = dist.HashStore()
+        else:
+            raise ConfigError(
+                f"WORLD_SIZE = {self.world_size}, but MASTER_ADDR and MASTER_PORT are not set: the ranks cannot meet.",
+                "Start with ./run_train.sh or torchrun, or unset WORLD_SIZE for one rank.",
+            )
+        self.lost_after = 120.0
+        """Seconds without a sign of life after which a rank that is waited for counts as lost."""
+
+    @property
+    def where(self) -> str:
+        """This rank, in front of an error that is its own; empty for the only rank."""
+        return f"rank {self.rank} on {self.host}: " if self.world_size > 1 else ""
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """The result of ``work()`` on this rank, once it has succeeded on all.
+
+        However long the work takes: a rank is waited for as long as it gives signs of life.
+
+        Raises:
+            Ended: it failed on some rank: with a ConfigError (status 2), a RunError or an OSError.
+        """
+        error: dict[str, Any] | None = None
+        value: Any = None
+        try:
+            value = work()
+        except ConfigError as wrong:
+            error = {"status": WRONG, "problem": wrong.problem, "remedy": wrong.remedy}
+        except RunError as failed:
+            error = {"status": FAILED, "problem": failed.problem, "remedy": failed.remedy}
+        except OSError as failed:
+            error = {"status": WRONG, "problem": f"{failed.strerror or failed}: {failed.filename}.", "remedy": ""}
+        self._raise_together(self._exchange(error))
+        return value
+
+    def _raise_together(self, errors: list[Any]) -> None:
+        found = {rank: error for rank, error in enumerate(errors) if error}
+        if not found:
+            return
+        status = max(error["status"] for error in found.values())
+        common = len(found) == self.world_size and all(error == errors[0] for error in errors)
+        mine = found.get(self.rank)
+        first = next((rank for rank, error in found.items() if error == mine), None)
+        if mine is None or first != self.rank:
+            raise Ended(status)
+        raise Ended(status, words(mine["problem"], mine["remedy"], "" if common else self.where))
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in JSON; waits for the slowest."""
+        if self.world_size == 1:
+            return [value]
+        self._round += 1
+        keys = [f"agree/{self._round}/{rank}" for rank in range(self.world_size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        waiting, pause = set(range(self.world_size)), 0.01
+        signs: dict[int, tuple[Any, float]] = {}
+        while waiting:
+            waiting = {rank for rank in waiting if not self.store.check([keys[rank]])}
+            if waiting:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+                self._check_signs(waiting, signs)
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def _check_signs(self, waiting: set[int], signs: dict[int, tuple[Any, float]]) -> None:
+        now = time.monotonic()
+        for rank in waiting:
+            sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else None
+            if rank not in signs or signs[rank][0] != sign:
+                signs[rank] = (sign, now)
+            elif now - signs[rank][1] > self.lost_after:
+                raise RunError(f"rank {rank} gives no sign of life for {self.lost_after:.0f} s, before the first step.")
+
+    def claims(self, text: str) -> bool:
+        """Whether this rank is the first to tell ``text``; ranks that have the same to say stay silent."""
+        try:
+            return self.store.add(f"told/{text}", 1) == 1
+        except (RuntimeError, dist.DistError):  # the store is gone with its host
+            return True
+
+
+def start_ranks(config: Config, ranks: Ranks | None = None) -> torch.device:
+    """Join the process group (nccl on GPUs, gloo on CPUs; one rank without torchrun); the device of this rank."""
+    ranks = ranks or Ranks()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # What the flight recorder keeps of the last collectives is written where a rank hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=ranks.store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=config.comm.timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def end_ranks() -> None:
+    """Leave the process group together."""
+    dist.barrier()
+    dist.destroy_process_group()

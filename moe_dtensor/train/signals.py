@@ -1,0 +1,61 @@
+"""Signals that ask a run to end, and an end with the process that started this rank."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+
+from moe_dtensor.config.errors import AGAIN
+from moe_dtensor.train.ranks import Ended
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
+
+
+class EndRequest:
+    """Whether this rank was asked to end.
+
+    Before the first step (:meth:`from_now_on_save`) nothing would be lost, and a signal ends the rank where it is;
+    later it is noted, and the ranks that look at it together save and end. A second SIGINT ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """The signal that asked; 0: none did."""
+        self._saves = False
+
+    def listen(self) -> None:
+        """Handle the signals of ``ASKING``; in a thread other than the main one there is nothing to handle."""
+        with contextlib.suppress(ValueError):
+            for number in ASKING:
+                signal.signal(number, self._on_signal)
+
+    def from_now_on_save(self) -> None:
+        """From here on a signal is noted only."""
+        self._saves = True
+
+    @property
+    def name(self) -> str:
+        """The signal's name; empty on a rank that got none."""
+        return signal.Signals(self.signal).name if self.signal else ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            os._exit(128 + signal.SIGINT)
+        first, self.signal = not self.signal, number
+        if not self._saves and first:
+            raise Ended(AGAIN, f"Ended by {self.name} before the first step; the same command starts again.")
+
+
+def end_with_parent() -> None:
+    """On Linux, have the system kill this process when torchrun or the launcher that started it is gone."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it went before this was asked for
+        os._exit(1)
