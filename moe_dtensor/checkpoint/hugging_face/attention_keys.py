@@ -119,13 +119,13 @@ class Rope:
         theta, scaling = function["model.rope_theta"], self._scaling(function)
         part = self._part(function)
         put(raw, "rope_theta", theta)
-        put(raw, "rope_scaling", scaling and scaling | {"type": scaling["rope_type"]})
         new = {"rope_theta": theta, **(scaling or {"rope_type": "default"}), **part}
         if self.by_kind:
             windows = {"rope_theta": function["model.window_theta"] or theta, "rope_type": "default", **part}
+            # Not the older style beside it: transformers 5 takes a rope_scaling of null for the whole of it.
             put(raw, "rope_parameters", {FULL: new, WINDOW: windows})
-            put(raw, "rope_scaling", None)
         else:
+            put(raw, "rope_scaling", scaling and scaling | {"type": scaling["rope_type"]})
             put(raw, "rope_parameters", new)
         for name, value in part.items():
             put(raw, name, value)

@@ -91,7 +91,7 @@ def check(folders: list[Path], python: str) -> None:
 
 def test_transformers_reads_what_is_exported(tmp_path: Path) -> None:
     folders = []
-    for case in ("qwen3_moe dense block, tied", "ernie4_5_moe", "dots1 groups"):
+    for case in ("qwen3_moe dense block, tied", "ernie4_5_moe", "mellum"):
         (tmp_path / case).mkdir()
         folders.append(exported(case, tmp_path / case))
     check(folders, sys.executable)
