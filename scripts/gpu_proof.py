@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ class Session:
     def __init__(self, folder: Path, gpus: int, limit: float) -> None:
         self.folder, self.gpus = folder, gpus
         self.end = time.monotonic() + limit
+        self.drawing = threading.Lock()
 
     def call(self, words: Sequence[str], name: str, **variables: str) -> None:
         """Run ``python words``; raises RuntimeError with the end of its output if it fails or time runs out."""
@@ -57,12 +59,22 @@ class Session:
         if done.returncode:
             raise RuntimeError(f"exit status {done.returncode}: {log.read_text(errors='replace')[-3000:]}")
 
+    def drawn(self) -> Path:
+        """A run of one step on the CPU, made once, whose weights the others start from."""
+        with self.drawing:
+            if not (self.folder / "drawn" / "metrics.jsonl").is_file():
+                self.train("drawn", *SMALL, "--training.steps", "1", "--training.param_dtype", "float32", on_cpu=True)
+        return self.folder / "drawn"
+
     def train(self, name: str, *options: str, on_cpu: bool = False, **variables: str) -> list[dict[str, Any]]:
         """Train in a run folder of this name; the metrics of each step."""
         ranks = 1 if on_cpu else self.gpus
         start = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         start = [*start, f"--nproc-per-node={ranks}"] if ranks > 1 else []
         tp = ("--mesh.tp", str(ranks))
+        # Devices draw other numbers from the same seed: all start from weights that a CPU drew.
+        if name != "drawn":
+            options = (*options, "--checkpoint.initial", str(self.drawn()))
         run = ("-m", "moe_dtensor", "train", "--config", CONFIG, "--run.folder", str(self.folder / name))
         if on_cpu:
             variables = {"CUDA_VISIBLE_DEVICES": "", **variables}

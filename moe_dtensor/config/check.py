@@ -20,7 +20,7 @@ from moe_dtensor.config.resolve import (
     padded_vocab,
     resolve,
 )
-from moe_dtensor.config.schema import Config
+from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
 
 Broken = Iterator[tuple[str, str]]
@@ -64,6 +64,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    yield from _ends(config_as_given)
 
 
 def _names(config: Config) -> Broken:
@@ -289,3 +290,26 @@ def _precision(config: Config) -> Broken:
             f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
             "Set moe.backend to auto or reference.",
         )
+
+
+def _ends(config: Config) -> Broken:
+    """What would begin after the run's end, or be read by nobody."""
+    steps, warmup, profiling = config.training.steps, config.lr_scheduler.warmup_steps, config.profiling
+    # The default may outlast a short trial run.
+    if warmup > steps and warmup != LrScheduler().warmup_steps:
+        yield (
+            f"lr_scheduler.warmup_steps = {warmup} is above training.steps = {steps}: the peak is never reached.",
+            f"Set lr_scheduler.warmup_steps to {steps} or less.",
+        )
+    if profiling.enable and profiling.first_step > steps:
+        yield (
+            f"profiling.first_step = {profiling.first_step} is above training.steps = {steps}: nothing is recorded.",
+            f"Set profiling.first_step to {steps} or less.",
+        )
+    data = config.data
+    for key in ("path", "validation_path"):
+        if data.corpus in ("stdlib", "random") and getattr(data, key):
+            yield (
+                f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
+                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+            )

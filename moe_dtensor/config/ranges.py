@@ -115,6 +115,8 @@ def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{key} = inf is not finite.", f"Set {key} to a finite number."
     if values["mesh.dp"] < 1 and values["mesh.dp"] != -1:
         yield f"mesh.dp = {values['mesh.dp']} is no number of ranks.", "Set mesh.dp to 1 or more, or -1 for the rest."
+    if values["training.seed"] >= 2**63:
+        yield f"training.seed = {values['training.seed']} is too large.", "Set training.seed below 2^63."
     if values["checkpoint.keep_last"] == 1:
         yield (
             "checkpoint.keep_last = 1 would delete the only whole checkpoint while the next is written.",

@@ -7,6 +7,7 @@ prints a traceback of its own below the error that matters.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -148,8 +149,8 @@ def tell(failures: dict[int, ProcessFailure], ended_here: set[int], rank_of: dic
 
 def read_words(file: str) -> str:
     """What a rank that ended with ``PEER_LOST`` left to be told."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return Path(file).read_text(encoding="utf-8").strip() or "a rank on another machine ended."
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(Path(file).read_text(encoding="utf-8"))["message"])
     return "a rank on another machine ended."
 
 

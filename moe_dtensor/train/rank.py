@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +97,8 @@ def _end_as_lost(error: Exception, ranks: Ranks) -> int:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if "MOE_DTENSOR_START" in os.environ and file:
         with contextlib.suppress(OSError):
-            Path(file).write_text(text, encoding="utf-8")  # told by the launcher, if no rank has more to say
+            # Told by the launcher, if no rank has more to say; in the form that torchrun's agent reads.
+            Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
     else:
         tell_once(ranks, words(text, where=ranks.where), "lost")
     return PEER_LOST

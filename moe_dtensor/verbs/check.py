@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from moe_dtensor.config.check import check
+from moe_dtensor.config.check_files import check_files
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.resolve import microbatches, resolve
 from moe_dtensor.config.schema import Config
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> int:
     options, config = parser.load(argv)
     world_size = options.world if options.world is not None else int(os.environ.get("WORLD_SIZE", _own_size(config)))
     check(config, world_size)
+    check_files(config)
     print(f"{options.config}: {describe(resolve(config, world_size), world_size)}")
     return 0
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         # Only now: a wrong config is told without waiting for torch, but where there are several ranks they have to
         # find out together whose it is.
-        if world_size == 1:
+        if world_size == 1 or "MASTER_ADDR" not in os.environ:
             raise
         config = error
 

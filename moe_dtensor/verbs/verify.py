@@ -142,7 +142,7 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
     if options.fuzz < 1:
         raise ConfigError(f"--fuzz {options.fuzz}: no number of cases.", "Give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from moe_dtensor.bench.provenance import provenance
+    from moe_dtensor.bench.measure import provenance
     from moe_dtensor.verify.fuzz_loop import fuzz
 
     result = fuzz(options.fuzz, options.seed, options.config, config, lambda line: print(line, flush=True))

@@ -165,7 +165,7 @@ def _kept(config: Config) -> float:
             result = inner(*args)
         for module in moe.modules():
             for name in [name for name, weight in module._parameters.items() if weight is not None]:
-                saved.pop(getattr(module, name).untyped_storage().data_ptr(), None)
+                saved.pop(module.local_weight(name).untyped_storage().data_ptr(), None)
         sizes.append(sum(x.untyped_storage().nbytes() for x in saved.values()))
         return result
 

@@ -35,7 +35,7 @@ def test_products_and_weight_gradients(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "grouped_gemm.backend", SimpleNamespace(gmm=gmm))
     torch.manual_seed(0)
     ends_E = torch.tensor(COUNTS).cumsum(0).int()
-    plan = grouped_package.plan(ends_E, rows)
+    plan = grouped_package.make_tiles(ends_E, rows)
     assert plan.tolist() == COUNTS
     l_NP, r_NQ, w_EPQ = torch.randn(rows, 16), torch.randn(rows, 8), torch.randn(4, 16, 8)
     for a, transposed in ((l_NP, False), (r_NQ, True)):

@@ -163,6 +163,12 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.init = lambda **options: calls.append(options) or run  # type: ignore[attr-defined]
     module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match="not logged in"):  # it was a traceback
+        build_sinks(config_of(wandb=True), tmp_path, "the-id", 0)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
     for sink in build_sinks(config_of(wandb=True, wandb_project="mine"), tmp_path, "the-id", 0):
         sink.log(RECORD)
         sink.close()

@@ -17,7 +17,9 @@ def result_of(experts: int = 4) -> StepResult:
     load = torch.tensor([[8.0, 0, 4, 4], [4, 4, 4, 4]], dtype=torch.float64)[:, :experts]
     means = {name: torch.tensor([0.5, 0.25], dtype=torch.float64) for name in STATISTICS}
     one = torch.tensor(1.0, dtype=torch.float64)
-    return StepResult(one, one, one > 0, Routing(load, means), torch.tensor([0.0, 0.125], dtype=torch.float64))
+    return StepResult(
+        one, one, one > 0, Routing(load, means), torch.tensor([0.0, 0.125], dtype=torch.float64), one[None][:0], 0 * one
+    )
 
 
 def test_diagnostics_of_what_is_off_are_left_out() -> None:

@@ -1,0 +1,79 @@
+"""The launcher: real processes, its status and words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .starts import tiny
+
+
+def launch(folder: Path, *words: str, **changes: str) -> subprocess.Popen[str]:
+    options = ["launch", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "moe_dtensor", *options, *tiny(folder, **changes), *words]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def holder(folder: Path, other_than: int = 0) -> int:
+    """The process of rank 0, once the run has taken a step."""
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        try:
+            pid = json.loads((folder / ".lease.json").read_text())["pid"]
+            if pid != other_than and (folder / "metrics.jsonl").read_text():
+                return pid
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_its_life(tmp_path: Path) -> None:
+    """Killed with -9 it left ranks that trained on; a killed rank was a trace of torchrun's; a signal saved nothing."""
+    folder = tmp_path / "run"
+    first = launch(folder, training__steps="100000", checkpoint__interval="100000")
+    rank_0 = holder(folder)
+    ranks = [pid for pid in children(first.pid) if is_alive(pid)]
+    assert rank_0 in ranks
+    first.kill()
+    first.communicate()
+    end = time.monotonic() + 5
+    while any(map(is_alive, ranks)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_alive, ranks))
+
+    second = launch(folder, training__steps="100000", checkpoint__interval="100000")
+    rank_0 = holder(folder, rank_0)
+    victim = next(pid for pid in children(second.pid) if pid != rank_0)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert output.count("error: ") == 1, output
+    assert "was killed by SIGKILL" in output
+    assert "Traceback" not in output
+
+    (folder / "metrics.jsonl").unlink()
+    third = launch(folder, training__steps="100000", checkpoint__interval="100000")
+    holder(folder, rank_0)
+    third.terminate()
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 75, output
+    assert output.count("which is saved; the same command goes on") == 1
+    assert "error: " not in output
