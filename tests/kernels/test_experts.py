@@ -228,8 +228,8 @@ def test_a_number_of_rows_is_what_is_allocated_without_reading_the_device(monkey
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-def test_rows_read_from_the_device_stay_in_the_compiled_graph(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_rows_read_from_the_device_stay_in_the_compiled_graph():
     case = Case(48, 16, 32, 8, 2, "swiglu", held=4)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     compiled = torch.compile(
