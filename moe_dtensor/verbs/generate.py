@@ -188,11 +188,14 @@ def _encode(prompt: Prompt, chat: bool, folder: Path, tokenizer_path: str, token
     """Ids; of an empty text the end token, after which documents begin."""
     text = prompt.text
     if chat:
-        from moe_dtensor.generate.chat import render
+        from moe_dtensor.data.chat import ConversationError, load_chat_template
 
-        named = Path(tokenizer_path).expanduser()
-        own = named if named.is_dir() else named.parent if named.is_file() else folder
-        text = render(own, prompt.messages or ({"role": "user", "content": prompt.text},))
+        template = load_chat_template(tokenizer_path if Path(tokenizer_path).expanduser().exists() else folder)
+        try:
+            messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+            text = template.render(messages, add_generation_prompt=True)
+        except ConversationError as error:
+            raise ConfigError(f"--chat: the template refuses the messages: {error}.", "Correct their roles.") from None
     (ids,) = tokenizer.encode_batch([text])
     return [int(i) for i in ids] or [tokenizer.end_id]
 
