@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import types
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -92,7 +93,7 @@ def is_array(key: str) -> bool:
 
 
 def _table(name: str, cls: type) -> Table:
-    source = ast.parse(inspect.getsource(schema))
+    source = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     node = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     helps, hints = _field_docs(node), get_type_hints(cls)
     members = {

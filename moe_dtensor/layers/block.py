@@ -15,8 +15,8 @@ from moe_dtensor.layers.tokens import Tokens
 
 
 class Block(nn.Module):
-    """Attention, then experts or a dense feed-forward, each added to the stream; with ``model.parallel_block`` both read
-    it as it comes.
+    """Attention, then experts or a dense feed-forward, each added to the stream; both read the same one with
+    ``model.parallel_block``.
 
     ``model.norm_at`` says whether they read the normalised stream (pre), give what is then normalised (post), or both.
     """
