@@ -27,11 +27,12 @@ def check_files(config: Config) -> None:
     _check_tokenizer(config.data.tokenizer)
     for key in ("path", "validation_path"):
         path = getattr(config.data, key)
-        if path and config.data.corpus in ("files", "tokens"):
+        if path and config.data.corpus in ("files", "conversations", "tokens"):
             files = list(_named_files(config.data.corpus, f"data.{key}", path))
             for file in files:
                 _check_readable(f"data.{key}", file)
-            _check_size(config, f"data.{key}", files)
+            if config.data.corpus != "conversations":  # a template adds what the files do not have
+                _check_size(config, f"data.{key}", files)
     _check_run_folder(config)
 
 
