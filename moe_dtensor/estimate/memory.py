@@ -70,7 +70,7 @@ def fullest_rank(config: Config, skewed: bool = False) -> tuple[int, Memory]:
 
 
 def settle_accumulate(config: Config) -> Config:
-    """The config with ``fsdp.accumulate`` as it will run: not ``auto``, and ``whole`` where sharding would save nothing.
+    """The config with ``fsdp.accumulate`` as it will run: not ``auto``, and ``whole`` where sharding saves nothing.
 
     ``auto`` is ``whole`` where the peak, tokens spread evenly over experts, is within ``mesh.device_memory``, or where
     ``training.dtype`` is narrower than ``reduce_dtype``, so that shards would lose digits.

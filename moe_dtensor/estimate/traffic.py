@@ -64,8 +64,8 @@ def fsdp_bytes(config: Config, stages: tuple[int, ...]) -> int:
 
     Weights that are freed after use are gathered for each microbatch's forward and backward, weights that stay once for
     the step (under a pipeline up to three stages on a rank; torch swaps more). Gradients are reduced with the last
-    microbatch, or with each (``fsdp.accumulate``). Where dp does not divide a dimension, parts are padded to the same size. Experts outside of FSDP take no
-    part.
+    microbatch, or with each (``fsdp.accumulate``). Where dp does not divide a dimension, parts are padded to the same
+    size. Experts outside of FSDP take no part.
     """
     training, dp, count = config.training, config.mesh.dp, microbatches(config)
     shares = [share for stage in stages for share in stage_shares(config, stage)]

@@ -103,3 +103,9 @@ def load_tokenizer(source: Source) -> tuple[Tokenizer, set[int]]:
         stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         ends |= set(stated if isinstance(stated, list) else [] if stated is None else [stated])
     return tokenizer, ends
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """Where the files of the model's tokenizer are, its chat template among them."""
+    named = Path(source.config.data.tokenizer).expanduser()
+    return named if named.is_dir() else named.parent if named.is_file() else source.path
