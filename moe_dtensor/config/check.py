@@ -96,6 +96,16 @@ def _model(config: Config) -> Broken:
             f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
             "Change one of them, or set model.head_dim.",
         )
+    if model.norm_bias and model.norm != "layernorm":
+        yield (
+            f"model.norm_bias = true with model.norm = {model.norm}, which has no bias.",
+            "Set model.norm = layernorm, or take model.norm_bias out.",
+        )
+    if model.head_bias and model.tie_embeddings:
+        yield (
+            "model.head_bias = true with model.tie_embeddings = true: the embedding is the head, and has no bias.",
+            "Take one of them out.",
+        )
 
 
 def _mesh(config: Config, world_size: int) -> Broken:
@@ -279,6 +289,12 @@ def _precision(config: Config) -> Broken:
             f"training.reduce_dtype = {training.reduce_dtype} is narrower than "
             f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
             f"Set training.reduce_dtype = {training.param_dtype}.",
+        )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
         )
     if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
         yield (

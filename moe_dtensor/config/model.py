@@ -32,9 +32,15 @@ class Model:
     """Activation of dense feed-forwards and of experts. swiglu, geglu and swiglu_clamped (gpt-oss) are gated: they have
     two up-projections."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before attention, feed-forward and head. No biases."""
+    """Normalisation before attention, feed-forward and head."""
+    norm_bias: bool = False
+    """Add a learned bias to what these norms give (Phi-3.5-MoE, GPT-NeoX). Only with norm = layernorm."""
     norm_eps: float = 1e-5
     """Added to the mean square (variance) inside a norm."""
+    ffn_bias: bool = False
+    """Add learned biases to what the dense feed-forward's projections give (GPT-NeoX). Experts have moe.expert_bias."""
+    head_bias: bool = False
+    """Add a learned bias to the logits, after logit_scale (Phi-3.5-MoE). Not with tie_embeddings."""
     attention_bias: Literal["none", "qkv", "all"] = "none"
     """Biases of attention's projections: none, of queries, keys and values (Qwen2, GLM-4.5), or of the output too
     (gpt-oss)."""
@@ -82,6 +88,8 @@ class Model:
     norm_at: Literal["pre", "post", "both"] = "pre"
     """Where a block's norms stand: pre, on what attention and feed-forward read (Llama); post, on what they give,
     before it is added to the stream (OLMo-2, FlexOlmo); both (AFMoE)."""
+    parallel_block: bool = False
+    """Attention and feed-forward read the same stream, and their sum is added to it (GPT-NeoX)."""
     embedding_scale: float = 1.0
     """Multiply the embedding by this (Granite; AFMoE: the root of dim)."""
     residual_scale: float = 1.0

@@ -92,9 +92,14 @@ def is_array(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in ARRAYS)
 
 
+@functools.cache
+def _class_nodes(module: str) -> dict[str, ast.ClassDef]:
+    source = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+
+
 def _table(name: str, cls: type) -> Table:
-    source = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
-    node = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    node = _class_nodes(cls.__module__)[cls.__name__]
     helps, hints = _field_docs(node), get_type_hints(cls)
     members = {
         f.name: Field(name, f.name, hints[f.name], f.default, helps.get(f.name, ""))
@@ -104,6 +109,7 @@ def _table(name: str, cls: type) -> Table:
     return Table(name, cls, ast.get_docstring(node) or "", members)
 
 
+@functools.cache
 def all_fields() -> dict[str, Field]:
     """Every field of the config by ``table.name``."""
     return {field.key: field for table in tables().values() for field in table.fields.values()}

@@ -104,7 +104,8 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
-            by_token.wrap(module)
+            by_token.enter_before(module)
+            module.sum_output = functools.partial(_leave, by_token)
     if part.is_last:
         part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
