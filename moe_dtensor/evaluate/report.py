@@ -43,8 +43,8 @@ class Report:
         if self.data:
             console.print(_table("text", self.data, columns))
         if self.multiple_choice:
-            columns = tuple(dict.fromkeys(key for row in self.multiple_choice.values() for key in row))
-            console.print(_table("multiple choice", self.multiple_choice, columns))
+            measures = tuple(dict.fromkeys(key for row in self.multiple_choice.values() for key in row))
+            console.print(_table("multiple choice", self.multiple_choice, measures))
         if self.lm_eval:
             table = Table("lm-eval", "metric", "value")
             for name, row in self.lm_eval.items():
