@@ -293,6 +293,12 @@ def _precision(config: Config) -> Broken:
             f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
             f"Set training.reduce_dtype = {training.param_dtype}.",
         )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
+        )
     if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
         yield (
             f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
