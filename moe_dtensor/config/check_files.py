@@ -6,23 +6,27 @@ Apart from :mod:`moe_dtensor.config.check`, since a config may be planned for a 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
+import netrc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import names_object
 from moe_dtensor.config.schema import Config
 
 _TEXT = (".txt", ".jsonl")
 
 
 def check_files(config: Config) -> None:
-    """Raise for the first file or folder that the config names and that cannot serve.
+    """Raise for the first file, folder, package or account that the config asks for and that cannot serve.
 
     Raises:
-        ConfigError: a path that does not exist or cannot be read, a tokenizer that is none, or a corpus too small
-            for a global batch whatever the tokenizer makes of it.
+        ConfigError: a path that does not exist or cannot be read, a tokenizer that is none, a corpus too small for a
+            global batch whatever the tokenizer makes of it, or a module of one's own or a package that is not there.
     """
     _check_tokenizer(config.data.tokenizer)
     for key in ("path", "validation_path"):
@@ -32,13 +36,15 @@ def check_files(config: Config) -> None:
             for file in files:
                 _check_readable(f"data.{key}", file)
             _check_size(config, f"data.{key}", files)
+    _check_own_parts(config)
     _check_run_folder(config)
+    _check_sinks(config)
 
 
 def _check_tokenizer(name: str) -> None:
     if name == "bytes":
         return
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ConfigError(
@@ -110,6 +116,21 @@ def _check_size(config: Config, key: str, files: list[str]) -> None:
         )
 
 
+def _check_own_parts(config: Config) -> None:
+    """A package of one's own has to be there; what is in it is seen when it is imported, which needs torch."""
+    for key, name in (
+        ("moe.router", config.moe.router),
+        ("data.corpus", config.data.corpus),
+        ("training.loss", config.training.loss),
+    ):
+        package = name.partition(":")[0].partition(".")[0]
+        if names_object(name) and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{key} = {name!r}: there is no module {package!r} (from {os.getcwd()!r}).",
+                "Check the spelling, and that the module can be imported from here (PYTHONPATH).",
+            )
+
+
 def _check_run_folder(config: Config) -> None:
     """The nearest folder that exists has to be one, and one may write there."""
     place = Path(config.run.folder)
@@ -120,3 +141,28 @@ def _check_run_folder(config: Config) -> None:
             f"run.folder = {config.run.folder!r} cannot be used: {str(existing)!r} {why}.",
             "Set run.folder to a folder that can be written.",
         )
+
+
+def _check_sinks(config: Config) -> None:
+    """What ``[metrics]`` asks for has to be installed, and to let this user in."""
+    if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.wandb = true needs the package wandb, which is not installed.",
+            'Run `pip install "moe_dtensor[wandb]"` (from a clone: `pip install -e ".[wandb]"`), '
+            "or set metrics.wandb = false.",
+        )
+    if config.metrics.wandb and not _may_log_to_wandb():
+        raise ConfigError(
+            "metrics.wandb = true, but this account is not logged in to Weights & Biases.",
+            "Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.",
+        )
+
+
+def _may_log_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dtensor.config.errors import ConfigError, RankError
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.files import DataFiles, Owners, check_apart, find_files, own_folders
 from moe_dtensor.data.records import BadRecords, Record, find_text, read_records
@@ -73,7 +73,7 @@ class DatasetsCorpus:
     def fingerprint(self) -> str:
         """Name, split and text field, and a local folder's file names and sizes."""
         name, split = divide_split(self.data.path, self.data.split)
-        local = Path(name).expanduser()
+        local = Path(os.path.expanduser(name))
         if not local.exists():
             return f"datasets {name} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
         root, owners = local if local.is_dir() else local.parent, Owners(self.own)
@@ -203,7 +203,7 @@ class StreamedDocuments:
                 raise
             except Exception as error:  # of the network, by whatever library is below
                 if pause is None:
-                    raise RankError(
+                    raise RunError(
                         f"{self.place!r} could not be read on after {len(PAUSES)} more tries "
                         f"({type(error).__name__}: {error}).",
                         "Start again when it can be reached: the run resumes from its last checkpoint.",

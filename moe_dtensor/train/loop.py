@@ -27,7 +27,7 @@ from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.watch import Watch
@@ -41,7 +41,6 @@ def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
         Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
     config = resolve(given, ranks.world_size)
-    ranks.agree(lambda: check_sinks(config))
     watch = Watch(ranks, config.comm.timeout_seconds)
     device = start_ranks(config, ranks)
 

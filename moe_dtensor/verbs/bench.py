@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, read_world_size
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
@@ -97,7 +97,7 @@ def _train(argv: list[str]) -> int:
     peers = () if options.peers is None else tuple(options.peers) or ("torchtitan",)
     if peers and importlib.util.find_spec("torchtitan") is None:
         raise ConfigError("--peers needs the package torchtitan.", 'Run pip install -e ".[torchtitan]".')
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size(1)
     variants = load_variants(options.variants, config) if options.variants else {"": config}
     for variant in variants.values():
         check(variant, world_size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_dtensor.config.command_line import split_overrides
+from moe_dtensor.config.command_line import read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     own, overrides = split_overrides(argv)
     options = _parse(own)
     prompts = _prompts(options)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size(1)
 
     from moe_dtensor.generate.batch import complete
     from moe_dtensor.generate.load import find_source, load_model, load_tokenizer
@@ -190,7 +190,7 @@ def _encode(prompt: Prompt, chat: bool, folder: Path, tokenizer_path: str, token
     if chat:
         from moe_dtensor.generate.chat import render
 
-        named = Path(tokenizer_path).expanduser()
+        named = Path(os.path.expanduser(tokenizer_path))
         own = named if named.is_dir() else named.parent if named.is_file() else folder
         text = render(own, prompt.messages or ({"role": "user", "content": prompt.text},))
     (ids,) = tokenizer.encode_batch([text])
