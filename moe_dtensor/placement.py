@@ -33,8 +33,14 @@ class Row:
 
 TABLE: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
-    Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
-    Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
+    Row(
+        r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.(weight|bias)",
+        dp=0,
+        tp=None,
+        gradient="tokens",
+    ),
+    Row(r"mtp_(embedding_norm|stream_norm|norm)\.(weight|bias)", dp=0, tp=None, gradient="tokens"),
+    Row(r"mtp_projection\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"attention\.(wq|gate)\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
     Row(r"attention\.wq\.bias", dp=0, tp=0),
@@ -48,7 +54,9 @@ TABLE: tuple[Row, ...] = (
     Row(r"attention\.w(q|kv)_b\.weight", dp=1, tp=0),
     Row(r"attention\.[qk]_norm\.weight", dp=0, tp=0),
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
+    Row(r"feed_forward\.(gate|up)\.bias", dp=0, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
+    Row(r"feed_forward\.output_bias", dp=0, tp=None, gradient="tokens"),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.router\.logit_bias", dp=0, tp=None, gradient="tokens"),
     Row(r"moe\.down_bias", dp=1, tp=None, gradient="tokens"),
@@ -57,6 +65,7 @@ TABLE: tuple[Row, ...] = (
     # It multiplies what a rank's hidden units give: its gradient is a sum over them.
     Row(r"moe\.shared\.token_gate\.weight", dp=1, tp=None, gradient="heads"),
     Row(r"output\.weight", dp=1, tp=0),
+    Row(r"output\.bias", dp=0, tp=0),
 )
 
 UP, DOWN, UP_BIAS = r"moe\.experts\.w_up", r"moe\.experts\.w_down", r"moe\.experts\.up_bias"

@@ -75,6 +75,11 @@ def upcycled_config(parent: Config, how: Upcycling) -> Config:
             "Give experts to a mixture with --add-experts.",
         ),
         (
+            parent.model.ffn_bias,
+            "--upcycle cannot make experts of a feed-forward with biases (model.ffn_bias = true).",
+            "Upcycle a model without them.",
+        ),
+        (
             how.split < 1 or hidden % max(1, how.split) > 0,
             f"--upcycle-split {how.split} does not divide model.hidden_dim = {hidden}.",
             f"Give a divisor of {hidden}.",

@@ -100,6 +100,16 @@ def _model(config: Config) -> Broken:
             f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
             "Change one of them, or set model.head_dim.",
         )
+    if model.norm_bias and model.norm != "layernorm":
+        yield (
+            f"model.norm_bias = true with model.norm = {model.norm}, which has no bias.",
+            "Set model.norm = layernorm, or take model.norm_bias out.",
+        )
+    if model.head_bias and model.tie_embeddings:
+        yield (
+            "model.head_bias = true with model.tie_embeddings = true: the embedding is the head, and has no bias.",
+            "Take one of them out.",
+        )
 
 
 def _mesh(config: Config, world_size: int) -> Broken:
@@ -286,6 +296,12 @@ def _precision(config: Config) -> Broken:
             f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
             f"Set training.reduce_dtype = {training.param_dtype}.",
         )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
+        )
     if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
         yield (
             f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
@@ -313,6 +329,12 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
+    for where, part in (("data", data), *((f"data.sources.{s.name}", s) for s in data.sources)):
+        if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
+            yield (
+                f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',
+                f"Leave {where}.revision empty.",
+            )
     for key in ("path", "validation_path"):
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (

@@ -67,7 +67,9 @@ class DatasetsCorpus:
         picked = None if apart else split
         if files is not None:
             return FileDocuments(files, data.text_key, picked, data.max_bad_records)
-        dataset = open_dataset(key, path, data.split)
+        # A validation set of another name has revisions of its own.
+        same = repository(path) == repository(data.path)
+        dataset = open_dataset(key, path, data.split, data.revision if same else "")
         return StreamedDocuments(dataset, path, data.text_key, picked, data.max_bad_records)
 
     def fingerprint(self) -> str:
@@ -75,7 +77,8 @@ class DatasetsCorpus:
         name, split = divide_split(self.data.path, self.data.split)
         local = Path(os.path.expanduser(name))
         if not local.exists():
-            return f"datasets {name} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
+            at = f"{split}@{self.data.revision}" if self.data.revision else split
+            return f"datasets {name} {at} {self.data.text_key} {self.tokenizer.fingerprint()}"
         root, owners = local if local.is_dir() else local.parent, Owners(self.own)
         files = [f for f in ([local] if local.is_file() else sorted(local.rglob("*"))) if f.is_file()]
         sizes = [(f.relative_to(root).as_posix(), f.stat().st_size) for f in files if not owners.find(str(f))]
@@ -287,19 +290,31 @@ def load_library() -> Any:
     return datasets
 
 
-def open_dataset(key: str, path: str, split: str) -> Any:
-    """The streaming dataset on the hub that ``key = path`` names."""
-    datasets = load_library()
-    name, split = divide_split(path, split)
+def repository(path: str) -> str:
+    """The hub's name for what ``name[:config][@split]`` names."""
+    return divide_split(path, "")[0].partition(":")[0]
+
+
+def check_name(key: str, path: str) -> None:
+    """ConfigError where ``path`` cannot be a hub name."""
+    name = divide_split(path, "")[0]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
             f"{key} must be a folder, a file, or a hub name of the form name[:config]; {path!r} does not exist "
             f"(from {os.getcwd()!r}).",
             f"Set {key} to a folder of .jsonl, .parquet or .txt files.",
         )
+
+
+def open_dataset(key: str, path: str, split: str, revision: str = "") -> Any:
+    """The streaming dataset on the hub that ``key = path`` names, as it was at a revision."""
+    datasets = load_library()
+    check_name(key, path)
+    name, split = divide_split(path, split)
     hub_name, _, hub_config = name.partition(":")
+    at = revision or None
     try:
-        return datasets.load_dataset(path=hub_name, name=hub_config or None, split=split, streaming=True)
+        return datasets.load_dataset(path=hub_name, name=hub_config or None, split=split, streaming=True, revision=at)
     except Exception as error:  # offline, no such name, config, split, or broken files: the cause is in the message
         raise ConfigError(
             f"{key} = {path!r} (split {split!r}) must be a dataset that the datasets package can load; "

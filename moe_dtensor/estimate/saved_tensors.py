@@ -66,8 +66,7 @@ def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int =
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
     ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
-    # With norms on both sides, what attention and feed-forward give is kept beside what they read.
-    streams = (4 if config.model.norm_at == "both" else 2) * stream + at.whole * _norm_statistics(config, at)
+    streams = _streams(config) * stream + at.whole * _norm_statistics(config, at)
     everything = streams + attention_bytes(config, at, layer) + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
@@ -87,6 +86,13 @@ def head_bytes(config: Config) -> tuple[int, int]:
     own_loss = config.training.loss != "cross_entropy"
     columns = (vocab // config.mesh.tp + (vocab if own_loss else 0)) * (1 + config.model.mtp_depth)
     return at.whole * config.model.dim * at.compute, at.whole * (columns * at.compute + at.wide)
+
+
+def _streams(config: Config) -> int:
+    """What norms read: the stream before attention and before the feed-forward, which a parallel block has one of; what
+    both give, which after norms on both sides is kept beside that."""
+    read = 1 if config.model.parallel_block and config.model.norm_at != "post" else 2
+    return read + 2 if config.model.norm_at == "both" else read
 
 
 def _norm_statistics(config: Config, at: Tokens) -> int:

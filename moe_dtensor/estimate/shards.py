@@ -77,17 +77,30 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
     for layer in stage_layers(config, stage):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in _block(config, layer).items()}
     if stage == num_stages(config) - 1:
-        shapes["norm.weight"] = (dim,)
+        shapes |= _norm(config, "norm")
         if not config.model.tie_embeddings:
             shapes["output.weight"] = (rows, dim)
+        if config.model.head_bias:
+            shapes["output.bias"] = (rows,)
     table = build_table(config)
     return [_shard_of(config, table, name, shape) for name, shape in shapes.items()]
 
 
 def accumulates(config: Config) -> bool:
     """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
-    which it reduces as the backward pass goes."""
-    return microbatches(config) > 1 or config.mesh.pp > 1
+    which it reduces as the backward pass goes, nor where shards add up. ``fsdp.accumulate`` is settled."""
+    return config.fsdp.accumulate == "whole" and (microbatches(config) > 1 or config.mesh.pp > 1)
+
+
+def reductions(config: Config) -> int:
+    """Times in a step that FSDP reduces gradients. ``fsdp.accumulate`` is settled."""
+    return microbatches(config) if config.fsdp.accumulate == "sharded" else 1
+
+
+def summed_over_tp(config: Config, row: Row) -> bool:
+    """Whether tp ranks hold a parameter alike and each sees a share of its gradient."""
+    seen = row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel)
+    return row.tp is None and seen and config.mesh.tp > 1
 
 
 def fold(shares: Iterable[Share]) -> list[Folded]:
@@ -113,13 +126,16 @@ def _cut(shape: Shape, dim: int, parts: int) -> Shape:
 def _block(config: Config, layer: int) -> dict[str, Shape]:
     model, moe = config.model, config.moe
     dim = model.dim
-    shapes: dict[str, Shape] = {f"{name}.weight": (dim,) for name in block_norms(config)}
+    shapes: dict[str, Shape] = {}
+    for name in block_norms(config):
+        shapes |= _norm(config, name)
     shapes |= {f"attention.{name}": shape for name, shape in attention_shapes(config).items()}
     if layer >= model.num_layers:
         shapes["mtp_projection.weight"] = (dim, 2 * dim)
-        shapes |= {f"mtp_{name}.weight": (dim,) for name in ("embedding_norm", "stream_norm", "norm")}
+        for name in ("embedding_norm", "stream_norm", "norm"):
+            shapes |= _norm(config, f"mtp_{name}")
     if layer not in moe_layers(config):
-        return shapes | _feed_forward(config, "feed_forward", model.hidden_dim)
+        return shapes | _feed_forward(config, "feed_forward", model.hidden_dim, model.ffn_bias)
     gates = 2 if model.activation in GATED else 1
     shapes["moe.router.weight"] = (moe.num_experts, dim)
     shapes["moe.experts.w_up"] = (moe.num_experts, gates, moe.hidden_dim, dim)
@@ -136,7 +152,16 @@ def _block(config: Config, layer: int) -> dict[str, Shape]:
     return shapes
 
 
-def _feed_forward(config: Config, prefix: str, hidden: int) -> dict[str, Shape]:
+def _norm(config: Config, name: str) -> dict[str, Shape]:
+    parts = ("weight", "bias") if config.model.norm_bias else ("weight",)
+    return {f"{name}.{part}": (config.model.dim,) for part in parts}
+
+
+def _feed_forward(config: Config, prefix: str, hidden: int, bias: bool = False) -> dict[str, Shape]:
     dim = config.model.dim
-    gate: dict[str, Shape] = {f"{prefix}.gate.weight": (hidden, dim)} if config.model.activation in GATED else {}
-    return gate | {f"{prefix}.up.weight": (hidden, dim), f"{prefix}.down.weight": (dim, hidden)}
+    ups = ("gate", "up") if config.model.activation in GATED else ("up",)
+    shapes: dict[str, Shape] = {f"{prefix}.{name}.weight": (hidden, dim) for name in ups}
+    if bias:
+        shapes |= {f"{prefix}.{name}.bias": (hidden,) for name in ups}
+        shapes[f"{prefix}.output_bias"] = (dim,)
+    return shapes | {f"{prefix}.down.weight": (dim, hidden)}

@@ -66,9 +66,9 @@ class SharedExpert(FeedForward):
         super().__init__(config.model.dim, config.moe.shared_hidden_dim, config.model.activation)
         self.token_gate = Linear(config.model.dim, 1) if config.moe.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., D)`` in and out."""
-        y = super().forward(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """What the held hidden units give, ``(..., D)`` in and out."""
+        y = super().compute(x)
         return y if self.token_gate is None else self.token_gate(x).sigmoid() * y
 
 

@@ -106,7 +106,8 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
-            by_token.wrap(module)
+            by_token.enter_before(module)
+            module.sum_output = functools.partial(_leave, by_token)
     if part.is_last:
         part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
@@ -163,9 +164,8 @@ def build_token_loss(config: Config, tp: DeviceMesh) -> TokenLoss:
 
 
 def _is_loss(found: Any) -> bool:
-    """Whether an object is a function of logits and labels: of Python, or with a ``__call__`` that is."""
-    call = found if inspect.isfunction(found) else getattr(type(found), "__call__", None)
-    if isinstance(found, type) or not (inspect.isfunction(call) or isinstance(found, functools.partial)):
+    """Whether an object can be called with logits and labels, and is no class and nothing built in."""
+    if isinstance(found, type) or inspect.isbuiltin(found) or not callable(found):
         return False
     try:
         inspect.signature(found).bind(None, None)

@@ -100,6 +100,8 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "compile.async_tp": compiled and config.compile.async_tp,
             "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
+            # A miniature fits whatever it does: judged is what the whole config may need.
+            "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
             "checkpoint.enable": False,
             "data.corpus": "random",
             "data.tokenizer": "bytes",

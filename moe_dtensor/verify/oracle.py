@@ -272,19 +272,20 @@ class Transformer:
     def _head(self, x_BSD: Tensor) -> Tensor:
         head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
         weight_VD = self.weights[head][: self.config.model.vocab_size]
-        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale
+        bias_V = self.weights["output.bias"][: len(weight_VD)] if self.config.model.head_bias else 0
+        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale + bias_V
 
     def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         block, scale = f"layers.{index}.", self.config.model.residual_scale
         h_BSD = self._norm(block + "attention_norm", x_BSD)
         y_BSD = self._attention(index, h_BSD, microbatch)
-        x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
-        h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
+        attended_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
+        h_TD = self._norm(block + "ffn_norm", x_BSD if self.config.model.parallel_block else attended_BSD).flatten(0, 1)
         if block + "moe.router.weight" in self.weights:
             y_TD = self._experts(index, h_TD, microbatch)
         else:
             y_TD = self._feed_forward(block + "feed_forward.", h_TD)
-        return x_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
+        return attended_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """As it is where the config puts no norm."""
@@ -292,7 +293,7 @@ class Transformer:
             return x
         if self.config.model.norm == "layernorm":
             x = x - x.mean(-1, keepdim=True)
-        return self._rms(name, x)
+        return self._rms(name, x) + self.weights.get(name + ".bias", 0)
 
     def _attention(self, layer: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.attention."
@@ -319,9 +320,10 @@ class Transformer:
 
     def _feed_forward(self, prefix: str, x_TD: Tensor) -> Tensor:
         gated = prefix + "gate.weight" in self.weights
-        gate = x_TD @ self.weights[prefix + "gate.weight"].T if gated else None
-        hidden = x_TD @ self.weights[prefix + "up.weight"].T
-        return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T
+        biases = {name: self.weights.get(prefix + name, 0) for name in ("gate.bias", "up.bias", "output_bias")}
+        gate = x_TD @ self.weights[prefix + "gate.weight"].T + biases["gate.bias"] if gated else None
+        hidden = x_TD @ self.weights[prefix + "up.weight"].T + biases["up.bias"]
+        return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T + biases["output_bias"]
 
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.moe."

@@ -52,6 +52,8 @@ WRONG = [
     # The model.
     ("--model.dim 100", "model.dim = 100 is not a multiple of model.num_heads = 8", "model.head_dim"),
     ("--model.head_dim 15", "model.head_dim = 15 is odd", "model.head_dim = 16"),
+    ("--model.norm_bias true", "model.norm_bias = true with model.norm = rmsnorm", "model.norm = layernorm"),
+    ("--model.head_bias true --model.tie_embeddings true", "the embedding is the head", "Take one"),
     ("--model.rotary_dim 64", "model.rotary_dim = 64 is above model.head_dim = 24", "at most 24"),
     ("--model.v_dim 16", "model.v_dim is for latent attention", "model.kv_rank"),
     ("--model.kv_rank 16", "model.kv_rank = 16 needs model.nope_dim", "model.nope_dim"),

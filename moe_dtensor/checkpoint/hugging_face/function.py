@@ -102,7 +102,7 @@ def compared(function: Function) -> set[str]:
     if not function["moe.num_experts"]:
         return {key for key in function if not key.startswith("moe.")} | {"moe.num_experts"}
     has_dense = len(function["moe.layers"]) < function["model.num_layers"]
-    return set(function) - (set() if has_dense else {"model.hidden_dim"})
+    return set(function) - (set() if has_dense else {"model.hidden_dim", "model.ffn_bias"})
 
 
 def differing(one: Function, other: Function) -> list[str]:
