@@ -88,7 +88,9 @@ def usage() -> str:
 
 def report(error: ConfigError) -> None:
     """Print the error to stderr; under torchrun only on rank 0: an error told here is every rank's."""
-    if os.environ.get("RANK", "0") == "0":
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    another_tells = rank.isdigit() and ranks.isdigit() and 0 < int(rank) < int(ranks)
+    if not another_tells:
         with contextlib.suppress(OSError, ValueError):
             print(words(error.problem, error.remedy), file=sys.stderr, flush=True)
     else:
