@@ -329,7 +329,7 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
-    for where, part in (("data", data), *((f"data.sources.{s.name}", s) for s in data.sources)):
+    for where, part in check_sources.data_parts(data):
         if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
             yield (
                 f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from moe_dtensor.config.check_sources import data_parts
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import names_object
 from moe_dtensor.config.schema import Config
@@ -26,7 +27,7 @@ def check_files(config: Config) -> None:
             global batch whatever the tokenizer makes of it, or a module of one's own or a package that is not there.
     """
     _check_tokenizer(config.data.tokenizer)
-    for where, part in (("data", config.data), *((f"data.sources.{s.name}", s) for s in config.data.sources)):
+    for where, part in data_parts(config.data):
         for key in ("path", "validation_path"):
             path = getattr(part, key)
             if path and part.corpus in ("files", "tokens"):
