@@ -95,6 +95,8 @@ class Source:
     """As data.text_key. Empty: that one."""
     split: str = ""
     """As data.split. Empty: that one."""
+    revision: str = ""
+    """As data.revision, of this source."""
     weight: float = 0.0
     """Share of the sequences, against the other sources' weights."""
     tokens: int = 0
@@ -120,6 +122,8 @@ class Data:
     not messages."""
     split: str = "train"
     """Split of a ``datasets`` name."""
+    revision: str = ""
+    """Commit, branch or tag of a hub name. Empty: the newest when the run begins, which the run then keeps."""
     tokenizer: str = "bytes"
     """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
     (or a folder that has one)."""

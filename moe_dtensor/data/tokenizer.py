@@ -92,7 +92,7 @@ class HuggingFaceTokenizer:
         # Forked ranks would each print a warning, and several ranks share the cores anyhow.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._path = path
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():

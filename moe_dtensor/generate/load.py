@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def load_model(source: Source, device: torch.device) -> Model:
     """Build and fill the model on all ranks together."""
     config = resolve(source.config, dist.get_world_size())
     mesh = build_mesh(config, device)
-    (part,) = build_parts(config, mesh, device)
+    (part,) = build_parts(config, mesh, device, trains=False)
     balance = BalanceState(config, [part], device)
     load_weights([part], balance, config, source.weights)
     return Model(part.eval(), config, mesh, device)
@@ -115,5 +116,5 @@ def load_tokenizer(source: Source) -> tuple[Tokenizer, set[int]]:
 
 def tokenizer_folder(source: Source) -> Path:
     """Where the files of the model's tokenizer are, its chat template among them."""
-    named = Path(source.config.data.tokenizer).expanduser()
+    named = Path(os.path.expanduser(source.config.data.tokenizer))
     return named if named.is_dir() else named.parent if named.is_file() else source.path

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.data import Loader, build_corpus, hub
 from moe_dtensor.data.host import HostChunks
 from moe_dtensor.data.hub import StreamedDocuments
@@ -107,7 +107,7 @@ def test_a_failed_download_is_tried_again_then_ends_with_a_sentence(monkeypatch:
     assert list(documents) == [f"record {i}" for i in range(50)]
     assert pauses == [1.0] * 3
     documents = StreamedDocuments(Flaky({7}, for_ever=True), "some/name", "text", None)
-    with pytest.raises(ConfigError, match=r"(?s)'some/name' could not be read on after 5 more tries.*reset by peer"):
+    with pytest.raises(RunError, match=r"(?s)'some/name' could not be read on after 5 more tries.*reset by peer"):
         list(documents)
     assert pauses[3:] == [1.0, 2.0, 4.0, 8.0, 16.0]
 
