@@ -27,8 +27,9 @@ def check_files(config: Config) -> None:
             global batch whatever the tokenizer makes of it, or a module of one's own or a package that is not there.
     """
     _check_tokenizer(config.data.tokenizer)
-    if config.data.chat_template:
-        _check_readable("data.chat_template", os.path.expanduser(config.data.chat_template))
+    template = os.path.expanduser(config.data.chat_template)
+    if template and not os.path.isfile(template):
+        raise ConfigError(f"data.chat_template: there is no file {template!r}.", "Name a file of Jinja.")
     for where, part in data_parts(config.data):
         for key in ("path", "validation_path"):
             path = getattr(part, key)

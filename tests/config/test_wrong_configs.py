@@ -43,7 +43,7 @@ WRONG = [
         "docs/data.md",
     ),
     ("--data.corpus conversations", 'data.corpus = "conversations" needs data.path', "Set data.path"),
-    ("--data.chat_template /none.jinja", "data.chat_template: '/none.jinja' cannot be read", "permissions"),
+    ("--data.chat_template /none.jinja", "data.chat_template: there is no file '/none.jinja'", "Jinja"),
     ("--optimizer.router_lr -1", "optimizer.router_lr = -1.0 is too small", "0 or more"),
     (
         "--moe.num_experts 0 --training.routing_drift_interval 5",
