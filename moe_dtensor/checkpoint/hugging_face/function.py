@@ -51,7 +51,8 @@ def function_of(config: Config) -> Function:
         for key, value in asdict(getattr(config, table)).items()
         if f"{table}.{key}" not in TRAINING_ONLY
     }
-    values["moe.layers"] = tuple(sorted(moe_layers(config)))
+    # Those of multi-token prediction follow from the last.
+    values["moe.layers"] = tuple(i for i in sorted(moe_layers(config)) if i < config.model.num_layers)
     values["moe.router"] = config.moe.router if config.moe.router in FORCED else "topk"
     values["moe.selection_bias"] = has_selection_bias(config)
     _canonical_attention(values, config)

@@ -140,3 +140,17 @@ def selection_bias(file: str, layout: str = "e") -> tuple[Tensor, ...]:
     """The bias that the choice sees; kept beside the parameters here, in float32 on both sides."""
     one = {"one": (0, 1)} if "one" in layout else {}
     return (Tensor("layers.{i}.moe.router.bias", "e", f"model.layers.{{i}}.{file}", layout, fixed=one),)
+
+
+AHEAD = (
+    Tensor("layers.{i}.mtp_embedding_norm.weight", "d", "model.layers.{i}.enorm.weight"),
+    Tensor("layers.{i}.mtp_stream_norm.weight", "d", "model.layers.{i}.hnorm.weight"),
+    Tensor("layers.{i}.mtp_projection.weight", "d m", "model.layers.{i}.eh_proj.weight"),
+    Tensor("layers.{i}.mtp_norm.weight", "d", "model.layers.{i}.shared_head.norm.weight"),
+)
+"""Of multi-token prediction: blocks whose numbers go on after the last."""
+COPIES = {
+    "tok_embeddings.weight": "model.layers.{i}.embed_tokens.weight",
+    "output.weight": "model.layers.{i}.shared_head.head.weight",
+}
+"""What such a block repeats."""
