@@ -58,6 +58,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# A quarter of a head is turned, which has to be even.
+NEOX = {"intermediate_size": 56, "num_attention_heads": 3, "num_key_value_heads": None}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -175,11 +177,8 @@ ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoeshared",
         {"intermediate_size": 24, "num_local_experts": 6, "shared_intermediate_size": 40, **GRANITE},
     ),
-    "gpt_neox": ("gpt_neox", {"intermediate_size": 56, "num_key_value_heads": None}),
-    "gpt_neox in turn": (
-        "gpt_neox",
-        {"intermediate_size": 56, "num_key_value_heads": None, "use_parallel_residual": False, "attention_bias": False},
-    ),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox in turn": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "attention_bias": False}),
     "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 4, "topk_group": 2, "rope_parameters": STRETCHED}),
     "deepseek_v2": (
         "deepseek_v2",
