@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from moe_dtensor.config import check_attention, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
     FORCED,
@@ -75,7 +75,11 @@ def _names(config: Config) -> Broken:
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
-        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        if name in known:
+            continue
+        if names_object(name) and is_pythons_own(name):
+            yield f'{key} = "{name}" names a part of Python itself.', "Name a class or function of your own."
+        elif not names_object(name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
@@ -112,7 +116,9 @@ def _model(config: Config) -> Broken:
 
 def _mesh(config: Config, world_size: int) -> Broken:
     mesh = config.mesh
-    if mesh.dp == -1:
+    if world_size < 1:
+        yield f"there are {world_size} ranks.", "Start 1 or more."
+    elif mesh.dp == -1:
         if world_size % (mesh.pp * mesh.tp):
             inner = mesh.pp * mesh.tp
             yield (
@@ -292,6 +298,12 @@ def _precision(config: Config) -> Broken:
             f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
             f"Set training.reduce_dtype = {training.param_dtype}.",
         )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
+        )
     if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
         yield (
             f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
@@ -319,6 +331,12 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
+    for where, part in check_sources.data_parts(data):
+        if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
+            yield (
+                f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',
+                f"Leave {where}.revision empty.",
+            )
     for key in ("path", "validation_path"):
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (

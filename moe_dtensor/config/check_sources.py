@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from moe_dtensor.config.schema import Config, Source
+from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.config.stages import tokens_through
 
 Broken = Iterator[tuple[str, str]]
 CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
 SMALLEST_SHARE = 1e-5
 """Of the sequences that a source may have: where a turn comes less often, finding one takes too long."""
+
+
+def data_parts(data: Data) -> list[tuple[str, Data | Source]]:
+    """[data] itself and its sources, each with the words that name it."""
+    return [("data", data), *((f"data.sources.{source.name}", source) for source in data.sources)]
 
 
 def broken(config: Config) -> Broken:

@@ -79,6 +79,7 @@ ABOVE_ZERO = (
     "model.residual_scale",
     "model.logit_scale",
     "mesh.link_bandwidth",
+    "mesh.device_memory",
     "optimizer.eps",
 )
 SHARES = (

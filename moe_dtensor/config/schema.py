@@ -47,6 +47,9 @@ class Mesh:
     model."""
     link_bandwidth: float = 450.0
     """GB/s that a rank can send to the ranks it shares experts with; dispatch = auto and ``plan`` reckon with it."""
+    device_memory: float = 75.0
+    """GiB of a device that ``plan``'s peak may fill; fsdp.accumulate = auto reckons with it. Of 80 GB some 75 GiB are
+    to be had."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Fsdp:
     is kept."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
+    accumulate: Literal["whole", "sharded", "auto"] = "whole"
+    """How the gradients of a step's microbatches add up. whole: each rank sums its own, whole, in
+    training.reduce_dtype, and they are sent once. sharded: those of each microbatch are reduce-scattered, and shards
+    add up in training.dtype: memory falls by the number of dp ranks, bytes sent grow by the number of microbatches.
+    auto: whole if ``plan``'s peak is within mesh.device_memory, else sharded."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class Source:
     """As data.text_key. Empty: that one."""
     split: str = ""
     """As data.split. Empty: that one."""
+    revision: str = ""
+    """As data.revision, of this source."""
     weight: float = 0.0
     """Share of the sequences, against the other sources' weights."""
     tokens: int = 0
@@ -110,6 +120,8 @@ class Data:
     """Field that holds the text in .jsonl files and datasets."""
     split: str = "train"
     """Split of a ``datasets`` name."""
+    revision: str = ""
+    """Commit, branch or tag of a hub name. Empty: the newest when the run begins, which the run then keeps."""
     tokenizer: str = "bytes"
     """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
     (or a folder that has one)."""

@@ -63,6 +63,7 @@ def source_config(config: Config, source: Source) -> Config:
             validation_path=source.validation_path,
             text_key=source.text_key or data.text_key,
             split=source.split or data.split,
+            revision=source.revision,
             sources=(),
         ),
         stages=(),

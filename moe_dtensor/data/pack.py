@@ -24,6 +24,7 @@ import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.data.files import cache_homes
+from moe_dtensor.data.private import make_private
 from moe_dtensor.data.records import clean
 from moe_dtensor.data.tokenizer import Tokenizer
 
@@ -142,16 +143,32 @@ def corpus_key(corpus: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or a temporary folder where that is not writable."""
-    homes = cache_homes()
-    for folder in homes:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
+    """Where tokens are cached; made where it is missing.
+
+    ``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or where that cannot be written, one of this user in
+    the temporary folder, which is everybody's: there it has to be this user's alone.
+
+    Raises:
+        ConfigError: neither can serve.
+    """
+    own, shared = cache_homes()
+    problems = []
+    if own is not None:
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            if os.access(own, os.W_OK | os.X_OK):
+                return own
+            problems.append(f"{str(own)!r}: it may not be written")
+        except OSError as error:
+            problems.append(f"{str(own)!r}: {error.strerror}")
+    try:
+        make_private(shared)
+        return shared
+    except OSError as error:
+        problems.append(f"{str(shared)!r}: {error.strerror}")
     raise ConfigError(
-        f"tokens are cached in a folder; neither {str(homes[0])!r} nor {str(homes[1])!r} can be written.",
-        "Set XDG_CACHE_HOME to a writable folder.",
+        f"tokens are cached in a folder, but none can be used: {'; '.join(problems)}.",
+        "Set XDG_CACHE_HOME to a folder that can be written.",
     )
 
 
@@ -173,7 +190,8 @@ def replace_file(target: Path) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that one rank of a machine tokenises and the others wait."""
-    with open(path, "w") as file:
+    # Not through a link, and nothing is emptied: what is there may be anything.
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
         # Without locks (some network file systems) several ranks do the same work; each replaces whole files.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -79,7 +79,7 @@ class HuggingFaceTokenizer:
         # Forked ranks would each print a warning, and several ranks share the cores anyhow.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._path = path
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
@@ -127,6 +127,18 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out."""
         return self._library.decode([int(i) for i in ids])
+
+    def begin_ids(self) -> list[int]:
+        """What its post-processor puts before every text."""
+        alone = self._library.encode("", add_special_tokens=True).ids
+        around = self._library.encode("a", add_special_tokens=True).ids
+        bare = self._library.encode("a", add_special_tokens=False).ids
+        before = next((n for n in range(len(around)) if around[n : n + len(bare)] == bare), 0)
+        return alone[:before]
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token; None if there is none of that text."""
+        return self._library.token_to_id(token)
 
     def fingerprint(self) -> str:
         """Digest of the file and its end token."""

@@ -88,8 +88,19 @@ def stage_shares(config: Config, stage: int) -> list[Share]:
 
 def accumulates(config: Config) -> bool:
     """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
-    which it reduces as the backward pass goes."""
-    return microbatches(config) > 1 or config.mesh.pp > 1
+    which it reduces as the backward pass goes, nor where shards add up. ``fsdp.accumulate`` is settled."""
+    return config.fsdp.accumulate == "whole" and (microbatches(config) > 1 or config.mesh.pp > 1)
+
+
+def reductions(config: Config) -> int:
+    """Times in a step that FSDP reduces gradients. ``fsdp.accumulate`` is settled."""
+    return microbatches(config) if config.fsdp.accumulate == "sharded" else 1
+
+
+def summed_over_tp(config: Config, row: Row) -> bool:
+    """Whether tp ranks hold a parameter alike and each sees a share of its gradient."""
+    seen = row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel)
+    return row.tp is None and seen and config.mesh.tp > 1
 
 
 def fold(shares: Iterable[Share]) -> list[Folded]:

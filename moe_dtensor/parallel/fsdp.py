@@ -67,7 +67,7 @@ def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
 
     def widen_and_reduce(*unused: Any) -> None:
         grads = [param._unsharded_param.grad for param in group.fsdp_params if hasattr(param, "_unsharded_param")]
-        if any(isinstance(grad, DTensor) and any(place.is_partial() for place in grad.placements) for grad in grads):
+        if any(isinstance(grad, DTensor) and _is_share(grad) for grad in grads):
             for param in group.fsdp_params:
                 if param.unsharded_accumulated_grad is None:
                     param.to_accumulated_grad_if_needed()
@@ -76,9 +76,30 @@ def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
     group.post_backward = widen_and_reduce
 
 
+def _is_share(grad: DTensor) -> bool:
+    return any(place.is_partial() and grad.device_mesh.size(i) > 1 for i, place in enumerate(grad.placements))
+
+
 def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:
-    """Whether the next backward reduces gradients over dp and gives gathered weights back, or only accumulates."""
+    """Whether the next backward gives gathered weights back, and reduces gradients over dp or only accumulates them.
+
+    Args:
+        part: a model part under FSDP.
+        config: resolved, ``fsdp.accumulate`` settled.
+        last: whether it is the step's last.
+    """
     assert isinstance(part, FSDPModule)
     part.set_is_last_backward(last)
-    part.set_requires_gradient_sync(last)
+    part.set_requires_gradient_sync(last or config.fsdp.accumulate == "sharded")
     part.set_reshard_after_backward(last or config.fsdp.reshard_after_forward == "always")
+
+
+def reduce_now(part: FSDPModule) -> None:
+    """Reduce over dp what gradients a part has, outside of a backward pass; gathered weights stay."""
+    part.set_is_last_backward(False)
+    part.set_reshard_after_backward(False)
+    part.set_requires_gradient_sync(True)
+    for module in part.modules():  # type: ignore[attr-defined]
+        if isinstance(module, FSDPModule):
+            for group in _groups(module):
+                group.post_backward()

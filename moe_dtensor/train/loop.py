@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
 from moe_dtensor.config.resolve import FORCED, moe_kinds, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.data.prefetch import Prefetcher
+from moe_dtensor.data.revisions import pin_revisions, reads_hub
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.flags import DelayedFlag, Skips
@@ -25,9 +27,9 @@ from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
-from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
+from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.watch import Watch
@@ -41,9 +43,12 @@ def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
         Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
     config = resolve(given, ranks.world_size)
-    ranks.agree(lambda: check_sinks(config))
     watch = Watch(ranks, config.comm.timeout_seconds)
     device = start_ranks(config, ranks)
+
+    if reads_hub(config):
+        given = ranks.agree(lambda: on_rank_0(lambda: pin_revisions(given, kept_revisions(config))))
+        config = resolve(given, ranks.world_size)
 
     def read() -> tuple[Corpus, Config, str]:
         corpus = build_corpus(config)

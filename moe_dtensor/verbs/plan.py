@@ -20,7 +20,7 @@ from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, r
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
-from moe_dtensor.estimate.memory import Memory, fullest_rank
+from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
 from moe_dtensor.estimate.schedule import SOURCES, bubble
 from moe_dtensor.estimate.shards import Folded, all_shares, fold
 from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
@@ -164,7 +164,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check(config, world_size)
     config = resolve(config, world_size)
     costs = dispatch_costs(config) if _sends_tokens(config) else {}
-    config = settle(config)
+    config = settle_accumulate(settle(config))
     training, mesh = config.training, config.mesh
     return Plan(
         mesh=f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
@@ -241,7 +241,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(f"{routing} (pp rank {pp_rank})" if plan.config.mesh.pp > 1 else routing, justify="right")
     names = {
         "weights": "master weights",
-        "gradients": "gradients",
+        "gradients": f"gradients{_accumulated(plan.config)}",
         "moments": "AdamW moments",
         "compute_copy": f"compute copy (reshard_after_forward = {plan.config.fsdp.reshard_after_forward})",
         "expert_copy": "compute copy of experts outside of FSDP",
@@ -259,6 +259,11 @@ def _memory_table(plan: Plan) -> Table:
         balanced, skewed = (getattr(memory, field) / GIB for _, memory in (plan.balanced, plan.skewed))
         table.add_row(text, f"{balanced:.2f}", f"{skewed:.2f}", end_section=field in ("workspaces", "at_reduce"))
     return table
+
+
+def _accumulated(config: Config) -> str:
+    several = microbatches(config) > 1 or config.mesh.pp > 1
+    return f" (accumulate = {config.fsdp.accumulate})" if several else ""
 
 
 def _lines(plan: Plan) -> list[str]:

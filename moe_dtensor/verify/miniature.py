@@ -100,6 +100,8 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "compile.async_tp": compiled and config.compile.async_tp,
             "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
+            # A miniature fits whatever it does: judged is what the whole config may need.
+            "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
             "checkpoint.enable": False,
             "data.corpus": "random",
             "data.tokenizer": "bytes",
@@ -128,9 +130,10 @@ def _telling_updates(config: Config) -> dict[str, Any]:
 
 
 def _refuse_unknown_parts(config: Config) -> None:
-    if config.moe.num_experts and ":" in config.moe.router:
+    own = [name for name in (*config.moe.router_by_layer, config.moe.router) if ":" in name]
+    if config.moe.num_experts and own:
         raise ConfigError(
-            f"verify's oracle knows the routers that are built in, not moe.router = {config.moe.router!r}.",
+            f"verify's oracle knows the routers that are built in, not moe.router = {own[0]!r}.",
             "Verify the rest of the config with --moe.router topk.",
         )
     if config.training.loss != "cross_entropy":

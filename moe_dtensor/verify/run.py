@@ -16,6 +16,7 @@ from moe_dtensor.config.build import override
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch as LoadedBatch
+from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
@@ -106,7 +107,8 @@ Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[B
 def computation(case: Case) -> str:
     """What tells a case from others: its placed config, without what does nothing there."""
     placed = case.layout.place(case.config)
-    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0}
+    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0, "mesh.device_memory": 1.0}
+    idle["fsdp.accumulate"] = settle_accumulate(placed).fsdp.accumulate
     if case.layout.pp == 1:
         idle |= {"pipeline.schedule": "1F1B"}
     if case.layout.tp == 1:
@@ -122,6 +124,7 @@ IRRELEVANT = {
     "moe.rows": "exact",
     "mesh.experts": "tp",
     "mesh.dispatch": "all_gather",
+    "fsdp.accumulate": "whole",
 }
 """How a thing is computed, which the oracle does not ask."""
 

@@ -11,6 +11,7 @@ import pytest
 from moe_dtensor.config.build import build, override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser, split_overrides
+from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump, load
 from moe_dtensor.config.reference import markdown
 from moe_dtensor.config.resolve import block_config, resolve
@@ -132,3 +133,12 @@ def test_a_list_for_top_k_or_router_is_that_of_the_blocks() -> None:
     assert override(Config(), {"moe.top_k": "1,3", "moe.router": "topk, sinkhorn, hash"}) == config
     assert build(tomllib.loads(dump(config))) == config
     assert override(config, {"moe.top_k": 2, "moe.router": "topk"}).moe == build({"moe": {"router": "topk"}}).moe
+
+
+@pytest.mark.parametrize("key", ["moe.router", "data.corpus", "training.loss"])
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "shutil:rmtree", "builtins:eval"])
+def test_a_part_of_python_is_no_part_of_ones_own(key: str, name: str) -> None:
+    """A TOML could have any attribute of any module called."""
+    config = load("tests/config/plain.toml", {key: name})
+    with pytest.raises(ConfigError, match=f'{key} = "{name}" names a part of Python itself'):
+        check(config, 1)

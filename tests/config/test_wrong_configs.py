@@ -37,7 +37,11 @@ WRONG = [
     ("--profiling.enable true --training.steps 9", "first_step = 10 is above training.steps = 9", "9 or less"),
     ("--training.seed 9223372036854775808", "training.seed = 9223372036854775808 is too large", "below 2^63"),
     ("--data.corpus files --data.path /none", "'/none' matches no file", "files that exist"),
-    ("--data.corpus tokens --data.path /none.bin", "must be a .npy or .bin file", "docs/data.md"),
+    (
+        "--data.corpus tokens --data.path /none.bin",
+        "token files; '/none.bin' matches no file",
+        "docs/data.md",
+    ),
     ("--data.tokenizer /none", "there is no file '/none'", "bytes"),
     ("--run.folder /dev/null/run", "run.folder = '/dev/null/run' cannot be used", "can be written"),
     ("--data.corpus files", 'data.corpus = "files" needs data.path', "Set data.path"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,20 @@ def test_what_is_no_template_or_no_message_is_told(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
     with pytest.raises(ConfigError, match="refuses the messages"):
         ChatTemplate(tmp_path).render(MESSAGES)
+
+
+def test_where_a_template_comes_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer of bytes has no chat template"):
+        ChatTemplate(None)
+    several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ eos_token }}d"}]
+    settings = {"eos_token": {"content": "</s>"}, "chat_template": several}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert ChatTemplate(tmp_path).render([]) == "</s>d"
+    (tmp_path / "chat_template.jinja").write_text("own")
+    assert ChatTemplate(tmp_path).render([]) == "own"
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ messages[0]['content'] }}, {{ strftime_now('%Y') }}, {{ tools | tojson }}")
+    named = ChatTemplate(None, str(other), datetime(2024, 5, 6))
+    assert named.render([{"content": "<b>"}], tools=["é"]) == '<b>, 2024, ["é"]'
+    with pytest.raises(ConfigError, match=r"none\.jinja cannot be read"):
+        ChatTemplate(tmp_path, str(tmp_path / "none.jinja"))

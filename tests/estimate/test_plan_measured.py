@@ -64,6 +64,7 @@ MORE: list[Keys] = [
     {"moe.router": "topk", "moe.capacity_factor": 1.0, "moe.balance_loss": 0.1, **FULL},
     {"moe.num_experts": 0, "model.qk_norm": "full", "model.num_kv_heads": 1, **FULL},
     {"moe.every": 2, "model.num_layers": 2, "model.qk_norm": "head", "fsdp.reshard_after_forward": "never"},
+    {"fsdp.accumulate": "sharded", "training.global_batch_size": 16, "model.qk_norm": "head"},
     {"model.qk_norm": "head", "model.head_dim": 6, "mesh.experts": "dp_tp"},  # FSDP pads a norm of 6 over 4 ranks
 ]
 
@@ -106,7 +107,8 @@ MESHES = {
     "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])] + MORE[4:],
     "1x1x4": [{"mesh.experts": at} | way for at in ("dp", "dp_tp") for way in WAYS[2:7]] + MORE[:4],
     "2x2x1": [
-        {"mesh.experts": at, "model.num_layers": 2} | way for at in ("dp", "dp_tp") for way in (WAYS[3], WAYS[6])
+        *({"mesh.experts": at, "model.num_layers": 2} | way for at in ("dp", "dp_tp") for way in (WAYS[3], WAYS[6])),
+        {"model.num_layers": 2, "fsdp.accumulate": "sharded", "training.global_batch_size": 16},
     ],
 }
 

@@ -70,6 +70,8 @@ class Rope:
             raw.refuse("rotary_dim", width, f"partial_rotary_factor says {int(whole * part)}")
         if width is None:
             width = int(whole * (self.part if part is None else part))
+        if width % 2:
+            raw.refuse(self.part_name, part, f"it turns {width} dimensions of a head, which is odd")
         function["model.rotary_dim"] = 0 if width == whole else width
 
     def _read_scaling(self, raw: Raw, stated: Mapping[str, Any], function: Function) -> None:
