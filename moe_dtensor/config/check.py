@@ -66,6 +66,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    yield from _drift(config)
     yield from _ends(config_as_given)
 
 
@@ -83,7 +84,9 @@ def _names(config: Config) -> Broken:
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
+    if config.data.corpus in ("files", "conversations", "datasets", "tokens") and not (
+        config.data.path or config.data.sources
+    ):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 
@@ -316,6 +319,22 @@ def _precision(config: Config) -> Broken:
         )
 
 
+def _drift(config: Config) -> Broken:
+    interval = config.training.routing_drift_interval
+    if interval and not moe_layers(config):
+        yield (
+            f"training.routing_drift_interval = {interval}, but no block has experts.",
+            "Set training.routing_drift_interval = 0.",
+        )
+    sizes = ("seq_len", "global_batch_size", "microbatch_size", "keep_batch_tokens")
+    if interval and any(getattr(stage, key) for stage in config.stages for key in sizes):
+        yield (
+            f"training.routing_drift_interval = {interval} compares one batch through the whole run, but a stage "
+            "changes its size.",
+            "Set training.routing_drift_interval = 0, or keep the sizes.",
+        )
+
+
 def _ends(config: Config) -> Broken:
     """What would begin after the run's end, or be read by nobody."""
     steps, warmup, profiling = config.training.steps, config.lr_scheduler.warmup_steps, config.profiling
@@ -341,5 +360,5 @@ def _ends(config: Config) -> Broken:
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (
                 f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
-                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+                f"Set data.corpus to files, conversations, datasets or tokens, or leave data.{key} empty.",
             )
