@@ -15,6 +15,7 @@ from moe_dtensor.config.resolve import (
     SPLIT_BACKWARD,
     V_SCHEDULES,
     microbatches,
+    moe_kinds,
     moe_layers,
     num_stages,
     padded_vocab,
@@ -55,7 +56,8 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _model(config_as_given)
     yield from check_attention.attention(config)
     yield from check_experts.experts(config)
-    yield from check_experts.routing(config)
+    for kind in moe_kinds(config):
+        yield from check_experts.routing(kind)
     yield from _mesh(config_as_given, world_size)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
@@ -64,12 +66,13 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    yield from _drift(config)
     yield from _ends(config_as_given)
 
 
 def _names(config: Config) -> Broken:
     for key, name, known in (
-        ("moe.router", config.moe.router, ROUTERS),
+        *(("moe.router", name, ROUTERS) for name in (config.moe.router, *config.moe.router_by_layer)),
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
@@ -81,7 +84,9 @@ def _names(config: Config) -> Broken:
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
+    if config.data.corpus in ("files", "conversations", "datasets", "tokens") and not (
+        config.data.path or config.data.sources
+    ):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 
@@ -314,6 +319,22 @@ def _precision(config: Config) -> Broken:
         )
 
 
+def _drift(config: Config) -> Broken:
+    interval = config.training.routing_drift_interval
+    if interval and not moe_layers(config):
+        yield (
+            f"training.routing_drift_interval = {interval}, but no block has experts.",
+            "Set training.routing_drift_interval = 0.",
+        )
+    sizes = ("seq_len", "global_batch_size", "microbatch_size", "keep_batch_tokens")
+    if interval and any(getattr(stage, key) for stage in config.stages for key in sizes):
+        yield (
+            f"training.routing_drift_interval = {interval} compares one batch through the whole run, but a stage "
+            "changes its size.",
+            "Set training.routing_drift_interval = 0, or keep the sizes.",
+        )
+
+
 def _ends(config: Config) -> Broken:
     """What would begin after the run's end, or be read by nobody."""
     steps, warmup, profiling = config.training.steps, config.lr_scheduler.warmup_steps, config.profiling
@@ -339,5 +360,5 @@ def _ends(config: Config) -> Broken:
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (
                 f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
-                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+                f"Set data.corpus to files, conversations, datasets or tokens, or leave data.{key} empty.",
             )

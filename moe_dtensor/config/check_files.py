@@ -27,14 +27,18 @@ def check_files(config: Config) -> None:
             global batch whatever the tokenizer makes of it, or a module of one's own or a package that is not there.
     """
     _check_tokenizer(config.data.tokenizer)
+    template = os.path.expanduser(config.data.chat_template)
+    if template and not os.path.isfile(template):
+        raise ConfigError(f"data.chat_template: there is no file {template!r}.", "Name a file of Jinja.")
     for where, part in data_parts(config.data):
         for key in ("path", "validation_path"):
             path = getattr(part, key)
-            if path and part.corpus in ("files", "tokens"):
+            if path and part.corpus in ("files", "conversations", "tokens"):
                 files = _named_files(part.corpus, f"{where}.{key}", path)
                 for file in files:
                     _check_readable(f"{where}.{key}", file)
-                if where == "data" and (key == "path" or config.training.validation_interval):
+                sized = part.corpus != "conversations"  # a template adds what the files do not have
+                if sized and where == "data" and (key == "path" or config.training.validation_interval):
                     _check_size(config, f"{where}.{key}", files)
     _check_own_parts(config)
     _check_run_folder(config)
@@ -115,7 +119,7 @@ def _is_compressed(file: str) -> bool:
 def _check_own_parts(config: Config) -> None:
     """A package of one's own has to be there; what is in it is seen when it is imported, which needs torch."""
     for key, name in (
-        ("moe.router", config.moe.router),
+        *(("moe.router", name) for name in dict.fromkeys((config.moe.router, *config.moe.router_by_layer))),
         ("data.corpus", config.data.corpus),
         ("training.loss", config.training.loss),
     ):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.conversations import ConversationsCorpus
 from moe_dtensor.data.hub import DatasetsCorpus
 from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import Document
@@ -36,6 +37,7 @@ class Corpus(Protocol):
 BUILT_IN: dict[str, Callable[[Config, Tokenizer], Any]] = {
     "stdlib": StdlibCorpus,
     "files": FilesCorpus,
+    "conversations": ConversationsCorpus,
     "datasets": DatasetsCorpus,
     "tokens": TokensCorpus,
     "random": RandomCorpus,

@@ -16,7 +16,7 @@ _FREE_KEYS = {
     "moe": {"backend", "rows", "balance_loss", "balance_over", "z_loss", "bias_rate", "jitter"},
 }
 _FIXED_KEYS = {
-    "data": ("document_mask", "packing", "sources"),
+    "data": ("document_mask", "packing", "too_long", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 

@@ -319,6 +319,8 @@ def format_record(record: Record, steps: int) -> str:
         ("validation_loss", "validation {:.4f}"),
         ("grad_norm", "grad {:.2f}"),
         ("lr", "lr {:.1e}"),
+        ("trained_share", "trained {:.0%}"),
+        ("padding_share", "padding {:.1%}"),
         ("tokens_per_second", "{:,.0f} tok/s"),
         ("mfu", "MFU {:.1%}"),
         ("peak_memory_gib", "{:.2f} GiB"),

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     source = find_source(options.checkpoint, overrides, world_size)
     tokenizer, ends = load_tokenizer(source)
-    template = ChatTemplate(tokenizer_folder(source)) if options.chat else None
+    template = ChatTemplate(tokenizer_folder(source), source.config.data.chat_template) if options.chat else None
     ids = [_encode(prompt, template, tokenizer) for prompt in prompts]
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = start_ranks(source.config)
