@@ -15,6 +15,7 @@ from moe_dtensor.config.resolve import (
     SPLIT_BACKWARD,
     V_SCHEDULES,
     microbatches,
+    moe_kinds,
     moe_layers,
     num_stages,
     padded_vocab,
@@ -55,7 +56,8 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _model(config_as_given)
     yield from check_attention.attention(config)
     yield from check_experts.experts(config)
-    yield from check_experts.routing(config)
+    for kind in moe_kinds(config):
+        yield from check_experts.routing(kind)
     yield from _mesh(config_as_given, world_size)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
@@ -70,7 +72,7 @@ def _broken(config: Config, world_size: int) -> Broken:
 
 def _names(config: Config) -> Broken:
     for key, name, known in (
-        ("moe.router", config.moe.router, ROUTERS),
+        *(("moe.router", name, ROUTERS) for name in (config.moe.router, *config.moe.router_by_layer)),
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
@@ -92,7 +92,7 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
     tokens = training.global_batch_size * training.seq_len
-    routing = unpack(record_LR, tokens, trainer.config.moe.top_k)
+    routing = unpack(record_LR, tokens, _top_k(trainer))
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
     shares: dict[str, Tensor] = {}
@@ -100,6 +100,14 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
         padding = collectives.all_reduce(batch.padding_B.sum(), trainer.mesh["dp"])
         shares = {"trained_share": targets / tokens, "padding_share": padding / tokens}
     return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N, shares)
+
+
+def _top_k(trainer: Trainer) -> int | Tensor:
+    """K of every MoE block, or of each ``(L,)`` where they differ."""
+    config = trainer.config
+    if not config.moe.top_k_by_layer:
+        return config.moe.top_k
+    return torch.tensor([block_config(config, i).moe.top_k for i in sorted(moe_layers(config))], device=trainer.device)
 
 
 @torch.no_grad()

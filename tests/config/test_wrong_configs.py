@@ -64,6 +64,10 @@ WRONG = [
     # The model.
     ("--model.dim 100", "model.dim = 100 is not a multiple of model.num_heads = 8", "model.head_dim"),
     ("--model.head_dim 15", "model.head_dim = 15 is odd", "model.head_dim = 16"),
+    ("--moe.top_k 1,99", "moe.top_k = 99 is above moe.num_experts", "at most"),
+    ("--moe.top_k 0,2", "moe.top_k_by_layer has 0", "1 or more"),
+    ("--moe.router topk,sinkhornn", 'moe.router = "sinkhornn" is unknown', 'Did you mean "sinkhorn"?'),
+    ("--moe.top_k 1,2 --moe.router topk --moe.normalize_gates true", "with moe.top_k = 1: the one gate", "2 or more"),
     ("--model.norm_bias true", "model.norm_bias = true with model.norm = rmsnorm", "model.norm = layernorm"),
     ("--model.head_bias true --model.tie_embeddings true", "the embedding is the head", "Take one"),
     ("--model.rotary_dim 64", "model.rotary_dim = 64 is above model.head_dim = 24", "at most 24"),
