@@ -52,7 +52,7 @@ def find_native(path: str | Path) -> NativeFolder:
     else:
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, nor does a folder above it.", remedy)
     config = load(folder / CONFIG_FILE)
-    config = replace(config, mesh=replace(config.mesh, dp=1, pp=1, tp=1))
+    config = replace(config, mesh=replace(config.mesh, dp=1, pp=1, tp=1, dp_replicate=1, expert_ranks=0))
     if folder is path:
         checkpoints = path / config.checkpoint.folder
         steps = whole_steps(checkpoints)

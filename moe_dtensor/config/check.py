@@ -19,6 +19,8 @@ from moe_dtensor.config.resolve import (
     num_stages,
     padded_vocab,
     resolve,
+    shard_ranks,
+    shard_words,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
@@ -57,6 +59,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from check_experts.experts(config)
     yield from check_experts.routing(config)
     yield from _mesh(config_as_given, world_size)
+    yield from _levels(config)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
     yield from _async_tp(config)
@@ -126,6 +129,15 @@ def _mesh(config: Config, world_size: int) -> Broken:
         )
 
 
+def _levels(config: Config) -> Broken:
+    dp, copies = config.mesh.dp, config.mesh.dp_replicate
+    if dp % copies:
+        yield (
+            f"mesh.dp_replicate = {copies} does not divide mesh.dp = {dp} into groups.",
+            f"Set mesh.dp_replicate to a divisor of {dp}.",
+        )
+
+
 def _tensor_parallel(config: Config) -> Broken:
     model, moe, tp = config.model, config.moe, config.mesh.tp
     kv_heads = model.num_kv_heads
@@ -163,11 +175,12 @@ def _async_tp(config: Config) -> Broken:
 
 
 def _data_parallel(config: Config) -> Broken:
-    model, dp = config.model, config.mesh.dp
-    if model.dim % dp:
+    model = config.model
+    shards, over = shard_ranks(config), shard_words(config)
+    if model.dim % shards:
         yield (
-            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the width of weights.",
-            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",
+            f"model.dim = {model.dim} is not a multiple of {over}, along which FSDP cuts the width of weights.",
+            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // shards) * shards}.",
         )
 
 

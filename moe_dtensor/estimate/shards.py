@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from moe_dtensor.config.resolve import (
     GATED,
     block_norms,
+    expert_dp_ranks,
+    expert_groups,
+    expert_shards,
     microbatches,
     moe_layers,
     num_stages,
     padded_vocab,
+    shard_ranks,
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
@@ -97,6 +101,11 @@ def reductions(config: Config) -> int:
     return microbatches(config) if config.fsdp.accumulate == "sharded" else 1
 
 
+def copies_over_dp(config: Config, row: Row) -> int:
+    """dp ranks that hold the same part of a parameter."""
+    return expert_groups(config) // expert_shards(config) if row.on_dp else config.mesh.dp_replicate
+
+
 def summed_over_tp(config: Config, row: Row) -> bool:
     """Whether tp ranks hold a parameter alike and each sees a share of its gradient."""
     seen = row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel)
@@ -115,8 +124,11 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
 def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> Share:
     row = find_row(table, name)
     after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
-    local = _cut(after_tp, row.dp, config.mesh.dp)
-    return Share(name, shape, row, after_tp if row.fsdp else local, local)
+    if not row.on_dp:
+        return Share(name, shape, row, after_tp, _cut(after_tp, row.dp, shard_ranks(config)))
+    used = _cut(after_tp, row.dp, expert_dp_ranks(config))
+    local = used if row.groups is None else _cut(used, row.groups, expert_shards(config))
+    return Share(name, shape, row, used, local)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:

@@ -220,6 +220,7 @@ def show(plan: Plan, console: Console) -> None:
         row = folded.share.row
         on_tp = "-" if row.tp is None else f"dim {row.tp}"
         on_dp = f"dim {row.dp}" if row.fsdp else f"dim {row.dp}, not FSDP"
+        on_dp += f", dim {row.groups} across groups" if row.groups is not None else ""
         shape, local = _shape(folded.share.shape), _shape(folded.share.local)
         table.add_row(folded.pattern, str(folded.count), shape, on_dp, on_tp, local)
     console.print(table)
