@@ -21,6 +21,7 @@ from moe_dtensor.config.resolve import (
     resolve,
     shard_ranks,
     shard_words,
+    state_dtype,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
@@ -67,6 +68,8 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    if config.optimizer.state_dtype != "auto":
+        yield from _moments(config)
     yield from _ends(config_as_given)
 
 
@@ -318,6 +321,15 @@ def _precision(config: Config) -> Broken:
         yield (
             f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
             "Set moe.backend to auto or reference.",
+        )
+
+
+def _moments(config: Config) -> Broken:
+    # Rounded to nearest, a number of eight binary digits stays as it is where it changes by less than 2^-8 of itself.
+    if state_dtype(config) == "bfloat16" and config.optimizer.beta2 > 1 - 2**-8:
+        yield (
+            f"optimizer.beta2 = {config.optimizer.beta2} with second moments in bfloat16: they would never decay.",
+            "Set optimizer.beta2 to 0.996 or less, or optimizer.state_dtype = float32.",
         )
 
 

@@ -118,6 +118,12 @@ def block_norms(config: Config) -> tuple[str, ...]:
     return {"pre": pre, "post": post, "both": pre + post}[config.model.norm_at]
 
 
+def state_dtype(config: Config) -> str:
+    """dtype of the optimizer's moments."""
+    wanted = config.optimizer.state_dtype
+    return config.training.dtype if wanted == "auto" else wanted
+
+
 def shard_ranks(config: Config) -> int:
     """dp ranks over which FSDP shards: all, or those of a group under ``mesh.dp_replicate``."""
     return max(1, config.mesh.dp // config.mesh.dp_replicate)

@@ -220,6 +220,9 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay; not applied to norms, embeddings and router."""
+    state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype in which the two moments are kept; updates are computed in the wider of it and training.dtype. bfloat16
+    halves them. auto: training.dtype."""
 
 
 @dataclass(frozen=True)

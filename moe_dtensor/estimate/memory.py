@@ -10,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, shard_ranks, stage_layers, stream_width
+from moe_dtensor.config.resolve import (
+    microbatches,
+    moe_layers,
+    num_stages,
+    shard_ranks,
+    stage_layers,
+    state_dtype,
+    stream_width,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
@@ -109,7 +117,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     return Memory(
         weights=stored,
         gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
-        moments=2 * stored,
+        moments=2 * stored * BYTES[state_dtype(config)] // BYTES[training.dtype],
         compute_copy=_gathered(config, shares) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),

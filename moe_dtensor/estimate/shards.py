@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_dtensor.config.resolve import (
     GATED,
@@ -72,22 +73,27 @@ def all_shares(config: Config) -> list[Share]:
     return [share for stage in range(num_stages(config)) for share in stage_shares(config, stage)]
 
 
-def stage_shares(config: Config, stage: int) -> list[Share]:
+def stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
     """The parameters of one pipeline stage: embedding, blocks, norm and head, as far as it has them."""
+    return _stage_shares(config, stage)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
     dim, rows = config.model.dim, padded_vocab(config)
-    shapes: dict[str, Shape] = {}
-    if stage == 0:
-        shapes["tok_embeddings.weight"] = (rows, dim)
+    table, last = build_table(config), stage == num_stages(config) - 1
+    of_kind: dict[tuple[bool, bool], list[Share]] = {}
+    shares = [_shard_of(config, table, "tok_embeddings.weight", (rows, dim))] if stage == 0 else []
     for layer in stage_layers(config, stage):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _block(config, layer).items()}
-    if stage == num_stages(config) - 1:
-        shapes |= _norm(config, "norm")
-        if not config.model.tie_embeddings:
-            shapes["output.weight"] = (rows, dim)
-        if config.model.head_bias:
-            shapes["output.bias"] = (rows,)
-    table = build_table(config)
-    return [_shard_of(config, table, name, shape) for name, shape in shapes.items()]
+        kind = layer >= config.model.num_layers, layer in moe_layers(config)
+        if kind not in of_kind:
+            of_kind[kind] = [_shard_of(config, table, name, shape) for name, shape in _block(config, layer).items()]
+        shares += [replace(share, name=f"layers.{layer}.{share.name}") for share in of_kind[kind]]
+    if last:
+        shares.append(_shard_of(config, table, "norm.weight", (dim,)))
+    if last and not config.model.tie_embeddings:
+        shares.append(_shard_of(config, table, "output.weight", (rows, dim)))
+    return tuple(shares)
 
 
 def accumulates(config: Config) -> bool:

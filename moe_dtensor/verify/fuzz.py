@@ -55,6 +55,7 @@ LEFT_OUT = (
     ),
     *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
     *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
+    "optimizer.state_dtype",
 )
 VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_layers": (1, 2, 3, 4, 6),
