@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from moe_dtensor.config import check_attention, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
     FORCED,
@@ -15,6 +15,7 @@ from moe_dtensor.config.resolve import (
     SPLIT_BACKWARD,
     V_SCHEDULES,
     microbatches,
+    moe_kinds,
     moe_layers,
     num_stages,
     padded_vocab,
@@ -58,7 +59,8 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _model(config_as_given)
     yield from check_attention.attention(config)
     yield from check_experts.experts(config)
-    yield from check_experts.routing(config)
+    for kind in moe_kinds(config):
+        yield from check_experts.routing(kind)
     yield from _mesh(config_as_given, world_size)
     yield from _levels(config)
     yield from _tensor_parallel(config)
@@ -70,20 +72,27 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _precision(config)
     if config.optimizer.state_dtype != "auto":
         yield from _moments(config)
+    yield from _drift(config)
     yield from _ends(config_as_given)
 
 
 def _names(config: Config) -> Broken:
     for key, name, known in (
-        ("moe.router", config.moe.router, ROUTERS),
+        *(("moe.router", name, ROUTERS) for name in (config.moe.router, *config.moe.router_by_layer)),
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
-        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        if name in known:
+            continue
+        if names_object(name) and is_pythons_own(name):
+            yield f'{key} = "{name}" names a part of Python itself.', "Name a class or function of your own."
+        elif not names_object(name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
+    if config.data.corpus in ("files", "conversations", "datasets", "tokens") and not (
+        config.data.path or config.data.sources
+    ):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 
@@ -116,7 +125,9 @@ def _model(config: Config) -> Broken:
 
 def _mesh(config: Config, world_size: int) -> Broken:
     mesh = config.mesh
-    if mesh.dp == -1:
+    if world_size < 1:
+        yield f"there are {world_size} ranks.", "Start 1 or more."
+    elif mesh.dp == -1:
         if world_size % (mesh.pp * mesh.tp):
             inner = mesh.pp * mesh.tp
             yield (
@@ -333,6 +344,22 @@ def _moments(config: Config) -> Broken:
         )
 
 
+def _drift(config: Config) -> Broken:
+    interval = config.training.routing_drift_interval
+    if interval and not moe_layers(config):
+        yield (
+            f"training.routing_drift_interval = {interval}, but no block has experts.",
+            "Set training.routing_drift_interval = 0.",
+        )
+    sizes = ("seq_len", "global_batch_size", "microbatch_size", "keep_batch_tokens")
+    if interval and any(getattr(stage, key) for stage in config.stages for key in sizes):
+        yield (
+            f"training.routing_drift_interval = {interval} compares one batch through the whole run, but a stage "
+            "changes its size.",
+            "Set training.routing_drift_interval = 0, or keep the sizes.",
+        )
+
+
 def _ends(config: Config) -> Broken:
     """What would begin after the run's end, or be read by nobody."""
     steps, warmup, profiling = config.training.steps, config.lr_scheduler.warmup_steps, config.profiling
@@ -348,9 +375,15 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
+    for where, part in check_sources.data_parts(data):
+        if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
+            yield (
+                f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',
+                f"Leave {where}.revision empty.",
+            )
     for key in ("path", "validation_path"):
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (
                 f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
-                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+                f"Set data.corpus to files, conversations, datasets or tokens, or leave data.{key} empty.",
             )

@@ -35,6 +35,9 @@ def experts(config: Config) -> Broken:
             f"moe.top_k = {moe.top_k} is above moe.num_experts = {moe.num_experts}.",
             f"Set moe.top_k to at most {moe.num_experts}.",
         )
+    few = [k for k in moe.top_k_by_layer if k < 1]
+    if few:
+        yield f"moe.top_k_by_layer has {few[0]}, which is too small.", "Set moe.top_k to 1 or more in every block."
     wrong = [i for i in moe.layers if not 0 <= i < layers]
     if wrong:
         yield (

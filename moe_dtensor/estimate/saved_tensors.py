@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_dtensor.config.attention import head_widths
-from moe_dtensor.config.resolve import GATED, block_norms, expert_dp_ranks, expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import GATED, block_config, block_norms, expert_dp_ranks, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
@@ -62,6 +62,7 @@ def at_experts(config: Config, skewed: bool) -> AtExperts:
 
 def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int = 0) -> BlockBytes:
     """What block ``layer`` keeps and needs for one microbatch on a rank of a resolved config, its dispatch settled."""
+    config = block_config(config, layer)
     at = tokens(config)
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute

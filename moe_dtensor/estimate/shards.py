@@ -89,11 +89,12 @@ def _stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
         if kind not in of_kind:
             of_kind[kind] = [_shard_of(config, table, name, shape) for name, shape in _block(config, layer).items()]
         shares += [replace(share, name=f"layers.{layer}.{share.name}") for share in of_kind[kind]]
-    if last:
-        shares.append(_shard_of(config, table, "norm.weight", (dim,)))
+    ends: dict[str, Shape] = _norm(config, "norm") if last else {}
     if last and not config.model.tie_embeddings:
-        shares.append(_shard_of(config, table, "output.weight", (rows, dim)))
-    return tuple(shares)
+        ends["output.weight"] = (rows, dim)
+    if last and config.model.head_bias:
+        ends["output.bias"] = (rows,)
+    return (*shares, *(_shard_of(config, table, name, shape) for name, shape in ends.items()))
 
 
 def accumulates(config: Config) -> bool:

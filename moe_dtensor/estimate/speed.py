@@ -14,6 +14,7 @@ from typing import Literal
 
 from moe_dtensor.config.resolve import (
     GATED,
+    block_config,
     expert_dp_ranks,
     expert_ranks,
     expert_shards,
@@ -165,7 +166,7 @@ def _flops(config: Config) -> tuple[float, float]:
     """Of one token, recomputation included: outside of the experts, and in them, where thin products count as more."""
     model, moe = config.model, config.moe
     weights = (2 + (model.activation in GATED)) * moe.hidden_dim * model.dim if moe.num_experts else 0
-    experts = 6.0 * weights * moe.top_k * len(moe_layers(config))
+    experts = 6.0 * weights * sum(block_config(config, layer).moe.top_k for layer in moe_layers(config))
     dense = flops_per_token(config) - experts
     hidden = moe.hidden_dim / (config.mesh.tp if config.mesh.experts == "tp_hidden" else 1)
     experts *= (1 + THIN / hidden) / (1 + THIN / 512)

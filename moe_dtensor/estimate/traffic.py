@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import (
     FORCED,
+    block_config,
     expert_shards,
     microbatches,
     moe_layers,
@@ -99,7 +100,7 @@ def activation_bytes(config: Config, stages: tuple[int, ...]) -> dict[Axis, floa
     sent: dict[Axis, float] = {"dp": 0.0, "tp": 0.0, "dp_tp": 0.0}
     for stage in stages:
         for layer in stage_layers(config, stage):
-            for axis, size in passes(config, _block(config, layer in with_experts)):
+            for axis, size in passes(config, _block(block_config(config, layer), layer in with_experts)):
                 sent[axis] += size
     sent["tp"] += _ends(config, stages)
     return {axis: size * microbatches(config) for axis, size in sent.items()}
