@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from moe_dtensor.checkpoint.folder import Manifest, step_folder, whole_steps
-from moe_dtensor.checkpoint.storage import Reader, write_alone
+from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, write_alone
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
@@ -91,6 +91,16 @@ class NativeWeights:
     def bias_LE(self) -> Tensor:
         """Biases that the choice sees, of every MoE block; float32."""
         return self._read("balance.bias")
+
+    def read_all(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the checkpoint by table (model, optimizer, balance) and name."""
+        tables: dict[str, dict[str, Tensor]] = {}
+        for key, entry in self.entries.items():
+            table, _, name = key.partition(".")
+            tables.setdefault(table, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with alone():
+            dcp.load(tables, storage_reader=Reader(self.path), planner=TensorsPlanner(), no_dist=True)
+        return tables
 
     def _read(self, key: str) -> Tensor:
         entry = self.entries[key]

@@ -30,7 +30,7 @@ from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.watch import Watch
@@ -195,7 +195,7 @@ class Run:
             config = self.config
             self.folder.begin(self.step - 1)
             opened = build_sinks(config, self.folder.path, self.folder.run_id, self.step - 1)
-            self.sinks[:0] = opened
+            self.sinks[:0] = [Owner(self.folder.check_owner), *opened]
 
     def _finish(self) -> int:
         self._close()
