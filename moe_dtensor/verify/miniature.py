@@ -105,7 +105,11 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             # What is rounded on purpose is no error of a mesh.
             "optimizer.state_dtype": "auto",
             "checkpoint.enable": False,
+            "checkpoint.export_hf": False,
             "data.corpus": "random",
+            "data.path": "",
+            "data.validation_path": "",
+            "data.document_mask": resolve(config, 1).data.document_mask,
             "data.tokenizer": "bytes",
             "model.vocab_size": config.model.vocab_size or 261,
             # The oracle knows no way down.
