@@ -15,8 +15,7 @@ from moe_dtensor.checkpoint.hugging_face.convert import config_only
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.tables import all_fields, show
-from moe_dtensor.verify.cases import Layout
-from moe_dtensor.verify.miniature import shrink
+from moe_dtensor.verify.miniature import Layout, shrink
 from tests.data.chat_templates import save_tokenizer
 from tests.data.test_conversations import talks, write
 from tests.train.starts import Start
