@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_attention, check_experts, check_sources
+from moe_dtensor.config import check_attention, check_evaluation, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
@@ -65,6 +65,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _pipeline(config)
     yield from _precision(config)
     yield from _ends(config_as_given)
+    yield from check_evaluation.broken(config)
 
 
 def _names(config: Config) -> Broken:

@@ -32,6 +32,13 @@ def check_files(config: Config) -> None:
             for file in files:
                 _check_readable(f"data.{key}", file)
             _check_size(config, f"data.{key}", files)
+    for one in config.eval.sets:
+        place = os.path.expanduser(one.path)
+        if not os.path.exists(place) and not glob.glob(place, recursive=True):
+            raise ConfigError(
+                f"eval.sets.{one.name}.path = {one.path!r} matches no file (from {os.getcwd()!r}).",
+                "Set it to a file, a folder or a glob of texts.",
+            )
     _check_run_folder(config)
 
 

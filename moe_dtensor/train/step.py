@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
 from moe_dtensor.train.build import Trainer
+from moe_dtensor.train.metrics import Value
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,36 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N)
 
 
-@torch.no_grad()
+class Evaluated(NamedTuple):
+    """What batches gave in evaluation, over all ranks."""
+
+    loss: Tensor
+    """Summed over all targets, in nats; float64 scalar."""
+    targets: Tensor
+    load_LE: Tensor
+    """Copies sent to each expert of each MoE block."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Loss of a target."""
+        return self.loss / self.targets
+
+
 def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
-    """Mean loss of the target tokens of all ``batches``, routed as in evaluation; float64.
+    """Mean loss of the target tokens of all ``batches``, see :func:`evaluate_batches`; float64."""
+    return evaluate_batches(trainer, batches).mean
+
+
+@torch.no_grad()
+def evaluate_batches(trainer: Trainer, batches: Iterable[Batch]) -> Evaluated:
+    """Forward only, under every schedule, routed as in evaluation.
 
     Args:
         batches: of each global batch this dp rank's share.
     """
     for part in trainer.parts:
         part.eval()
+        part.records_evaluation = True
     loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     targets = torch.zeros_like(loss)
     for batch in batches:
@@ -108,9 +131,21 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
         targets += count_targets(trainer, batch)
     for part in trainer.parts:
         part.train()
+        part.records_evaluation = False
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
-    total = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
-    return total / targets
+    total, record_LR, *_ = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)
+    return Evaluated(total, targets, record_LR[:, : trainer.config.moe.num_experts])
+
+
+def load_metrics(prefix: str, load_LE: Tensor) -> dict[str, Value]:
+    """How evenly tokens were sent to the experts of each MoE block, ``(L,)`` each; nothing without experts."""
+    if not len(load_LE):
+        return {}
+    return {
+        f"{prefix}expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
+        f"{prefix}expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
+        f"{prefix}experts_without_tokens": (load_LE == 0).sum(1),
+    }
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
