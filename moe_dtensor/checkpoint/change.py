@@ -213,9 +213,13 @@ def _deviation(layer: int, before: Side, after: Side) -> float:
 
 
 def _write_config(hidden: Path, output: Path, config: Config, own_tokenizer: bool) -> None:
-    """Without what one rank alone made of it."""
+    """Without what one rank alone made of it, or follows from batch sizes that the next run will choose."""
+    training, group = config.training, config.moe.group_sequences
+    follows = training.validation_sequences == training.global_batch_size
     config = replace(
         config,
+        moe=replace(config.moe, group_sequences=0 if group == training.microbatch_size else group),
+        training=replace(training, validation_sequences=0 if follows else training.validation_sequences),
         run=replace(config.run, folder=str(output), fresh=False),
         mesh=replace(config.mesh, dp=-1, pp=1, tp=1),
         pipeline=replace(config.pipeline, stages_per_rank=0),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from moe_dtensor.config import check_attention, check_evaluation, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
     FORCED,
@@ -64,6 +64,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    yield from _drift(config)
     yield from _ends(config_as_given)
     yield from check_evaluation.broken(config)
 
@@ -74,11 +75,17 @@ def _names(config: Config) -> Broken:
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
-        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        if name in known:
+            continue
+        if names_object(name) and is_pythons_own(name):
+            yield f'{key} = "{name}" names a part of Python itself.', "Name a class or function of your own."
+        elif not names_object(name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
+    if config.data.corpus in ("files", "conversations", "datasets", "tokens") and not (
+        config.data.path or config.data.sources
+    ):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 
@@ -111,7 +118,9 @@ def _model(config: Config) -> Broken:
 
 def _mesh(config: Config, world_size: int) -> Broken:
     mesh = config.mesh
-    if mesh.dp == -1:
+    if world_size < 1:
+        yield f"there are {world_size} ranks.", "Start 1 or more."
+    elif mesh.dp == -1:
         if world_size % (mesh.pp * mesh.tp):
             inner = mesh.pp * mesh.tp
             yield (
@@ -309,6 +318,22 @@ def _precision(config: Config) -> Broken:
         )
 
 
+def _drift(config: Config) -> Broken:
+    interval = config.training.routing_drift_interval
+    if interval and not moe_layers(config):
+        yield (
+            f"training.routing_drift_interval = {interval}, but no block has experts.",
+            "Set training.routing_drift_interval = 0.",
+        )
+    sizes = ("seq_len", "global_batch_size", "microbatch_size", "keep_batch_tokens")
+    if interval and any(getattr(stage, key) for stage in config.stages for key in sizes):
+        yield (
+            f"training.routing_drift_interval = {interval} compares one batch through the whole run, but a stage "
+            "changes its size.",
+            "Set training.routing_drift_interval = 0, or keep the sizes.",
+        )
+
+
 def _ends(config: Config) -> Broken:
     """What would begin after the run's end, or be read by nobody."""
     steps, warmup, profiling = config.training.steps, config.lr_scheduler.warmup_steps, config.profiling
@@ -324,9 +349,15 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
+    for where, part in check_sources.data_parts(data):
+        if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
+            yield (
+                f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',
+                f"Leave {where}.revision empty.",
+            )
     for key in ("path", "validation_path"):
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (
                 f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
-                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+                f"Set data.corpus to files, conversations, datasets or tokens, or leave data.{key} empty.",
             )

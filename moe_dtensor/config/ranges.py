@@ -62,6 +62,8 @@ MINIMUM: dict[str, float] = {
     "eval.interval": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.router_lr": 0,
+    "training.routing_drift_interval": 0,
     "lr_scheduler.warmup_steps": 0,
     "checkpoint.interval": 1,
     "checkpoint.keep_last": 0,

@@ -55,8 +55,14 @@ def resolve(config: Config, world_size: int) -> Config:
         mesh=replace(mesh, dp=dp),
         pipeline=replace(config.pipeline, stages_per_rank=stages_per_rank(config)),
         fsdp=replace(config.fsdp, reshard_after_forward=reshard),
+        data=replace(config.data, document_mask=config.data.document_mask or has_conversations(config)),
         training=replace(training, validation_sequences=training.validation_sequences or training.global_batch_size),
     )
+
+
+def has_conversations(config: Config) -> bool:
+    """Whether the run reads conversations, be it as one of several sources."""
+    return "conversations" in {config.data.corpus, *(source.corpus for source in config.data.sources)}
 
 
 def _score(config: Config) -> Literal["softmax", "sigmoid"]:

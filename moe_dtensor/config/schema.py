@@ -95,6 +95,8 @@ class Source:
     """As data.text_key. Empty: that one."""
     split: str = ""
     """As data.split. Empty: that one."""
+    revision: str = ""
+    """As data.revision, of this source."""
     weight: float = 0.0
     """Share of the sequences, against the other sources' weights."""
     tokens: int = 0
@@ -108,28 +110,37 @@ class Data:
     """Where the tokens come from."""
 
     corpus: str = "stdlib"
-    """stdlib (the Python standard library's source), files (text, JSON lines, tables: by content), datasets (local or
+    """stdlib (the Python standard library's source), files (text, JSON lines, tables: by content), conversations
+    (records with messages, or prompt and completion, of which the assistant's tokens are trained), datasets (local or
     hub, read as training goes), tokens (memory-mapped), random, or your own ``package.module:Name``."""
     path: str = ""
-    """files and tokens: a file, a folder or a glob; datasets: a file, a folder or a hub name."""
+    """files, conversations and tokens: a file, a folder or a glob; datasets: a file, a folder or a hub name."""
     validation_path: str = ""
     """The same for validation. Empty: a part of ``path`` is held out."""
     text_key: str = "text"
-    """Field that holds the text in .jsonl files and datasets."""
+    """Field that holds the text in .jsonl files and datasets; of conversations the field of their messages, if it is
+    not messages."""
     split: str = "train"
     """Split of a ``datasets`` name."""
+    revision: str = ""
+    """Commit, branch or tag of a hub name. Empty: the newest when the run begins, which the run then keeps."""
     tokenizer: str = "bytes"
     """bytes (256 byte values and an end token), or the path of a Hugging Face ``tokenizer.json``
     (or a folder that has one)."""
+    chat_template: str = ""
+    """File of the Jinja template that makes text of conversations. Empty: the tokenizer's own."""
+    too_long: Literal["refuse", "cut", "drop"] = "refuse"
+    """What becomes of a conversation that is longer than a sequence: the run is refused, its end is cut off, or it is
+    left out. How many is told at the start."""
     max_bad_records: float = 0.0
     """Share of records that may be skipped because they hold no text (broken JSON, a null); each is counted, the first
     are shown with file and line. 0: the first one ends the run."""
     document_mask: bool = False
-    """Keep attention inside a document and restart positions at its start."""
+    """Keep attention inside a document and restart positions at its start. Always so with conversations."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """How documents fill sequences. concatenate: one after the other, cut where a sequence ends. best_fit: whole
     documents, each where it fits best, the rest filled up (arXiv:2404.10830); needs document_mask and a finite
-    corpus."""
+    corpus. Conversations are always packed whole."""
     sources: tuple[Source, ...] = ()
     """Several sources instead of ``corpus`` and ``path``: ``[[data.sources]]``."""
 
@@ -212,6 +223,9 @@ class Training:
     """dtype in which gradients are summed."""
     deterministic: bool = False
     """Allow only algorithms that torch promises to repeat bit for bit on the same mesh, on GPUs too."""
+    routing_drift_interval: int = 0
+    """Steps between measurements of how far routing has moved since the run's first step: routing_drift, the share of
+    the first batch's tokens that go to another set of experts. 0: never."""
     validation_interval: int = 0
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
@@ -238,6 +252,9 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay; not applied to norms, embeddings and router."""
+    router_lr: float = 1.0
+    """Multiply the learning rate of routers by this, in fine-tuning. 0: they are frozen, and no part of the gradient
+    norm. moe.bias_rate has a rate of its own."""
 
 
 @dataclass(frozen=True)

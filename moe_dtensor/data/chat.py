@@ -6,6 +6,7 @@ A template is somebody else's program: it runs in jinja2's sandbox, with what tr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ class ChatTemplate:
     def __init__(self, folder: Path | None, file: str = "", now: datetime | None = None) -> None:
         self.place = str(file or folder)
         settings = _read_settings(folder) if folder is not None else {}
-        text = _read_text(Path(file).expanduser()) if file else _find_text(folder, settings)
+        text = _read_text(Path(os.path.expanduser(file))) if file else _find_text(folder, settings)
         if text is None:
             raise ConfigError(
                 f"{folder or 'The tokenizer of bytes'} has no chat template (chat_template.jinja, or chat_template in "
@@ -102,7 +103,7 @@ class ChatTemplate:
 
 def template_folder(tokenizer: str) -> Path | None:
     """Where the template of ``data.tokenizer`` lies; None for bytes."""
-    place = Path(tokenizer).expanduser()
+    place = Path(os.path.expanduser(tokenizer))
     return None if tokenizer == "bytes" else place if place.is_dir() else place.parent
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_dtensor.data.other_hosts import OtherHosts, other_hosts
+from moe_dtensor.data.private import make_private
 
 KEPT = 16  # chunks of its own that a rank leaves for the others
 PATIENCE = 20.0  # seconds after which a rank tokenises a chunk of another itself
@@ -47,7 +48,10 @@ class HostChunks:
             for old in root.glob(f"moe_dtensor-{os.getuid()}-*"):
                 if not Path("/proc", old.name.split("-")[2]).exists():  # of a run that was killed
                     shutil.rmtree(old, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)
+            try:
+                make_private(self.folder)
+            except OSError:  # of somebody else: no rank of this user shares anything there
+                self.folder = None
 
     def get(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """The chunk of a key; ``make`` tokenises it."""

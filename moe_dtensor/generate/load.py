@@ -101,7 +101,7 @@ def load_model(source: Source, device: torch.device) -> Model:
     """Build and fill the model on all ranks together."""
     config = resolve(source.config, dist.get_world_size())
     mesh = build_mesh(config, device)
-    (part,) = build_parts(config, mesh, device)
+    (part,) = build_parts(config, mesh, device, trains=False)
     balance = BalanceState(config, [part], device)
     load_weights([part], balance, config, source.weights)
     return Model(part.eval(), config, mesh, device)

@@ -15,10 +15,13 @@ from moe_dtensor.parallel.fsdp import apply_fsdp
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 
 
-def build_parts(config: Config, mesh: DeviceMesh, device: torch.device) -> list[Transformer]:
+def build_parts(config: Config, mesh: DeviceMesh, device: torch.device, *, trains: bool = True) -> list[Transformer]:
     """The model parts (pipeline stages) of this rank, parallel and initialised.
 
     Built on meta, so that no rank ever holds more than its own share.
+
+    Args:
+        trains: False: it is never to have gradients, and is left out of FSDP where FSDP would have nothing to do.
     """
     parts = []
     for stage in rank_stages(config, mesh["pp"].get_local_rank()):
@@ -27,7 +30,7 @@ def build_parts(config: Config, mesh: DeviceMesh, device: torch.device) -> list[
                 config, stage_layers(config, stage), first=stage == 0, last=stage == num_stages(config) - 1
             )
         part.to(getattr(torch, config.training.dtype))
-        parallelize(part, config, mesh)
+        parallelize(part, config, mesh, trains=trains)
         part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
         init_weights(part, config)
         if config.mesh.experts in ("dp", "dp_tp"):
@@ -36,7 +39,7 @@ def build_parts(config: Config, mesh: DeviceMesh, device: torch.device) -> list[
     return parts
 
 
-def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
+def parallelize(part: Transformer, config: Config, mesh: DeviceMesh, *, trains: bool = True) -> None:
     """tp and experts, then recomputation, then compilation, then FSDP around all of it."""
     shard_parameters(part, config, mesh)
     install_collectives(part, config, mesh)
@@ -48,4 +51,6 @@ def parallelize(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     else:
         apply_recompute(part, config)
         apply_compile(part, config, mesh["tp"])
-    apply_fsdp(part, config, mesh["dp"])
+    casts = config.training.dtype != config.training.param_dtype
+    if trains or casts or config.fsdp.cpu_offload or mesh["dp"].size() > 1:
+        apply_fsdp(part, config, mesh["dp"])

@@ -7,7 +7,9 @@ the tokens before a split layer and sum the partial results after it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +159,19 @@ def build_token_loss(config: Config, tp: DeviceMesh) -> TokenLoss:
     name = config.training.loss
     if name == "cross_entropy":
         return functools.partial(_vocab_parallel_cross_entropy, vocab_size=config.model.vocab_size, tp=tp)
-    loss = load_object("training.loss", name)
+    loss = load_object("training.loss", name, _is_loss, "a function of (logits, labels)")
     return functools.partial(_gathered_loss, loss=loss, vocab_size=config.model.vocab_size, tp=tp)
+
+
+def _is_loss(found: Any) -> bool:
+    """Whether an object can be called with logits and labels, and is no class and nothing built in."""
+    if isinstance(found, type) or inspect.isbuiltin(found) or not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, tp: DeviceMesh) -> Tensor:

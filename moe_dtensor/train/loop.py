@@ -12,27 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
 from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.data.prefetch import Prefetcher
+from moe_dtensor.data.revisions import pin_revisions, reads_hub
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.drift import RoutingDrift
 from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.held_out import HeldOut, build_held_out
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
-from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
+from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, load_metrics, to_device, train_step
 from moe_dtensor.train.watch import Watch
-from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
+from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
 
 def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
@@ -42,9 +45,12 @@ def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
         Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
     config = resolve(given, ranks.world_size)
-    ranks.agree(lambda: check_sinks(config))
     watch = Watch(ranks, config.comm.timeout_seconds)
     device = start_ranks(config, ranks)
+
+    if reads_hub(config):
+        given = ranks.agree(lambda: on_rank_0(lambda: pin_revisions(given, kept_revisions(config))))
+        config = resolve(given, ranks.world_size)
 
     def read() -> tuple[Corpus, Config, str]:
         corpus = build_corpus(config)
@@ -104,10 +110,14 @@ class Run:
             Identity(folder.run_id, folder.run["data"], folder.start_id, folder.check_owner),
             self._warn,
         )
+        self.drift: RoutingDrift | None = None
+        if config.training.routing_drift_interval:
+            load_initial(self.trainer, config)
+            self.drift = RoutingDrift(self.trainer, self.loader)
         resumes = config.checkpoint.enable and folder.state == "unfinished"
         self.step = (self.checkpoints.load_latest() or 0) if resumes else 0
-        if config.checkpoint.initial and self.step == 0:
-            load_initial(self.trainer, open_initial(config))
+        if self.drift is None and self.step == 0:
+            load_initial(self.trainer, config)
         self.is_rank_0 = dist.get_rank() == 0
         self.profiler = Profiler(config.profiling, folder.path, dist.get_rank())
         self.display: Display | None = None
@@ -248,6 +258,7 @@ class Run:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
         values["data_wait_seconds"] = self.batches.wait_seconds
         values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
+        values |= result.token_shares
         if result.source_loss_N is not None:
             values["source_loss"] = result.source_loss_N
             values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
@@ -255,6 +266,9 @@ class Run:
             values |= routing_metrics(self.config, result)
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
+        if self.drift is not None and self.step % self.config.training.routing_drift_interval == 0:
+            with self.meter.paused():
+                values["routing_drift"] = self.drift.measure(self.trainer)
         if self.held_out.is_due(self.step):
             with self.meter.paused():
                 values |= self.held_out.measure(self.trainer, self.step)

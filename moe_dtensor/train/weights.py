@@ -40,9 +40,10 @@ def open_initial(config: Config) -> HuggingFaceSource | NativeFolder:
     return source
 
 
-def load_initial(trainer: Trainer, source: HuggingFaceSource | NativeFolder) -> None:
-    """Fill a trainer's parameters and biases."""
-    load_weights(trainer.parts, trainer.balance, trainer.config, source)
+def load_initial(trainer: Trainer, config: Config) -> None:
+    """Fill a trainer's parameters and biases from ``checkpoint.initial``, if there is one."""
+    if config.checkpoint.initial:
+        load_weights(trainer.parts, trainer.balance, trainer.config, open_initial(config))
 
 
 def check_weights(config: Config) -> None:

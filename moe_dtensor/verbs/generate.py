@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_dtensor.config.command_line import split_overrides
+from moe_dtensor.config.command_line import read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     own, overrides = split_overrides(argv)
     options = _parse(own)
     prompts = _prompts(options)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size(1)
 
     from moe_dtensor.data.chat import ChatTemplate
     from moe_dtensor.generate.batch import complete
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     source = find_source(options.checkpoint, overrides, world_size)
     tokenizer, ends = load_tokenizer(source)
-    template = ChatTemplate(tokenizer_folder(source)) if options.chat else None
+    template = ChatTemplate(tokenizer_folder(source), source.config.data.chat_template) if options.chat else None
     ids = [_encode(prompt, template, tokenizer) for prompt in prompts]
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = start_ranks(source.config)

@@ -97,6 +97,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer.beta2": (0.0, 0.5, 0.999),
     "optimizer.eps": (1e-8, 1e-4),
     "optimizer.weight_decay": (0.0, 0.1, 4.0),
+    "optimizer.router_lr": (0.0, 0.1),
     "lr_scheduler.warmup_steps": (0, 2, 4),
 }
 TOGETHER = (

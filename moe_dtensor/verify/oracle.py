@@ -99,6 +99,8 @@ def steps(
         model = Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
+        if config.optimizer.router_lr == 0:
+            gradients |= {n: torch.zeros_like(g) for n, g in gradients.items() if ".router." in n}
         norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
         if number not in skipped:
             adamw.step(gradients, norm, learning_rate(config, number))
@@ -203,7 +205,8 @@ class AdamW:
             m = self.first[name] / (1 - optimizer.beta1**self.steps)
             v = self.second[name] / (1 - optimizer.beta2**self.steps)
             kept = 1.0 if _undecayed(name) else 1.0 - lr * optimizer.weight_decay
-            self.parameters[name] = value * kept - lr * m / (v.sqrt() + optimizer.eps)
+            rate = lr * (optimizer.router_lr if ".router." in name else 1.0)
+            self.parameters[name] = value * kept - rate * m / (v.sqrt() + optimizer.eps)
 
 
 def learning_rate(config: Config, step: int) -> float:

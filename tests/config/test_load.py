@@ -10,6 +10,7 @@ import pytest
 from moe_dtensor.config.build import build, override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser, split_overrides
+from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump, load
 from moe_dtensor.config.reference import markdown
 from moe_dtensor.config.resolve import resolve
@@ -121,3 +122,12 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.dim = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", ["moe.router", "data.corpus", "training.loss"])
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "shutil:rmtree", "builtins:eval"])
+def test_a_part_of_python_is_no_part_of_ones_own(key: str, name: str) -> None:
+    """A TOML could have any attribute of any module called."""
+    config = load("tests/config/plain.toml", {key: name})
+    with pytest.raises(ConfigError, match=f'{key} = "{name}" names a part of Python itself'):
+        check(config, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,3 +86,22 @@ TEMPLATES = {
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 END = {"chatml": "<|im_end|>", "thinking": "<|im_end|>"}
 """The end token of who has not </s>."""
+
+
+def save_tokenizer(folder: Path, name: str, vocab_size: int = 384) -> Path:
+    """A byte-level tokenizer of its own with one of the templates, as transformers loads it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["How old is the sun and the moon? number yes one two three"] * 20, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": END.get(name, "</s>")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATES[name]}))
+    return folder

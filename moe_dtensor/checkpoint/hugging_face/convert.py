@@ -128,6 +128,8 @@ class Export:
         """Index, tokenizer, config.json."""
         self.plan.write_index(folder)
         tokens = write_tokenizer(self.config.data.tokenizer, self.config.model.vocab_size, folder)
+        if self.config.data.chat_template:
+            shutil.copyfile(Path(self.config.data.chat_template).expanduser(), folder / "chat_template.jinja")
         write_json(folder / "config.json", self.config_json | tokens)
 
 
