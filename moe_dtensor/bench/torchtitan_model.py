@@ -44,6 +44,8 @@ def check_peer(name: str, config: Config, world_size: int) -> None:
         "model.embedding_scale": (model.embedding_scale, 1.0),
         "model.residual_scale": (model.residual_scale, 1.0),
         "model.logit_scale": (model.logit_scale, 1.0),
+        "moe.top_k_by_layer": (moe.top_k_by_layer, ()),
+        "moe.router_by_layer": (moe.router_by_layer, ()),
         "moe.shared_gate": (moe.shared_gate, False),
         "moe.shared_hidden_dim": (moe.shared_hidden_dim, moe.num_shared_experts * moe.hidden_dim),
         "moe.router_bias": (moe.router_bias, False),

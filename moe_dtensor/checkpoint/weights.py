@@ -51,8 +51,9 @@ def _load_native(balance: BalanceState, params: Mapping[str, Tensor], source: Na
         head = tensors.get("output.weight")
         _load(source.checkpoint, {} if head is None else {"tok_embeddings.weight": head})
     bias_LE = weights.bias_LE()
-    if bias_LE.shape == balance.bias_LE.shape:
-        balance.bias_LE.copy_(bias_LE)
+    rows = len(balance.bias_LE)
+    if bias_LE[:rows].shape == balance.bias_LE.shape:  # a folder may have those of multi-token prediction beside
+        balance.bias_LE.copy_(bias_LE[:rows])
 
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

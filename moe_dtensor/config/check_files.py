@@ -126,7 +126,7 @@ def _is_compressed(file: str) -> bool:
 def _check_own_parts(config: Config) -> None:
     """A package of one's own has to be there; what is in it is seen when it is imported, which needs torch."""
     for key, name in (
-        ("moe.router", config.moe.router),
+        *(("moe.router", name) for name in dict.fromkeys((config.moe.router, *config.moe.router_by_layer))),
         ("data.corpus", config.data.corpus),
         ("training.loss", config.training.loss),
     ):

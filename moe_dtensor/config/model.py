@@ -145,7 +145,9 @@ class Moe:
     """Experts E in an MoE block; a multiple of the ranks that mesh.experts spreads them over. 0: no MoE block, a dense
     model."""
     top_k: int = 2
-    """Experts K that each token is sent to."""
+    """Experts K that each token is sent to. A list sets top_k_by_layer, and this to its largest."""
+    top_k_by_layer: tuple[int, ...] = ()
+    """Experts K by block: a pattern that is repeated over the blocks, dense ones counted too. Empty: top_k in all."""
     hidden_dim: int = 512
     """Hidden width F of one expert."""
     every: int = 1
@@ -162,6 +164,9 @@ class Moe:
     """How experts are chosen in training: sinkhorn, topk, expert_choice (each expert takes the tokens that score
     highest for it), your own ``package.module:Name``, or forced, for benchmarks: hash (by the token's id), uniform,
     zipf (by chance, skewed by 1/rank)."""
+    router_by_layer: tuple[str, ...] = ()
+    """How experts are chosen by block, a pattern like top_k_by_layer. A list given for router sets this, and router to
+    its first. Empty: router in all."""
     group_sequences: int = 0
     """Consecutive sequences that form a routing group (what Sinkhorn balances over, what experts choose from, what a
     capacity counts); must divide the microbatch. 0: the microbatch."""

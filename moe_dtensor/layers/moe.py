@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
+from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD, block_config
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
@@ -94,6 +94,7 @@ class MoE(Layer):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
+        config = block_config(config, layer)
         moe = config.moe
         self.router = Router(config, layer)
         self.experts = Experts(config)

@@ -17,7 +17,8 @@ from moe_dtensor.evaluate.score import Request
 from moe_dtensor.evaluate.text import TextResult, prepare_text, read_text
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.metrics import Value
-from moe_dtensor.train.step import evaluate_batches, load_metrics, to_device
+from moe_dtensor.train.routing import load_metrics
+from moe_dtensor.train.step import evaluate_batches, to_device
 
 
 @dataclass(frozen=True)

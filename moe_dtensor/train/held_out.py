@@ -9,8 +9,9 @@ from moe_dtensor.data import Corpus, Loader
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.evaluation import Evaluation
 from moe_dtensor.train.metrics import Value
+from moe_dtensor.train.routing import load_metrics
 from moe_dtensor.train.samples import Samples
-from moe_dtensor.train.step import evaluate_batches, load_metrics, read_batch
+from moe_dtensor.train.step import evaluate_batches, read_batch
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
 from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
-from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
+from moe_dtensor.config.resolve import moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
@@ -29,11 +29,12 @@ from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
+from moe_dtensor.train.routing import routing_metrics, routing_notice
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
-from moe_dtensor.train.step import StepResult, load_metrics, to_device, train_step
+from moe_dtensor.train.step import StepResult, to_device, train_step
 from moe_dtensor.train.watch import Watch
 from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
@@ -195,7 +196,7 @@ class Run:
             config = self.config
             self.folder.begin(self.step - 1)
             opened = build_sinks(config, self.folder.path, self.folder.run_id, self.step - 1)
-            self.sinks[:0] = opened
+            self.sinks[:0] = [Owner(self.folder.check_owner), *opened]
 
     def _finish(self) -> int:
         self._close()
@@ -350,37 +351,6 @@ def names_of_entries(config: Config) -> dict[str, list[str]]:
     """Of values with an entry for each source or text."""
     sources, sets = [s.name for s in config.data.sources], [s.name for s in config.eval.sets]
     return {"source_loss": sources, "source_tokens": sources, "eval_loss": sets, "eval_bits_per_byte": sets}
-
-
-def routing_notice(config: Config) -> str:
-    """What has to be known of a router before its numbers are believed; empty if nothing."""
-    moe = config.moe
-    if moe.num_experts and moe.router == "expert_choice":
-        return (
-            "moe.router = expert_choice: experts choose among the tokens of a whole routing group, later ones too, so "
-            "the training loss may profit from what a generating model cannot know. Validation takes plain top-k."
-        )
-    if moe.num_experts and moe.router in FORCED:
-        return f"moe.router = {moe.router} is forced: it looks at no token's vector, in validation neither."
-    return ""
-
-
-def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
-    """Diagnostics of the MoE blocks by name, ``(L,)`` each; those of what is switched off are left out. A forced
-    router is named in every record."""
-    load_LE, means = result.routing
-    off = {
-        "balance_loss": config.moe.balance_loss == 0,
-        "dropped": config.moe.capacity_factor == 0,
-        "differs_from_top_k": config.moe.router in ("topk", *FORCED),
-        "sinkhorn_error": config.moe.router != "sinkhorn",
-    }
-    label: dict[str, Value] = {"forced_router": config.moe.router} if config.moe.router in FORCED else {}
-    return label | {
-        **load_metrics("", load_LE),
-        "expert_load_churn": result.churn_L,
-        **{name: mean_L for name, mean_L in means.items() if not off.get(name)},
-    }
 
 
 def _say(message: str) -> None:

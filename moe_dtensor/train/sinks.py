@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
@@ -35,6 +35,24 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write what is buffered."""
+
+
+class Owner:
+    """Writes nothing; before the sinks that do, it sees that this process still holds the run.
+
+    Args:
+        check: raises where it does not.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def log(self, record: Record) -> None:
+        """Raise if another process has taken the run over."""
+        self._check()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class JsonLines:
@@ -316,6 +334,8 @@ def format_record(record: Record, steps: int) -> str:
     loads = record.get("expert_load_max_over_mean")
     if loads:
         parts.append(f"load {max(loads.values()):.2f}")
+    if drifts := [share for share in record.get("routing_drift", {}).values() if not math.isnan(share)]:
+        parts.append(f"drift {max(drifts):.1%}")
     if "forced_router" in record:
         parts.append(f"router {record['forced_router']} (forced)")
     return "  ".join(parts)

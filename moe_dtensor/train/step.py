@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
 from moe_dtensor.train.build import Trainer
-from moe_dtensor.train.metrics import Value
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
     tokens = training.global_batch_size * training.seq_len
-    routing = unpack(record_LR, tokens, trainer.config.moe.top_k)
+    routing = unpack(record_LR, tokens, _top_k(trainer))
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
     shares: dict[str, Tensor] = {}
@@ -102,6 +101,14 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
         padding = collectives.all_reduce(batch.padding_B.sum(), trainer.mesh["dp"])
         shares = {"trained_share": targets / tokens, "padding_share": padding / tokens}
     return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N, shares)
+
+
+def _top_k(trainer: Trainer) -> int | Tensor:
+    """K of every MoE block, or of each ``(L,)`` where they differ."""
+    config = trainer.config
+    if not config.moe.top_k_by_layer:
+        return config.moe.top_k
+    return torch.tensor([block_config(config, i).moe.top_k for i in sorted(moe_layers(config))], device=trainer.device)
 
 
 class Evaluated(NamedTuple):
@@ -145,17 +152,6 @@ def evaluate_batches(trainer: Trainer, batches: Iterable[Batch]) -> Evaluated:
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
     total, record_LR, *_ = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)
     return Evaluated(total, targets, record_LR[:, : trainer.config.moe.num_experts])
-
-
-def load_metrics(prefix: str, load_LE: Tensor) -> dict[str, Value]:
-    """How evenly tokens were sent to the experts of each MoE block, ``(L,)`` each; nothing without experts."""
-    if not len(load_LE):
-        return {}
-    return {
-        f"{prefix}expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
-        f"{prefix}expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
-        f"{prefix}experts_without_tokens": (load_LE == 0).sum(1),
-    }
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,16 +99,19 @@ def steps(
         model = Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-        if config.optimizer.router_lr == 0:
-            gradients |= {n: torch.zeros_like(g) for n, g in gradients.items() if ".router." in n}
-        norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
+        frozen = {n for n in gradients if config.optimizer.router_lr == 0 and ".router." in n}
+        used = {n: torch.zeros_like(g) if n in frozen else g for n, g in gradients.items()}
+        norm = math.inf if number in skipped else gradient_norm(used, config.training.norm_type)
         if number not in skipped:
-            adamw.step(gradients, norm, learning_rate(config, number))
+            adamw.step(used, norm, learning_rate(config, number))
         load = {
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()
         }
-        means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
+        means = {
+            i: _means(of_block(config, i), routed) | {"churn": balance[i].churn(load[i])}
+            for i, routed in model.routed.items()
+        }
         rate = 0.0 if number in skipped else config.moe.bias_rate
         balance = {i: balance[i].after(rate, load[i]) for i in balance}
         validation: float | None = None
@@ -170,6 +173,14 @@ def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
     tokens = sum(len(r.chosen_TK) for r in routed)
     means = {name: sum(r.sums[name] for r in routed) / tokens for name in routed[0].sums}
     return means | {"dropped": means["dropped"] / config.moe.top_k}
+
+
+def of_block(config: Config, layer: int) -> Config:
+    """The config with the number of choices and the router of one block."""
+    moe, last = config.moe, config.model.num_layers - 1
+    numbers, names = moe.top_k_by_layer or [moe.top_k], moe.router_by_layer or [moe.router]
+    at = layer if layer < last else last
+    return replace(config, moe=replace(moe, top_k=numbers[at % len(numbers)], router=names[at % len(names)]))
 
 
 def _lists(chosen_TK: Tensor) -> list[list[int]]:
@@ -329,13 +340,13 @@ class Transformer:
         return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T + biases["output_bias"]
 
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
-        prefix = f"layers.{layer}.moe."
+        prefix, config = f"layers.{layer}.moe.", of_block(self.config, layer)
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
         seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
         if self.config.moe.router_bias:
             logits_TE = logits_TE + self.weights[prefix + "router.logit_bias"]
-        routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
+        routed = route(config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]

@@ -44,7 +44,7 @@ class Scene:
     def wait_for_step(self, started: Callable[[], bool]) -> int:
         """A step on the way, drawn by chance, once it is taken; or 0 if the run ended first."""
         first = max(saved(self.folder), default=0)
-        wanted = self.chance.randint(first + 1, STEPS - 2) if first < STEPS - 2 else STEPS - 1
+        wanted = self.chance.randint(first + 1, max(first + 1, min(first + 8, STEPS - 2)))
         inside = self.chance.random() < 0.5
         if inside:  # while the checkpoint of the next interval is written
             wanted = min(-(-wanted // INTERVAL) * INTERVAL, STEPS)

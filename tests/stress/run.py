@@ -2,7 +2,7 @@
 
     python tests/stress/run.py --rounds 20 --seed 0 --json OUT
 
-A round is one run: two faults, drawn from a deck by the seed, then a last start that ends it; half of the runs change
+A round is one run: three faults, drawn from a deck by the seed, then a last start that ends it; half of the runs change
 their mesh once. Every loss and norm has to equal, bit for bit, that of a run that nothing happened to, and that
 changed its mesh at the same step. Runs lie on a small disk of their own (a tmpfs where one may be mounted, which takes
 root), so that it can be filled.
@@ -56,7 +56,7 @@ def main() -> int:
         for number in range(options.rounds):
             if options.minutes and time.monotonic() - begin > 60 * options.minutes:
                 break
-            faults = [next(deck), next(deck)] if number % 10 != 9 else list(ALONE)
+            faults = [next(deck) for _ in range(3)] if number % 10 != 9 else list(ALONE)
             told = play(number, faults, chance, place, (disk or place) / f"round-{number}", texts, expected)
             rounds.append(told)
             print(json.dumps(told), flush=True)

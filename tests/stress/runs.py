@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.train.starts import Ended, Start, tiny
 
-STEPS, INTERVAL = 24, 4
+STEPS, INTERVAL = 40, 4
 MESHES = {"dp2": (2, 1, 1), "tp2": (1, 1, 2), "pp2": (1, 2, 1), "one": (1, 1, 1), "dp2 tp2": (2, 1, 2)}
 CORPORA = ("random", "datasets")
 SLOWER = 0.05

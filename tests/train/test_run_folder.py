@@ -306,6 +306,19 @@ def test_a_living_process_is_named_and_a_frozen_or_dead_one_loses_the_run(
     assert (folder / ".lease.json").exists()  # the later one's
 
 
+def test_a_lease_that_is_out_of_sight_is_lost_only_after_a_freeze(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that hides a file for a moment ends no run."""
+    run = open_run_folder(config_of(folder), "text")
+    (folder / ".lease.json").unlink()
+    run.begin(0)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
+    with pytest.raises(RunError, match=r"lost the run in .* to another process"):
+        run.begin(0)
+    run.close()
+
+
 def test_metrics_are_cut_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the end, in blocks: the file of a long run was read whole at each resume."""
     path = tmp_path / "metrics.jsonl"
