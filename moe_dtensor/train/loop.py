@@ -23,6 +23,7 @@ from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
+from moe_dtensor.train.proof import carried_files
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
@@ -124,6 +125,7 @@ class Run:
             layers=sorted(moe_layers(config)),
             names={key: [s.name for s in config.data.sources] for key in ("source_loss", "source_tokens")},
         )
+        self.routing: dict[str, Value] = {}
         self.begun = False
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skips = Skips(self.device)
@@ -253,7 +255,8 @@ class Run:
             values["source_loss"] = result.source_loss_N
             values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
         if len(result.churn_L):
-            values |= routing_metrics(self.config, result)
+            self.routing = routing_metrics(self.config, result)
+            values |= self.routing
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         interval = self.config.training.validation_interval
@@ -316,8 +319,13 @@ class Run:
         self.meter.flush()
         with self.meter.paused():
             self._now("saving")
-            self.checkpoints.save(self.step)
+            self.checkpoints.save(self.step, self._carried())
         self._note_saved()
+
+    def _carried(self) -> dict[str, str]:
+        if not self.is_rank_0:
+            return {}
+        return carried_files(self.folder, self.trainer.config, self.device, self.step, self.routing, self._warn)
 
     def _note_saved(self) -> None:
         if self.is_rank_0 and self.checkpoints.saved_step is not None:
