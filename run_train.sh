@@ -33,10 +33,11 @@ count_gpus() {
 gpus="$(count_gpus)"
 ranks="${NGPU:-$((gpus > 0 ? gpus : 4))}"
 nodes="${NNODES:-1}"
-for pair in "NGPU=$ranks" "NNODES=$nodes" "MAX_RESTARTS=${MAX_RESTARTS:-0}"; do
-    if ! [[ "${pair#*=}" =~ ^[0-9]{1,6}$ ]] || { [ "${pair#*=}" -eq 0 ] && [ "${pair%%=*}" != MAX_RESTARTS ]; }; then
-        echo "error: $pair is no number of ${pair%%=*}." >&2
-        echo "       Set it to a whole number of 1 or more, or unset it." >&2
+for name in NGPU NNODES MAX_RESTARTS; do
+    case $name in NGPU) value="$ranks" least=1 ;; NNODES) value="$nodes" least=1 ;; *) value="${MAX_RESTARTS:-0}" least=0 ;; esac
+    if ! [[ "$value" =~ ^(0|[1-9][0-9]{0,5})$ ]] || [ "$value" -lt "$least" ]; then
+        echo "error: $name=$value must be a whole number, $least or more." >&2
+        echo "       Set it to one, or unset it." >&2
         exit 2
     fi
 done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import getpass
 import importlib
 import logging
 import os
@@ -20,6 +21,8 @@ from moe_dtensor.config.errors import WRONG, ConfigError, words
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; its exit code, or 2 for a wrong command line or config."""
     argv = sys.argv[1:] if argv is None else argv
+    open_closed_streams()
+    name_user()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage())
@@ -28,6 +31,31 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         report(error)
         return WRONG
+
+
+def open_closed_streams() -> None:
+    """Let what is written to an output that was closed before the start vanish.
+
+    Python has no stream for it then, and the next file that is opened would take its number.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def name_user() -> None:
+    """Name a user whom the system has no account for, as containers may start one: libraries ask for a name."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user-{os.getuid()}"
 
 
 def find_verb(word: str) -> str:
@@ -60,7 +88,9 @@ def usage() -> str:
 
 def report(error: ConfigError) -> None:
     """Print the error to stderr; under torchrun only on rank 0: an error told here is every rank's."""
-    if os.environ.get("RANK", "0") == "0":
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    another_tells = rank.isdigit() and ranks.isdigit() and 0 < int(rank) < int(ranks)
+    if not another_tells:
         with contextlib.suppress(OSError, ValueError):
             print(words(error.problem, error.remedy), file=sys.stderr, flush=True)
     else:
@@ -74,14 +104,16 @@ def leave(status: int) -> NoReturn:
     Ranks end without the interpreter's shutdown: threads of gloo and of a save in the background can abort in it, and
     the status would be theirs.
     """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # full, or its reader is gone: the interpreter would try again, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        except ValueError:
+            pass
     if "torch.distributed" not in sys.modules:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
         sys.exit(status)
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
     os._exit(status)
 
 

@@ -2,15 +2,17 @@
 
 FSDP splits the model width D of every weight over dp, tensor and expert parallelism split heads, hidden
 units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises.
-Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves.
+Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves. Where several groups of dp
+ranks hold the same experts, FSDP may split those across the groups, along the width.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
 
 
@@ -21,7 +23,7 @@ class Row:
     pattern: str
     """Regular expression for the whole name."""
     dp: int
-    """Dimension split over dp."""
+    """Dimension split over dp; of experts on dp ranks over those that share them."""
     tp: int | None
     """Dimension split over tp; None: each tp rank holds the whole."""
     gradient: Literal["whole", "tokens", "heads"] = "whole"
@@ -29,12 +31,25 @@ class Row:
     parallelism, all of them otherwise; heads: its own heads (hidden units) always. A share is summed over tp."""
     fsdp: bool = True
     """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
+    groups: int | None = None
+    """Of experts on dp ranks: dimension that FSDP splits across the groups that share experts, if it does."""
+
+    @property
+    def on_dp(self) -> bool:
+        """Whether dp ranks hold different experts, rather than slices of all."""
+        return not self.fsdp or self.groups is not None
 
 
 TABLE: tuple[Row, ...] = (
     Row(r"tok_embeddings\.weight", dp=1, tp=0),
-    Row(r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.weight", dp=0, tp=None, gradient="tokens"),
-    Row(r"mtp_(embedding_norm|stream_norm|projection|norm)\.weight", dp=0, tp=None, gradient="tokens"),
+    Row(
+        r"(attention_norm|ffn_norm|attention_post_norm|ffn_post_norm|norm)\.(weight|bias)",
+        dp=0,
+        tp=None,
+        gradient="tokens",
+    ),
+    Row(r"mtp_(embedding_norm|stream_norm|norm)\.(weight|bias)", dp=0, tp=None, gradient="tokens"),
+    Row(r"mtp_projection\.weight", dp=0, tp=None, gradient="tokens"),
     Row(r"attention\.(wq|gate)\.weight", dp=1, tp=0),
     Row(r"attention\.w[kv]\.weight", dp=1, tp=0),
     Row(r"attention\.wq\.bias", dp=0, tp=0),
@@ -48,7 +63,9 @@ TABLE: tuple[Row, ...] = (
     Row(r"attention\.w(q|kv)_b\.weight", dp=1, tp=0),
     Row(r"attention\.[qk]_norm\.weight", dp=0, tp=0),
     Row(r"feed_forward\.(gate|up)\.weight", dp=1, tp=0),
+    Row(r"feed_forward\.(gate|up)\.bias", dp=0, tp=0),
     Row(r"feed_forward\.down\.weight", dp=0, tp=1),
+    Row(r"feed_forward\.output_bias", dp=0, tp=None, gradient="tokens"),
     Row(r"moe\.router\.weight", dp=1, tp=None, gradient="tokens"),
     Row(r"moe\.router\.logit_bias", dp=0, tp=None, gradient="tokens"),
     Row(r"moe\.down_bias", dp=1, tp=None, gradient="tokens"),
@@ -57,6 +74,7 @@ TABLE: tuple[Row, ...] = (
     # It multiplies what a rank's hidden units give: its gradient is a sum over them.
     Row(r"moe\.shared\.token_gate\.weight", dp=1, tp=None, gradient="heads"),
     Row(r"output\.weight", dp=1, tp=0),
+    Row(r"output\.bias", dp=0, tp=0),
 )
 
 UP, DOWN, UP_BIAS = r"moe\.experts\.w_up", r"moe\.experts\.w_down", r"moe\.experts\.up_bias"
@@ -78,8 +96,14 @@ def build_table(config: Config) -> tuple[Row, ...]:
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
         whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
+    experts: tuple[Row, ...] = EXPERTS[config.mesh.experts]
+    if expert_shards(config) > 1:
+        # Their width, as FSDP splits it where experts are on tp.
+        experts = tuple(
+            replace(row, fsdp=True, groups=same.dp) for row, same in zip(experts, EXPERTS["tp"], strict=True)
+        )
     rows = []
-    for row in (*TABLE, *EXPERTS[config.mesh.experts]):
+    for row in (*TABLE, *experts):
         if row.pattern in whole:
             row = Row(row.pattern, row.dp, tp=None, gradient="heads")
         rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]

@@ -1,6 +1,11 @@
 # Sourced by run_train.sh and tests/run.sh. `use_environment [extra]`, called in the repository's root, makes `python`
 # one that has this package (and the extra): the active environment if it holds the package, else .venv, made on need.
 
+# Tells what is done; an output that is closed or full ends nothing.
+tell() {
+    { echo "$@"; } 2>/dev/null || true
+}
+
 use_environment() {
     local extra="${1:-}" python stamp
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && (cd / && python -c 'import moe_dtensor') 2>/dev/null; then
@@ -10,12 +15,12 @@ use_environment() {
     stamp="$( (cat pyproject.toml constraints.txt && pwd) | cksum)"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python="$(find_python)" || return 1
-        echo "Making .venv with $("$python" --version) ($python)"
+        tell "Making .venv with $("$python" --version) ($python)"
         rm -rf .venv
         "$python" -m venv .venv
     fi
     if [ "$(cat ".venv/installed-${extra:-base}" 2>/dev/null)" != "$stamp" ]; then
-        echo "Installing moe_dtensor${extra:+[$extra]} and the versions of constraints.txt into .venv"
+        tell "Installing moe_dtensor${extra:+[$extra]} and the versions of constraints.txt into .venv"
         # Byte code is written on first import: compiling all of torch's here would double the time.
         .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
             -c constraints.txt -e ".${extra:+[$extra]}"

@@ -28,6 +28,14 @@ VARIANTS = {
         "model.mtp_depth": 1,
     },
     "biases, sinks, a gate": {"model.attention_bias": "all", "model.sinks": True, "model.attention_gate": True},
+    "every bias": {
+        "model.norm": "layernorm",
+        "model.norm_bias": True,
+        "model.ffn_bias": True,
+        "model.head_bias": True,
+        "model.mtp_depth": 1,
+        "moe.every": 2,
+    },
     "latent attention": {"model.kv_rank": 32, "model.nope_dim": 32, "model.rope_dim": 16, "model.v_dim": 24},
     "latent queries too": {
         "model.q_rank": 48,

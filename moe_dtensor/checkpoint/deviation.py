@@ -35,7 +35,8 @@ def feed_forward_output(
         if layer in moe_layers(config):
             module = MoE(config, layer)
         else:
-            module = FeedForward(config.model.dim, config.model.hidden_dim, config.model.activation)
+            model = config.model
+            module = FeedForward(model.dim, model.hidden_dim, model.activation, model.ffn_bias)
     module.to_empty(device="cpu").to(x_TD.dtype).eval()
     module.load_state_dict({name: value.to(x_TD.dtype) for name, value in values.items()})
     if not isinstance(module, MoE):

@@ -126,7 +126,9 @@ def cut_config(config: Config, cuts: Mapping[int, Cut]) -> Config:
         raise ConfigError(
             f"{experts} experts are fewer than moe.top_k = {top_k}.", f"Keep {top_k} or more, or lower moe.top_k first."
         )
-    return replace(config, moe=replace(moe, num_experts=experts, top_k=top_k, gate_scale=scale))
+    by_layer = tuple(k * max(times, 1) for k in moe.top_k_by_layer)
+    changed = replace(moe, num_experts=experts, top_k=top_k, top_k_by_layer=by_layer, gate_scale=scale)
+    return replace(config, moe=changed)
 
 
 def cut_parameter(name: str, value: Tensor, cuts: Mapping[int, Cut], noise: float = 0.0, seed: int = 0) -> Tensor:

@@ -75,6 +75,11 @@ def upcycled_config(parent: Config, how: Upcycling) -> Config:
             "Give experts to a mixture with --add-experts.",
         ),
         (
+            parent.model.ffn_bias,
+            "--upcycle cannot make experts of a feed-forward with biases (model.ffn_bias = true).",
+            "Upcycle a model without them.",
+        ),
+        (
             how.split < 1 or hidden % max(1, how.split) > 0,
             f"--upcycle-split {how.split} does not divide model.hidden_dim = {hidden}.",
             f"Give a divisor of {hidden}.",
@@ -115,7 +120,9 @@ def upcycled_config(parent: Config, how: Upcycling) -> Config:
         hidden_dim=hidden // how.split,
         every=1,
         layers=() if len(set(how.layers)) in (0, blocks) else tuple(sorted(set(how.layers))),
+        top_k_by_layer=(),
         router="topk",
+        router_by_layer=(),
         score="softmax",
         score_before_top_k=True,
         normalize_gates=how.normalize,

@@ -30,9 +30,27 @@ def build(values: Mapping[str, Any], base: Config | None = None) -> Config:
             raise ConfigError(
                 f"{table} = {show_value(content)}: {table} is a table.", f"Write [{table}], then its keys."
             )
+        content = _by_layer(table, content)
         typed = {key: typed_value(find_field(f"{table}.{key}"), value) for key, value in content.items()}
         changed[table] = replace(getattr(config, table), **typed)
     return replace(config, **changed)
+
+
+def _by_layer(table: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A list given for ``moe.top_k`` or ``moe.router`` is that of the blocks; one value given for it is that of all."""
+    if table != "moe":
+        return content
+    changed = dict(content)
+    for key in ("top_k", "router"):
+        value, name = content.get(key), f"{key}_by_layer"
+        if isinstance(value, str) and "," in value:
+            value = parse_text(find_field(f"moe.{name}"), value)
+        if isinstance(value, list | tuple) and value:
+            pattern = typed_value(find_field(f"moe.{name}"), value)
+            changed |= {key: max(pattern) if key == "top_k" else pattern[0], name: pattern}
+        elif value is not None:
+            changed.setdefault(name, ())
+    return changed
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:

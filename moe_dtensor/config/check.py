@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 
 from moe_dtensor.config import check_attention, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
 from moe_dtensor.config.resolve import (
     FORCED,
@@ -15,10 +15,14 @@ from moe_dtensor.config.resolve import (
     SPLIT_BACKWARD,
     V_SCHEDULES,
     microbatches,
+    moe_kinds,
     moe_layers,
     num_stages,
     padded_vocab,
     resolve,
+    shard_ranks,
+    shard_words,
+    state_dtype,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
@@ -55,8 +59,10 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _model(config_as_given)
     yield from check_attention.attention(config)
     yield from check_experts.experts(config)
-    yield from check_experts.routing(config)
+    for kind in moe_kinds(config):
+        yield from check_experts.routing(kind)
     yield from _mesh(config_as_given, world_size)
+    yield from _levels(config)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
     yield from _async_tp(config)
@@ -64,20 +70,29 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    if config.optimizer.state_dtype != "auto":
+        yield from _moments(config)
+    yield from _drift(config)
     yield from _ends(config_as_given)
 
 
 def _names(config: Config) -> Broken:
     for key, name, known in (
-        ("moe.router", config.moe.router, ROUTERS),
+        *(("moe.router", name, ROUTERS) for name in (config.moe.router, *config.moe.router_by_layer)),
         ("data.corpus", config.data.corpus, check_sources.CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
-        if name not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        if name in known:
+            continue
+        if names_object(name) and is_pythons_own(name):
+            yield f'{key} = "{name}" names a part of Python itself.', "Name a class or function of your own."
+        elif not names_object(name):
             near = difflib.get_close_matches(name, known, n=1)
             guess = f'Did you mean "{near[0]}"? ' if near else ""
             yield f'{key} = "{name}" is unknown.', f"{guess}Choose {', '.join(known)}, or your own package.module:Name."
-    if config.data.corpus in ("files", "datasets", "tokens") and not (config.data.path or config.data.sources):
+    if config.data.corpus in ("files", "conversations", "datasets", "tokens") and not (
+        config.data.path or config.data.sources
+    ):
         yield f'data.corpus = "{config.data.corpus}" needs data.path.', "Set data.path to where the text is."
 
 
@@ -96,11 +111,23 @@ def _model(config: Config) -> Broken:
             f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
             "Change one of them, or set model.head_dim.",
         )
+    if model.norm_bias and model.norm != "layernorm":
+        yield (
+            f"model.norm_bias = true with model.norm = {model.norm}, which has no bias.",
+            "Set model.norm = layernorm, or take model.norm_bias out.",
+        )
+    if model.head_bias and model.tie_embeddings:
+        yield (
+            "model.head_bias = true with model.tie_embeddings = true: the embedding is the head, and has no bias.",
+            "Take one of them out.",
+        )
 
 
 def _mesh(config: Config, world_size: int) -> Broken:
     mesh = config.mesh
-    if mesh.dp == -1:
+    if world_size < 1:
+        yield f"there are {world_size} ranks.", "Start 1 or more."
+    elif mesh.dp == -1:
         if world_size % (mesh.pp * mesh.tp):
             inner = mesh.pp * mesh.tp
             yield (
@@ -113,6 +140,15 @@ def _mesh(config: Config, world_size: int) -> Broken:
         yield (
             f"[mesh] needs dp={mesh.dp} x pp={mesh.pp} x tp={mesh.tp} = {ranks} ranks, but there are {world_size}.",
             f"Start {ranks} ranks, or {'set mesh.dp = -1' if fits else 'change mesh.pp or mesh.tp'}.",
+        )
+
+
+def _levels(config: Config) -> Broken:
+    dp, copies = config.mesh.dp, config.mesh.dp_replicate
+    if dp % copies:
+        yield (
+            f"mesh.dp_replicate = {copies} does not divide mesh.dp = {dp} into groups.",
+            f"Set mesh.dp_replicate to a divisor of {dp}.",
         )
 
 
@@ -153,11 +189,12 @@ def _async_tp(config: Config) -> Broken:
 
 
 def _data_parallel(config: Config) -> Broken:
-    model, dp = config.model, config.mesh.dp
-    if model.dim % dp:
+    model = config.model
+    shards, over = shard_ranks(config), shard_words(config)
+    if model.dim % shards:
         yield (
-            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the width of weights.",
-            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",
+            f"model.dim = {model.dim} is not a multiple of {over}, along which FSDP cuts the width of weights.",
+            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // shards) * shards}.",
         )
 
 
@@ -280,6 +317,12 @@ def _precision(config: Config) -> Broken:
             f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
             f"Set training.reduce_dtype = {training.param_dtype}.",
         )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
+        )
     if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
         yield (
             f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
@@ -289,6 +332,31 @@ def _precision(config: Config) -> Broken:
         yield (
             f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
             "Set moe.backend to auto or reference.",
+        )
+
+
+def _moments(config: Config) -> Broken:
+    # Rounded to nearest, a number of eight binary digits stays as it is where it changes by less than 2^-8 of itself.
+    if state_dtype(config) == "bfloat16" and config.optimizer.beta2 > 1 - 2**-8:
+        yield (
+            f"optimizer.beta2 = {config.optimizer.beta2} with second moments in bfloat16: they would never decay.",
+            "Set optimizer.beta2 to 0.996 or less, or optimizer.state_dtype = float32.",
+        )
+
+
+def _drift(config: Config) -> Broken:
+    interval = config.training.routing_drift_interval
+    if interval and not moe_layers(config):
+        yield (
+            f"training.routing_drift_interval = {interval}, but no block has experts.",
+            "Set training.routing_drift_interval = 0.",
+        )
+    sizes = ("seq_len", "global_batch_size", "microbatch_size", "keep_batch_tokens")
+    if interval and any(getattr(stage, key) for stage in config.stages for key in sizes):
+        yield (
+            f"training.routing_drift_interval = {interval} compares one batch through the whole run, but a stage "
+            "changes its size.",
+            "Set training.routing_drift_interval = 0, or keep the sizes.",
         )
 
 
@@ -307,9 +375,15 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
+    for where, part in check_sources.data_parts(data):
+        if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
+            yield (
+                f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',
+                f"Leave {where}.revision empty.",
+            )
     for key in ("path", "validation_path"):
         if data.corpus in ("stdlib", "random") and getattr(data, key):
             yield (
                 f'data.{key} = "{getattr(data, key)}", but data.corpus = "{data.corpus}" reads no path.',
-                f"Set data.corpus to files, datasets or tokens, or leave data.{key} empty.",
+                f"Set data.corpus to files, conversations, datasets or tokens, or leave data.{key} empty.",
             )

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from moe_dtensor.config.schema import Config, Source
+from moe_dtensor.config.resolve import has_conversations
+from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.config.stages import tokens_through
 
 Broken = Iterator[tuple[str, str]]
-CORPORA = ("stdlib", "files", "datasets", "tokens", "random")
+CORPORA = ("stdlib", "files", "conversations", "datasets", "tokens", "random")
 SMALLEST_SHARE = 1e-5
 """Of the sequences that a source may have: where a turn comes less often, finding one takes too long."""
+
+
+def data_parts(data: Data) -> list[tuple[str, Data | Source]]:
+    """[data] itself and its sources, each with the words that name it."""
+    return [("data", data), *((f"data.sources.{source.name}", source) for source in data.sources)]
 
 
 def broken(config: Config) -> Broken:
     """(rule with its values, remedy), for each broken rule."""
     if config.data.packing == "best_fit":
-        if not config.data.document_mask:
+        if not (config.data.document_mask or has_conversations(config)):
             yield (
                 "data.packing = best_fit puts documents beside each other that have nothing in common; "
                 "data.document_mask = false lets them see each other.",
@@ -57,7 +63,7 @@ def _source(source: Source, number: int) -> Broken:
         yield f"{where} needs a name without a dot; it is {source.name!r}.", 'Write name = "web" into it.'
     if source.corpus not in CORPORA and ":" not in source.corpus:
         yield f'{where}.corpus = "{source.corpus}" is unknown.', f"Choose {', '.join(CORPORA)}, or package.module:Name."
-    if source.corpus in ("files", "datasets", "tokens") and not source.path:
+    if source.corpus in ("files", "conversations", "datasets", "tokens") and not source.path:
         yield f"{where} needs a path.", "Set path to where its data is."
     for key in ("weight", "tokens", "epochs"):
         value = getattr(source, key)

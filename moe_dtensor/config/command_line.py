@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -74,3 +75,24 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 raise ConfigError(f"{name} has no value.", f"Write {name} VALUE.")
         overrides[name[2:]] = value
     return own, overrides
+
+
+def read_world_size(default: int) -> int:
+    """Ranks, as the launcher's variables tell them; ``default`` where WORLD_SIZE is not set.
+
+    Raises:
+        ConfigError: one of the variables is no number, or RANK is none of WORLD_SIZE ranks.
+    """
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name)
+        if text is not None and not (text.isascii() and text.isdigit()):
+            raise ConfigError(f"{name} = {text!r} is no number.", "Unset it, or start with ./run_train.sh.")
+        numbers[name] = None if text is None else int(text)
+    world_size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    if world_size is not None and not (rank or 0) < world_size:
+        raise ConfigError(
+            f"RANK = {rank} is none of WORLD_SIZE = {world_size} ranks, which count from 0.",
+            "Unset both, or start with ./run_train.sh.",
+        )
+    return default if world_size is None else world_size

@@ -23,10 +23,6 @@ class ConfigError(ValueError):
         super().__init__(f"{problem}\n{remedy}" if remedy else problem)
 
 
-class RankError(ConfigError):
-    """A ConfigError that one rank alone met, in its own part of the data: that rank has to tell it."""
-
-
 class RunError(RuntimeError):
     """A run that cannot go on although config and data are right: what happened, then the remedy."""
 

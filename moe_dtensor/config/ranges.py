@@ -45,6 +45,8 @@ MINIMUM: dict[str, float] = {
     "moe.bias_rate": 0,
     "mesh.pp": 1,
     "mesh.tp": 1,
+    "mesh.dp_replicate": 1,
+    "mesh.expert_ranks": 0,
     "pipeline.stages_per_rank": 0,
     "training.steps": 1,
     "training.seq_len": 1,
@@ -59,6 +61,8 @@ MINIMUM: dict[str, float] = {
     "training.validation_sequences": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.router_lr": 0,
+    "training.routing_drift_interval": 0,
     "lr_scheduler.warmup_steps": 0,
     "checkpoint.interval": 1,
     "checkpoint.keep_last": 0,
@@ -79,6 +83,7 @@ ABOVE_ZERO = (
     "model.residual_scale",
     "model.logit_scale",
     "mesh.link_bandwidth",
+    "mesh.device_memory",
     "optimizer.eps",
 )
 SHARES = (

@@ -48,6 +48,8 @@ def resolve(config: Config, world_size: int) -> Config:
         moe=replace(
             moe,
             group_sequences=moe.group_sequences or training.microbatch_size,
+            top_k=max(moe.top_k_by_layer, default=moe.top_k),
+            router=next(iter(moe.router_by_layer), moe.router),
             score=moe.score if moe.score != "auto" else _score(config),
             selection_bias=moe.selection_bias or moe.bias_rate > 0,
             shared_hidden_dim=moe.shared_hidden_dim or moe.num_shared_experts * moe.hidden_dim,
@@ -55,12 +57,20 @@ def resolve(config: Config, world_size: int) -> Config:
         mesh=replace(mesh, dp=dp),
         pipeline=replace(config.pipeline, stages_per_rank=stages_per_rank(config)),
         fsdp=replace(config.fsdp, reshard_after_forward=reshard),
+        data=replace(config.data, document_mask=config.data.document_mask or has_conversations(config)),
         training=replace(training, validation_sequences=training.validation_sequences or training.global_batch_size),
     )
 
 
+def has_conversations(config: Config) -> bool:
+    """Whether the run reads conversations, be it as one of several sources."""
+    return "conversations" in {config.data.corpus, *(source.corpus for source in config.data.sources)}
+
+
 def _score(config: Config) -> Literal["softmax", "sigmoid"]:
-    return "sigmoid" if config.moe.router == "sinkhorn" and config.moe.top_k == 1 else "softmax"
+    moe = config.moe
+    router, top_k = next(iter(moe.router_by_layer), moe.router), max(moe.top_k_by_layer, default=moe.top_k)
+    return "sigmoid" if router == "sinkhorn" and top_k == 1 else "softmax"
 
 
 def stages_per_rank(config: Config) -> int:
@@ -107,6 +117,23 @@ def moe_layers(config: Config) -> frozenset[int]:
     return chosen | frozenset(range(layers, layers + config.model.mtp_depth) if layers - 1 in chosen else ())
 
 
+def block_config(config: Config, layer: int) -> Config:
+    """The config with ``moe.top_k`` and ``moe.router`` of block ``layer``; blocks of multi-token prediction are like
+    the last."""
+    moe = config.moe
+    if not (moe.top_k_by_layer or moe.router_by_layer):
+        return config
+    at = min(layer, config.model.num_layers - 1)
+    top_k, router = moe.top_k_by_layer or (moe.top_k,), moe.router_by_layer or (moe.router,)
+    own = replace(moe, top_k=top_k[at % len(top_k)], router=router[at % len(router)])
+    return replace(config, moe=replace(own, top_k_by_layer=(), router_by_layer=()))
+
+
+def moe_kinds(config: Config) -> list[Config]:
+    """:func:`block_config` of the MoE blocks, one for all alike, in the order of the first."""
+    return list({block.moe: block for i in sorted(moe_layers(config)) for block in [block_config(config, i)]}.values())
+
+
 def stream_width(config: Config) -> int:
     """Columns of what goes from stage to stage: the stream, and the embeddings that multi-token prediction reads."""
     return config.model.dim * (1 + config.model.mtp_depth)
@@ -118,10 +145,45 @@ def block_norms(config: Config) -> tuple[str, ...]:
     return {"pre": pre, "post": post, "both": pre + post}[config.model.norm_at]
 
 
+def state_dtype(config: Config) -> str:
+    """dtype of the optimizer's moments."""
+    wanted = config.optimizer.state_dtype
+    return config.training.dtype if wanted == "auto" else wanted
+
+
+def shard_ranks(config: Config) -> int:
+    """dp ranks over which FSDP shards: all, or those of a group under ``mesh.dp_replicate``."""
+    return max(1, config.mesh.dp // config.mesh.dp_replicate)
+
+
+def shard_words(config: Config) -> str:
+    """How an error calls :func:`shard_ranks`."""
+    mesh = config.mesh
+    one = mesh.dp_replicate == 1
+    return f"mesh.dp = {mesh.dp}" if one else f"mesh.dp / mesh.dp_replicate = {shard_ranks(config)}"
+
+
+def expert_dp_ranks(config: Config) -> int:
+    """dp ranks that share whole experts; 1 where dp shares none."""
+    mesh = config.mesh
+    return (mesh.expert_ranks or shard_ranks(config)) if mesh.experts in ("dp", "dp_tp") else 1
+
+
 def expert_ranks(config: Config) -> int:
     """Over how many ranks whole experts are spread; 1 where each rank has a slice of all."""
-    mesh = config.mesh
-    return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": mesh.dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
+    mesh, over_dp = config.mesh, expert_dp_ranks(config)
+    return {"tp": mesh.tp, "dp": over_dp, "dp_tp": over_dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
+
+
+def expert_groups(config: Config) -> int:
+    """Groups of dp ranks that hold the same experts (``mesh.expert_ranks``); 1 where experts are not on dp."""
+    return config.mesh.dp // expert_dp_ranks(config) if config.mesh.experts in ("dp", "dp_tp") else 1
+
+
+def expert_shards(config: Config) -> int:
+    """Groups across which FSDP shards the experts' weights; 1: it leaves experts on dp alone."""
+    sharded = config.mesh.expert_weights == "sharded"
+    return max(1, expert_groups(config) // config.mesh.dp_replicate) if sharded else 1
 
 
 def expert_takes(config: Config) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import types
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -91,9 +92,14 @@ def is_array(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in ARRAYS)
 
 
+@functools.cache
+def _class_nodes(module: str) -> dict[str, ast.ClassDef]:
+    source = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+
+
 def _table(name: str, cls: type) -> Table:
-    source = ast.parse(inspect.getsource(schema))
-    node = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    node = _class_nodes(cls.__module__)[cls.__name__]
     helps, hints = _field_docs(node), get_type_hints(cls)
     members = {
         f.name: Field(name, f.name, hints[f.name], f.default, helps.get(f.name, ""))
@@ -103,6 +109,7 @@ def _table(name: str, cls: type) -> Table:
     return Table(name, cls, ast.get_docstring(node) or "", members)
 
 
+@functools.cache
 def all_fields() -> dict[str, Field]:
     """Every field of the config by ``table.name``."""
     return {field.key: field for table in tables().values() for field in table.fields.values()}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import load_object
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.conversations import ConversationsCorpus
 from moe_dtensor.data.hub import DatasetsCorpus
 from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import Document
@@ -36,6 +37,7 @@ class Corpus(Protocol):
 BUILT_IN: dict[str, Callable[[Config, Tokenizer], Any]] = {
     "stdlib": StdlibCorpus,
     "files": FilesCorpus,
+    "conversations": ConversationsCorpus,
     "datasets": DatasetsCorpus,
     "tokens": TokensCorpus,
     "random": RandomCorpus,
@@ -84,9 +86,15 @@ def build_one(config: Config) -> Corpus:
     return corpus
 
 
+def _is_corpus(found: Any) -> bool:
+    """Whether an object can be a corpus; what else is missing in it is told later."""
+    return isinstance(found, type) and callable(getattr(found, "documents", None))
+
+
 def build_own_corpus(name: str, config: Config) -> Corpus:
     """An instance of the class that ``package.module:Name`` names, checked for what a corpus needs."""
-    corpus = load_object("data.corpus", name)(config)
+    what = "a class with documents(split) and fingerprint()"
+    corpus = load_object("data.corpus", name, _is_corpus, what)(config)
     wanted = {"documents": corpus, "fingerprint": corpus, "tokenizer": corpus}
     wanted |= dict.fromkeys(("vocab_size", "end_id", "encode_batch", "fingerprint"), getattr(corpus, "tokenizer", None))
     missing = [part for part, owner in wanted.items() if not hasattr(owner, part)]

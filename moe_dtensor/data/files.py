@@ -70,15 +70,19 @@ def find_files(key: str, path: str, own_folders: Iterable[str] = ()) -> DataFile
     return DataFiles(taken, formats, left_out)
 
 
-def cache_homes() -> tuple[Path, Path]:
-    """Where tokens are cached: ``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), else a temporary folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "moe_dtensor", Path(tempfile.gettempdir()) / f"moe_dtensor-{os.getuid()}"
+def cache_homes() -> tuple[Path | None, Path]:
+    """Where tokens are cached: ``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), else a temporary folder.
+
+    The first is None for a user without a home.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own = None if home.startswith("~") else Path(home) / "moe_dtensor"
+    return own, Path(tempfile.gettempdir()) / f"moe_dtensor-{os.getuid()}"
 
 
 def own_folders(config: Config) -> tuple[str, ...]:
     """What this program writes into: never documents."""
-    return (config.run.folder, *map(str, cache_homes()))
+    return (config.run.folder, *(str(folder) for folder in cache_homes() if folder is not None))
 
 
 def list_files(pattern: str) -> list[str]:

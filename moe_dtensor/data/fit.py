@@ -28,8 +28,8 @@ class FittedWindows(ArrayWindows):
         self, tokens_N: Any, seq_len: int, seed: int, end_id: int, key: tuple[object, ...] | None = None
     ) -> None:
         super().__init__(tokens_N, seq_len, seed, key)
-        self.end_id = end_id
-        start_D, length_D, self.documents, self.cut = find_pieces(tokens_N, seq_len + 1, end_id)
+        self.filler = self.end_id = end_id
+        start_D, length_D = self.find()
         bin_D = best_fit(length_D, seq_len + 1)
         order_D = np.argsort(bin_D, kind="stable")
         self._start_D, self._length_D = start_D[order_D], length_D[order_D]
@@ -39,13 +39,18 @@ class FittedWindows(ArrayWindows):
         """Tokens of all windows that no document fills."""
         self.choose_order()
 
+    def find(self) -> tuple[np.ndarray, np.ndarray]:
+        """Start and length ``(D)`` of the pieces to pack."""
+        start_D, length_D, self.documents, self.cut = find_pieces(self.tokens_N, self.seq_len + 1, self.end_id)
+        return start_D, length_D
+
     def _fill(self, out_S1: np.ndarray, index: int) -> None:
         place = 0
         for piece in range(self._first_W[index], self._first_W[index + 1]):
             start, length = int(self._start_D[piece]), int(self._length_D[piece])
             out_S1[place : place + length] = self.tokens_N[start : start + length]
             place += length
-        out_S1[place:] = self.end_id
+        out_S1[place:] = self.filler
 
     def told(self) -> str:
         """Shares of padding and of cut documents, for the start of a run."""

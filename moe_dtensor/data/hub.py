@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dtensor.config.errors import ConfigError, RankError
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.files import DataFiles, Owners, check_apart, find_files, own_folders
 from moe_dtensor.data.records import BadRecords, Record, find_text, read_records
@@ -67,15 +67,18 @@ class DatasetsCorpus:
         picked = None if apart else split
         if files is not None:
             return FileDocuments(files, data.text_key, picked, data.max_bad_records)
-        dataset = open_dataset(key, path, data.split)
+        # A validation set of another name has revisions of its own.
+        same = repository(path) == repository(data.path)
+        dataset = open_dataset(key, path, data.split, data.revision if same else "")
         return StreamedDocuments(dataset, path, data.text_key, picked, data.max_bad_records)
 
     def fingerprint(self) -> str:
         """Name, split and text field, and a local folder's file names and sizes."""
         name, split = divide_split(self.data.path, self.data.split)
-        local = Path(name).expanduser()
+        local = Path(os.path.expanduser(name))
         if not local.exists():
-            return f"datasets {name} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
+            at = f"{split}@{self.data.revision}" if self.data.revision else split
+            return f"datasets {name} {at} {self.data.text_key} {self.tokenizer.fingerprint()}"
         root, owners = local if local.is_dir() else local.parent, Owners(self.own)
         files = [f for f in ([local] if local.is_file() else sorted(local.rglob("*"))) if f.is_file()]
         sizes = [(f.relative_to(root).as_posix(), f.stat().st_size) for f in files if not owners.find(str(f))]
@@ -203,7 +206,7 @@ class StreamedDocuments:
                 raise
             except Exception as error:  # of the network, by whatever library is below
                 if pause is None:
-                    raise RankError(
+                    raise RunError(
                         f"{self.place!r} could not be read on after {len(PAUSES)} more tries "
                         f"({type(error).__name__}: {error}).",
                         "Start again when it can be reached: the run resumes from its last checkpoint.",
@@ -287,19 +290,31 @@ def load_library() -> Any:
     return datasets
 
 
-def open_dataset(key: str, path: str, split: str) -> Any:
-    """The streaming dataset on the hub that ``key = path`` names."""
-    datasets = load_library()
-    name, split = divide_split(path, split)
+def repository(path: str) -> str:
+    """The hub's name for what ``name[:config][@split]`` names."""
+    return divide_split(path, "")[0].partition(":")[0]
+
+
+def check_name(key: str, path: str) -> None:
+    """ConfigError where ``path`` cannot be a hub name."""
+    name = divide_split(path, "")[0]
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(
             f"{key} must be a folder, a file, or a hub name of the form name[:config]; {path!r} does not exist "
             f"(from {os.getcwd()!r}).",
             f"Set {key} to a folder of .jsonl, .parquet or .txt files.",
         )
+
+
+def open_dataset(key: str, path: str, split: str, revision: str = "") -> Any:
+    """The streaming dataset on the hub that ``key = path`` names, as it was at a revision."""
+    datasets = load_library()
+    check_name(key, path)
+    name, split = divide_split(path, split)
     hub_name, _, hub_config = name.partition(":")
+    at = revision or None
     try:
-        return datasets.load_dataset(path=hub_name, name=hub_config or None, split=split, streaming=True)
+        return datasets.load_dataset(path=hub_name, name=hub_config or None, split=split, streaming=True, revision=at)
     except Exception as error:  # offline, no such name, config, split, or broken files: the cause is in the message
         raise ConfigError(
             f"{key} = {path!r} (split {split!r}) must be a dataset that the datasets package can load; "

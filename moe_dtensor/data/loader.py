@@ -14,10 +14,12 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import sequences_before, span_at, spans
 from moe_dtensor.data.fit import FittedWindows
+from moe_dtensor.data.marks import FIRST, IDS, PADDING, TRAINED
 from moe_dtensor.data.mixture import Mixture, MixtureWindows, build_segments
 from moe_dtensor.data.pack import check_ids, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
-from moe_dtensor.data.windows import ArrayWindows, Windows
+from moe_dtensor.data.whole import cut_windows
+from moe_dtensor.data.windows import Windows
 
 IGNORED = -100
 VALIDATION_SEED = 0  # the same sequences whatever the run's seed, so that runs compare
@@ -44,6 +46,8 @@ class Batch:
     """Number of each sequence in the run, from 0. None: those of a first batch."""
     source_B: Tensor | None = None
     """Which of ``data.sources`` each sequence is from. None without sources."""
+    padding_B: Tensor | None = None
+    """Tokens of each sequence that are no document's. None without conversations."""
 
 
 class Loader:
@@ -61,7 +65,9 @@ class Loader:
 
     def __init__(self, config: Config, corpus: Any, split: str = "train") -> None:
         self.config, self.corpus, self.split = config, corpus, split
-        for one in corpus.corpora if isinstance(corpus, Mixture) else [corpus]:
+        corpora = corpus.corpora if isinstance(corpus, Mixture) else [corpus]
+        self.marked = any(getattr(one, "marked", False) for one in corpora)
+        for one in corpora:
             if config.data.packing == "best_fit" and getattr(one, "streaming", False):
                 raise ConfigError(
                     f"data.packing = best_fit looks at all documents first; {type(one).__name__} is streamed.",
@@ -74,6 +80,10 @@ class Loader:
         self._firsts = [sequences_before(config, span.first) for span in self.spans]
         self._span = 0
         self.windows: Windows = self._open_windows()
+        if self.marked and not isinstance(corpus, Mixture):
+            for length in {span.config.training.seq_len for span in self.spans[1:]}:
+                # What is too long for a later stage is told now.
+                cut_windows(packed(corpus, split).tokens_N, length, self.seed, config.data, corpus)
         self.sequences = 0
         """Read so far, by all ranks together."""
 
@@ -89,8 +99,13 @@ class Loader:
         if not 0 <= first <= last <= size:
             raise ValueError(f"[{first}, {last}) is not within the global batch of {size} sequences.")
         window_BS1 = self.windows.read(size, first, last)
-        check_ids(window_BS1, self.tokenizer)  # of a large token file only samples were looked at
-        batch = build_batch(window_BS1.astype(np.int64), self.tokenizer.end_id if self.document_mask else None)
+        window_BS1 = window_BS1.astype(np.int64)
+        # Of a large token file only samples were looked at.
+        check_ids(window_BS1 & IDS if self.marked else window_BS1, self.tokenizer)
+        if self.marked:
+            batch = build_marked_batch(window_BS1)
+        else:
+            batch = build_batch(window_BS1, self.tokenizer.end_id if self.document_mask else None)
         numbers_B = torch.arange(self.sequences + first, self.sequences + last)
         self.sequences += size
         source_B = torch.from_numpy(self.windows.source_B) if isinstance(self.windows, MixtureWindows) else None
@@ -125,8 +140,7 @@ class Loader:
         else:
             segments = build_segments(replace(self.config, stages=()), self.spans)
             total = self.config.training.validation_sequences or self.config.training.global_batch_size
-        best_fit = self.config.data.packing == "best_fit"
-        return MixtureWindows(self.corpus, self.split, segments, self.seed, total, best_fit)
+        return MixtureWindows(self.corpus, self.split, segments, self.seed, total, self.config.data)
 
     def _go_on(self) -> None:
         """Enter the span that the next sequence belongs to."""
@@ -181,6 +195,28 @@ def build_batch(window_BS1: np.ndarray, end_id: int | None) -> Batch:
     return Batch(tokens_BS, labels_BS, index_S - start_BS, documents_BS)
 
 
+def build_marked_batch(window_BS1: np.ndarray) -> Batch:
+    """Cut marked windows (B, S + 1) into tokens and labels: of trained tokens, and none from one document to the next.
+
+    Padding is a document for each token.
+    """
+    marked_BS1 = torch.from_numpy(window_BS1)
+    id_BS1 = marked_BS1 & IDS
+    first_BS1 = (marked_BS1 & FIRST) > 0
+    is_target_BS = ((marked_BS1 & TRAINED) > 0)[:, 1:] & ~first_BS1[:, 1:]
+    documents_BS = first_BS1[:, 1:-1].cumsum(1)
+    documents_BS = torch.nn.functional.pad(documents_BS, (1, 0))
+    index_S = torch.arange(id_BS1.shape[1] - 1)
+    start_BS = torch.where(first_BS1[:, :-1], index_S, 0).cummax(1).values
+    return Batch(
+        id_BS1[:, :-1].clone(),
+        torch.where(is_target_BS, id_BS1[:, 1:], IGNORED),
+        index_S - start_BS,
+        documents_BS,
+        padding_B=((marked_BS1[:, :-1] & PADDING) > 0).sum(1),
+    )
+
+
 def open_windows(config: Config, corpus: Any, split: str, seed: int, key: tuple[object, ...] | None = None) -> Windows:
     """The windows of a split, checked to fill a global batch; ``key`` as for :class:`ArrayWindows`."""
     seq_len, wanted = config.training.seq_len, config.training.global_batch_size
@@ -188,11 +224,7 @@ def open_windows(config: Config, corpus: Any, split: str, seed: int, key: tuple[
         stream = TokenStream(corpus, split, least=wanted * seq_len + 1)
         return StreamWindows(stream, seq_len, seed, BLOCK_WINDOWS if split == "train" else 1)
     tokens_N = corpus.token_array(split) if hasattr(corpus, "token_array") else packed(corpus, split).tokens_N
-    windows = (
-        FittedWindows(tokens_N, seq_len, seed, corpus.tokenizer.end_id, key)
-        if config.data.packing == "best_fit"
-        else ArrayWindows(tokens_N, seq_len, seed, key)
-    )
+    windows = cut_windows(tokens_N, seq_len, seed, config.data, corpus, key)
     if windows.num_windows < wanted:
         raise ConfigError(
             f"the {split} split must fill one global batch: training.global_batch_size = {wanted} sequences of "

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.schema import Config, Source
+from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.config.stages import Span, sequences_before
 from moe_dtensor.data.files import check_apart
-from moe_dtensor.data.fit import FittedWindows
+from moe_dtensor.data.marks import mark_documents
 from moe_dtensor.data.pack import packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
 from moe_dtensor.data.tokenizer import Tokenizer
 from moe_dtensor.data.turns import Turns, whole_weights
+from moe_dtensor.data.whole import cut_windows
 from moe_dtensor.data.windows import ArrayWindows
 
 
@@ -63,6 +64,7 @@ def source_config(config: Config, source: Source) -> Config:
             validation_path=source.validation_path,
             text_key=source.text_key or data.text_key,
             split=source.split or data.split,
+            revision=source.revision,
             sources=(),
         ),
         stages=(),
@@ -117,16 +119,17 @@ class MixtureWindows:
         segments: of the run.
         seed: of the order.
         total: sequences that will be read, to check that the sources have them.
-        best_fit: pack whole documents.
+        data: how documents are packed.
 
     Raises:
         ConfigError: a source has no window, or would be read more often than its ``epochs`` allow.
     """
 
     def __init__(
-        self, mixture: Mixture, split: str, segments: list[Segment], seed: int, total: int, best_fit: bool = False
+        self, mixture: Mixture, split: str, segments: list[Segment], seed: int, total: int, data: Data
     ) -> None:
-        self.mixture, self.split, self.segments, self.seed, self.best_fit = mixture, split, segments, seed, best_fit
+        self.mixture, self.split, self.segments, self.seed, self.data = mixture, split, segments, seed, data
+        self.marked = any(getattr(corpus, "marked", False) for corpus in mixture.corpora)
         self.position = 0
         self.source_B = np.empty(0, np.int64)
         """Source of each sequence of the latest read."""
@@ -171,27 +174,31 @@ class MixtureWindows:
             rows = [row for row, (source, _) in enumerate(taken) if source == index]
             windows = self._windows[name]
             if isinstance(windows, StreamWindows):
-                read = windows.read(len(rows), 0, len(rows))
+                read = self._marked(index, windows.read(len(rows), 0, len(rows)))
                 kept = [i for i, row in enumerate(rows) if first <= row < last]
                 out[[rows[i] - first for i in kept]] = read[kept]
             else:
                 rows = [row for row in rows if first <= row < last]
                 before = self.segment.read[index]
-                out[[row - first for row in rows]] = windows.rows([before + taken[row][1] for row in rows])
+                read = windows.rows([before + taken[row][1] for row in rows])
+                out[[row - first for row in rows]] = self._marked(index, read)
         self.source_B = np.array([source for source, _ in taken[first:last]], np.int64)
         self.position += count
         return out
+
+    def _marked(self, index: int, window_BS1: np.ndarray) -> np.ndarray:
+        """Windows of a source; those of plain documents get marks where another source has them."""
+        if not self.marked or getattr(self.mixture.corpora[index], "marked", False):
+            return window_BS1
+        return mark_documents(window_BS1, self.mixture.tokenizer.end_id)
 
     def _cut(self, name: str, segment: Segment) -> ArrayWindows:
         """The windows of a source that is an array."""
         key = (name, segment.generation)
         if key not in self._made:
-            end_id = self.mixture.tokenizer.end_id
-            self._made[key] = (
-                FittedWindows(self._arrays[name], segment.seq_len, self.seed, end_id, key)
-                if self.best_fit
-                else ArrayWindows(self._arrays[name], segment.seq_len, self.seed, key)
-            )
+            corpus = self.mixture.corpora[self.mixture.names.index(name)]
+            tokens_N = self._arrays[name]
+            self._made[key] = cut_windows(tokens_N, segment.seq_len, self.seed, self.data, corpus, key)
         return self._made[key]
 
     def windows(self) -> Mapping[str, ArrayWindows | StreamWindows]:

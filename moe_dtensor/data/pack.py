@@ -24,6 +24,8 @@ import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.data.files import cache_homes
+from moe_dtensor.data.marks import DTYPE, join_conversations
+from moe_dtensor.data.private import make_private
 from moe_dtensor.data.records import clean
 from moe_dtensor.data.tokenizer import Tokenizer
 
@@ -91,13 +93,19 @@ def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return ids
 
 
-def write_tokens(file: IO[bytes], documents: Iterable[Document], tokenizer: Tokenizer) -> tuple[str, int]:
-    """Tokenise ``documents`` into ``file``, a chunk at a time; digest of what was written, number of documents."""
-    dtype = token_dtype(tokenizer.vocab_size)
+def write_tokens(
+    file: IO[bytes], documents: Iterable[Document], tokenizer: Tokenizer, marked: bool = False
+) -> tuple[str, int]:
+    """Tokenise ``documents`` into ``file``, a chunk at a time; digest of what was written, number of documents.
+
+    Args:
+        marked: they are conversations, whose ids carry :mod:`moe_dtensor.data.marks`.
+    """
+    dtype, join = (DTYPE, join_conversations) if marked else (token_dtype(tokenizer.vocab_size), join_documents)
     digest = hashlib.blake2b(f"{tokenizer.fingerprint()} {dtype}".encode(), digest_size=16)
     remaining, count = iter(documents), 0
     while chunk := take_chunk(remaining):
-        raw = join_documents(chunk, tokenizer, dtype).tobytes()
+        raw = join(chunk, tokenizer, dtype).tobytes()
         digest.update(raw)
         file.write(raw)
         count += sum(len(document) > 0 for document in chunk)
@@ -111,6 +119,7 @@ def packed(corpus: Any, split: str) -> Packed:
     ``corpus.fingerprint()`` and the file the class is defined in.
     """
     tokenizer: Tokenizer = corpus.tokenizer
+    marked: bool = getattr(corpus, "marked", False)
     parts = [FORMAT, corpus_key(corpus), split, tokenizer.fingerprint()]
     key = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
     folder = cache_folder()
@@ -120,12 +129,12 @@ def packed(corpus: Any, split: str) -> Packed:
             if not meta.exists():  # another rank may have made it while this one waited
                 logging.getLogger(__name__).info("tokenising the %s split once, into %s", split, data)
                 with replace_file(data) as file:
-                    digest, documents = write_tokens(file, corpus.documents(split), tokenizer)
+                    digest, documents = write_tokens(file, corpus.documents(split), tokenizer, marked)
                 told = {"digest": digest, "documents": documents, "bad": getattr(corpus, "bad_records", 0)}
                 with replace_file(meta) as file:  # last: its presence says that the tokens are whole
                     file.write(json.dumps({**told, "corpus": type(corpus).__name__, "split": split}).encode())
     told = json.loads(meta.read_text())
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = DTYPE if marked else token_dtype(tokenizer.vocab_size)
     # An empty file cannot be mapped.
     tokens_N = np.memmap(data, dtype=dtype, mode="r") if data.stat().st_size else np.empty(0, dtype)
     return Packed(tokens_N, told["digest"], told["documents"], told["bad"])
@@ -142,16 +151,32 @@ def corpus_key(corpus: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or a temporary folder where that is not writable."""
-    homes = cache_homes()
-    for folder in homes:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
+    """Where tokens are cached; made where it is missing.
+
+    ``$XDG_CACHE_HOME/moe_dtensor`` (``~/.cache/moe_dtensor``), or where that cannot be written, one of this user in
+    the temporary folder, which is everybody's: there it has to be this user's alone.
+
+    Raises:
+        ConfigError: neither can serve.
+    """
+    own, shared = cache_homes()
+    problems = []
+    if own is not None:
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            if os.access(own, os.W_OK | os.X_OK):
+                return own
+            problems.append(f"{str(own)!r}: it may not be written")
+        except OSError as error:
+            problems.append(f"{str(own)!r}: {error.strerror}")
+    try:
+        make_private(shared)
+        return shared
+    except OSError as error:
+        problems.append(f"{str(shared)!r}: {error.strerror}")
     raise ConfigError(
-        f"tokens are cached in a folder; neither {str(homes[0])!r} nor {str(homes[1])!r} can be written.",
-        "Set XDG_CACHE_HOME to a writable folder.",
+        f"tokens are cached in a folder, but none can be used: {'; '.join(problems)}.",
+        "Set XDG_CACHE_HOME to a folder that can be written.",
     )
 
 
@@ -173,7 +198,8 @@ def replace_file(target: Path) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that one rank of a machine tokenises and the others wait."""
-    with open(path, "w") as file:
+    # Not through a link, and nothing is emptied: what is there may be anything.
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
         # Without locks (some network file systems) several ranks do the same work; each replaces whole files.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

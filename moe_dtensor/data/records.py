@@ -18,6 +18,8 @@ from moe_dtensor.data.formats import Format, broken, open_bytes, read_whole, suf
 
 SHOWN = 5  # bad records that are told with their place
 TRIAL = 1000  # records before the share of bad ones is judged
+WHOLE = ""
+"""Instead of the field of the text: the whole record, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_records(path: str, form: Format, text_key: str, skip: int = 0, offset: 
     Args:
         path: a file of text (``formats.TEXTS``).
         form: what :func:`moe_dtensor.data.formats.recognise` told.
-        text_key: field of the text; not used for plain text.
+        text_key: field of the text; not used for plain text. ``WHOLE``: all fields, as JSON.
         skip: records (for text files: lines) to pass over.
         offset: byte at which record ``skip + 1`` starts, if known.
 
@@ -171,7 +173,7 @@ def read_table(file: IO[bytes], path: str, text_key: str) -> Iterator[Record]:
                 continue
             if row is None:
                 return
-            text = row[text_key]
+            text = row[text_key] if text_key != WHOLE else find_text(row, text_key)[0]
             yield Record(clean(text), number) if text else Record(None, number, f"the cell {text_key!r} is empty")
     finally:
         lines.detach()  # the file is closed by who opened it
@@ -187,10 +189,13 @@ def read_columns(path: str, kind: str, text_key: str, skip: int) -> Iterator[Rec
             if number + batch.num_rows <= skip:
                 number += batch.num_rows
                 continue
-            for value in batch.column(text_key).to_pylist():
+            rows = (
+                batch.to_pylist() if text_key == WHOLE else [{text_key: v} for v in batch.column(text_key).to_pylist()]
+            )
+            for row in rows:
                 number += 1
                 if number > skip:
-                    text, why = find_text({text_key: value}, text_key)
+                    text, why = find_text(row, text_key)
                     yield Record(text, number, why)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise broken(path, error) from error
@@ -204,7 +209,7 @@ def open_batches(path: str, kind: str, text_key: str) -> Iterator[Any]:
     if kind == "parquet":
         with pyarrow.parquet.ParquetFile(path) as table:
             check_column(path, text_key, table.schema_arrow.names)
-            yield from table.iter_batches(1024, columns=[text_key])
+            yield from table.iter_batches(1024, columns=None if text_key == WHOLE else [text_key])
         return
     with pyarrow.memory_map(path) as source:
         try:
@@ -218,7 +223,7 @@ def open_batches(path: str, kind: str, text_key: str) -> Iterator[Any]:
 
 def check_column(path: str, text_key: str, names: list[str]) -> None:
     """ConfigError if a table has no column of that name."""
-    if text_key not in names:
+    if text_key not in names and text_key != WHOLE:
         raise ConfigError(
             f"data.text_key must name a column that holds text; {path!r} has no {text_key!r}, but {names}.",
             "Set data.text_key to one of them.",
@@ -228,7 +233,10 @@ def check_column(path: str, text_key: str, names: list[str]) -> None:
 def find_text(record: object, text_key: str) -> tuple[str | None, str]:
     """The text field of a record; or None, and what the record has instead."""
     if not isinstance(record, dict):
-        return None, f"the record is {type(record).__name__}, not an object with data.text_key = {text_key!r}"
+        with_key = f" with data.text_key = {text_key!r}" if text_key != WHOLE else ""
+        return None, f"the record is {type(record).__name__}, not an object{with_key}"
+    if text_key == WHOLE:
+        return clean(json.dumps(record, ensure_ascii=False, default=str)), ""
     value = record.get(text_key)
     if isinstance(value, str):
         return clean(value), ""

@@ -23,6 +23,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.data.pack import Document, corpus_key, encode_documents, replace_file, take_chunk, token_dtype
 from moe_dtensor.data.token_files import HEADER_BYTES, Header, read_header, token_file_name
 from moe_dtensor.data.tokenizer import Tokenizer
+from moe_dtensor.orphans import end_with_parent
 
 INDEX = "index.json"
 PLAN = "plan.json"
@@ -211,7 +212,7 @@ def encode_all(documents: Iterator[Document], tokenizer: Tokenizer, workers: int
     global _tokenizer
     _tokenizer = tokenizer
     pending: deque[Future[list[np.ndarray]]] = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with_parent) as pool:
         try:
             while True:
                 while len(pending) < AHEAD * workers and (chunk := take_chunk(documents)):

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from moe_dtensor.config.schema import Config
+from moe_dtensor.data.conversations import ConversationsCorpus
 from moe_dtensor.data.files import DataFiles
 from moe_dtensor.data.hub import DatasetsCorpus
 from moe_dtensor.data.mixture import Mixture, source_config
@@ -65,6 +66,8 @@ def describe_split(corpus: Any, split: str) -> str:
 
 def describe_ends(corpus: Any) -> str:
     """How documents end."""
+    if isinstance(corpus, ConversationsCorpus):
+        return "turns end as the chat template has it"
     end = f"end token (id {corpus.tokenizer.end_id})"
     if not isinstance(corpus, TokensCorpus):
         return f"each document is closed by the {end}"

@@ -12,7 +12,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.files import DataFiles, check_apart, find_files, own_folders
 from moe_dtensor.data.pack import packed
-from moe_dtensor.data.records import BadRecords, read_records
+from moe_dtensor.data.records import BadRecords, Record, read_records
 from moe_dtensor.data.tokenizer import Tokenizer
 
 HELD_OUT = 20  # one document in HELD_OUT is for validation
@@ -119,11 +119,15 @@ class FilesCorpus:
             for record in read_records(file, files.formats[file], self.text_key):
                 if record.after:
                     self.done = (sum(sizes[:number]) + record.after) / max(1, sum(sizes))
-                text = bad.take(record, file)
+                text = bad.take(self.judge(record), file)
                 if text is not None:
                     yield text
         bad.judge()
         self.bad_records = bad.count
+
+    def judge(self, record: Record) -> Record:
+        """What becomes of a record: itself."""
+        return record
 
     def cache_key(self) -> str:
         """Places, sizes and times of the files."""

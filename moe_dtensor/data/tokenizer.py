@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ from moe_dtensor.config.errors import ConfigError
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 # One string of many megabytes costs the library some fifty times its size in memory.
 PIECE_CHARACTERS = 1_000_000
+
+
+Placed = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids of a text, the first character that each stands for, and the one after the last."""
 
 
 class Tokenizer(Protocol):
@@ -52,6 +56,15 @@ class ByteTokenizer:
         """One uint8 array of byte values per text; ``bytes`` are taken as they are."""
         return [np.frombuffer(t.encode() if isinstance(t, str) else t, dtype=np.uint8) for t in texts]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[Placed]:
+        """Ids of each text with the characters that they stand for."""
+        placed = []
+        for text in texts:
+            size_C = np.array([len(c.encode()) for c in text], np.int64)
+            start_N = np.repeat(np.arange(len(text)), size_C)
+            placed.append((self.encode_batch([text])[0], start_N, start_N + 1))
+        return placed
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; end tokens are left out, broken UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if int(i) < 256).decode(errors="replace")
@@ -79,7 +92,7 @@ class HuggingFaceTokenizer:
         # Forked ranks would each print a warning, and several ranks share the cores anyhow.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._path = path
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
@@ -112,8 +125,21 @@ class HuggingFaceTokenizer:
             cut = list(cut_in_pieces(text if isinstance(text, str) else text.decode(errors="replace")))
             counts.append(len(cut))
             pieces += cut
+        encoded = self._encode(self._library.encode_batch_fast, pieces)
+        ids = iter([np.array(e.ids, dtype=np.uint32) for e in encoded])
+        return [np.concatenate([next(ids) for _ in range(n)] or [np.empty(0, np.uint32)]) for n in counts]
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[Placed]:
+        """Ids of each text, encoded as a whole, with the characters that they stand for."""
+        placed = []
+        for one in self._encode(self._library.encode_batch, texts):
+            start_N, end_N = np.array(one.offsets, np.int64).reshape(-1, 2).T
+            placed.append((np.array(one.ids, np.uint32), start_N, end_N))
+        return placed
+
+    def _encode(self, encode: Callable[..., list[Any]], texts: Sequence[str]) -> list[Any]:
         try:
-            encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+            return encode(texts, add_special_tokens=False)
         except BaseException as error:  # the library's own errors are plain Exceptions, its panics not even that
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
@@ -121,12 +147,22 @@ class HuggingFaceTokenizer:
                 f"data.tokenizer = {self._path!r} cannot encode a text of the corpus ({error}).",
                 "A vocabulary needs a token for what it does not know (unk_token), or byte fallback.",
             ) from error
-        ids = iter([np.array(e.ids, dtype=np.uint32) for e in encoded])
-        return [np.concatenate([next(ids) for _ in range(n)] or [np.empty(0, np.uint32)]) for n in counts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out."""
         return self._library.decode([int(i) for i in ids])
+
+    def begin_ids(self) -> list[int]:
+        """What its post-processor puts before every text."""
+        alone = self._library.encode("", add_special_tokens=True).ids
+        around = self._library.encode("a", add_special_tokens=True).ids
+        bare = self._library.encode("a", add_special_tokens=False).ids
+        before = next((n for n in range(len(around)) if around[n : n + len(bare)] == bare), 0)
+        return alone[:before]
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token; None if there is none of that text."""
+        return self._library.token_to_id(token)
 
     def fingerprint(self) -> str:
         """Digest of the file and its end token."""

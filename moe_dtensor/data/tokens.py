@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,9 +52,11 @@ class TokensCorpus:
             path, held_out = os.path.join(path, "train"), os.path.join(path, "validation")
         self.files, self.left_out = open_path("data.path", path)
         whole = TokenFiles(self.files)
+        check_headers(self.files, tokenizer)
         if held_out:
             files, _ = open_path("data.validation_path", held_out)
             check_apart([f.path for f in self.files], [f.path for f in files])
+            check_headers(files, tokenizer)
             validation = TokenFiles(files)
             self._splits = {
                 "train": TokenRange(whole, 0, len(whole)),
@@ -149,10 +151,8 @@ def check_content(tokens: TokenRange, tokenizer: Tokenizer) -> Content:
     """Look through a split: every id up to ``LOOKED_AT`` of them, samples of more.
 
     Raises:
-        ConfigError: an id outside the vocabulary, or a header that tells of another tokenizer or other ids.
+        ConfigError: an id outside the vocabulary.
     """
-    for file in tokens.whole.files:
-        check_header(file, tokenizer)
     if sum(f.tokens for f in tokens.whole.files) <= LOOKED_AT:
         pieces = (ids_N for _, ids_N in tokens.scan())
     else:
@@ -182,20 +182,26 @@ def closed_share(tokens: TokenRange, tokenizer: Tokenizer) -> float | None:
     return sum(map(bool, lasts)) / len(lasts) if lasts else None
 
 
-def check_header(file: TokenFile, tokenizer: Tokenizer) -> None:
-    """ConfigError if a file of the verb tokenize is not of this tokenizer, or not as it was written."""
-    header = file.header
-    if header is None:
-        return
-    if header.tokenizer != tokenizer.fingerprint() or header.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"{file.path!r} was written with another tokenizer than data.tokenizer: its vocabulary has "
-            f"{header.vocab_size} ids and its digest is {header.tokenizer}; here {tokenizer.vocab_size} and "
-            f"{tokenizer.fingerprint()}.",
-            "Set data.tokenizer to the one that made the file.",
-        )
-    if file.tokens <= LOOKED_AT:
-        verify_checksum(file)
+def check_headers(files: Sequence[TokenFile], tokenizer: Tokenizer) -> None:
+    """ConfigError if a file of the verb tokenize is not of this tokenizer, or not as it was written.
+
+    Checksums are compared of all files that hold ``LOOKED_AT`` ids together, of more files only of some spread ones.
+    """
+    written = [(file, file.header) for file in files if file.header]
+    for file, header in written:
+        if header.tokenizer != tokenizer.fingerprint() or header.vocab_size != tokenizer.vocab_size:
+            raise ConfigError(
+                f"{file.path!r} was written with another tokenizer than data.tokenizer: its vocabulary has "
+                f"{header.vocab_size} ids and its digest is {header.tokenizer}; here {tokenizer.vocab_size} and "
+                f"{tokenizer.fingerprint()}.",
+                "Set data.tokenizer to the one that made the file.",
+            )
+    left = LOOKED_AT
+    few = sum(file.tokens for file, _ in written) <= LOOKED_AT
+    for file, _ in written if few else written[:: -(-len(written) // SAMPLES)]:
+        if file.tokens <= left:
+            verify_checksum(file)
+            left -= file.tokens
 
 
 def check_ends(content: Content, end_id: int, path: str) -> None:

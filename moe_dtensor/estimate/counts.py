@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_dtensor.config.resolve import padded_vocab
+from moe_dtensor.config.resolve import block_config, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import score_flops_per_token
 from moe_dtensor.estimate.shards import all_shares
@@ -14,9 +14,11 @@ def parameters(config: Config) -> tuple[int, int]:
     The embedding counts in both, though a token only reads a row of it.
     """
     sizes = {share.name: share.size for share in all_shares(config)}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    total = sum(sizes.values())
-    unmet = experts // max(1, config.moe.num_experts) * (config.moe.num_experts - config.moe.top_k)
+    total, unmet = sum(sizes.values()), 0
+    for name, size in sizes.items():
+        if ".experts." in name:
+            moe = block_config(config, int(name.split(".")[1])).moe
+            unmet += size // moe.num_experts * (moe.num_experts - moe.top_k)
     return total, total - unmet
 
 

@@ -7,15 +7,23 @@ H100 (``docs/plan.md``). Not counted: NCCL's buffers, the CUDA context, what the
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers, stream_width
+from moe_dtensor.config.resolve import (
+    microbatches,
+    moe_layers,
+    num_stages,
+    shard_ranks,
+    stage_layers,
+    state_dtype,
+    stream_width,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
 from moe_dtensor.estimate.schedule import in_flight
-from moe_dtensor.estimate.shards import Share, accumulates, stage_shares
+from moe_dtensor.estimate.shards import Share, accumulates, stage_shares, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, tokens
 
 CUBLAS_WORKSPACE = 32 * 2**20
@@ -30,8 +38,8 @@ class Memory:
     weights: int
     """Master weights in ``training.dtype``."""
     gradients: int
-    """Gradients. While microbatches accumulate they are whole over dp, in ``reduce_dtype``; else a rank's share. Those
-    of experts outside of FSDP are a rank's share, in ``training.dtype``."""
+    """Gradients. While microbatches accumulate whole (``fsdp.accumulate``) they are whole over dp, in ``reduce_dtype``;
+    else a rank's share. Those of experts outside of FSDP are a rank's share, in ``training.dtype``."""
     moments: int
     """AdamW's two."""
     compute_copy: int
@@ -68,6 +76,26 @@ def fullest_rank(config: Config, skewed: bool = False) -> tuple[int, Memory]:
     return highest, ranks[highest]
 
 
+def settle_accumulate(config: Config) -> Config:
+    """The config with ``fsdp.accumulate`` as it will run: not ``auto``, and ``whole`` where sharding saves nothing.
+
+    ``auto`` is ``whole`` where the peak, tokens spread evenly over experts, is within ``mesh.device_memory``, or where
+    ``training.dtype`` is narrower than ``reduce_dtype``, so that shards would lose digits.
+    """
+
+    def settled(name: Literal["whole", "sharded"]) -> Config:
+        return replace(config, fsdp=replace(config.fsdp, accumulate=name))
+
+    whole, training = settled("whole"), config.training
+    if config.fsdp.accumulate == "whole" or not accumulates(whole) or shard_ranks(config) == 1:
+        return whole
+    if config.fsdp.accumulate == "sharded":
+        return config
+    fits = fullest_rank(whole)[1].peak <= config.mesh.device_memory * 2**30
+    loses_digits = BYTES[training.dtype] < BYTES[training.reduce_dtype]
+    return whole if fits or loses_digits else settled("sharded")
+
+
 def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     """Memory of a pipeline rank: of the dp and tp rank that holds most, if parameters do not split evenly.
 
@@ -76,7 +104,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
         pp_rank: which.
         skewed: all tokens prefer this rank's experts, in every block.
     """
-    config = settle(config)
+    config = settle_accumulate(settle(config))
     alive = in_flight(config, pp_rank)
     shares = [share for stage in alive for share in stage_shares(config, stage)]
     training, on_gpu = config.training, not config.fsdp.cpu_offload
@@ -89,7 +117,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     return Memory(
         weights=stored,
         gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
-        moments=2 * stored,
+        moments=2 * stored * BYTES[state_dtype(config)] // BYTES[training.dtype],
         compute_copy=_gathered(config, shares) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
@@ -108,14 +136,23 @@ def _gathered(config: Config, shares: list[Share]) -> int:
     return sum(_root_sizes(shares)) + sum(sorted(_block_sizes(shares).values())[-2:])
 
 
-def _block_sizes(shares: list[Share]) -> dict[int, int]:
-    """Elements of each block that FSDP gathers."""
+def _block_sizes(shares: list[Share], local: bool = False) -> dict[int, int]:
+    """Elements of each block that FSDP gathers, or a rank's part of them."""
     sizes: dict[int, int] = {}
     for share in shares:
         if share.name.startswith("layers.") and share.row.fsdp:
             layer = int(share.name.split(".")[1])
-            sizes[layer] = sizes.get(layer, 0) + share.used_size
+            sizes[layer] = sizes.get(layer, 0) + (share.local_size if local else share.used_size)
     return sizes
+
+
+def _widened_blocks(config: Config, shares: list[Share]) -> set[int]:
+    """Blocks whose gradients are widened to ``reduce_dtype`` before they are reduced: tp sums some of them first.
+    Gradients that accumulate whole are wide already."""
+    if accumulates(config):
+        return set()
+    summed = [share.name for share in shares if share.row.fsdp and summed_over_tp(config, share.row)]
+    return {int(name.split(".")[1]) for name in summed if name.startswith("layers.")}
 
 
 def _own_sizes(shares: list[Share]) -> dict[int, list[int]]:
@@ -171,7 +208,8 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         # Only GPipe has run all forwards by then: their logits wait.
         waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
         at_loss = logits + waiting + head + head_gradient
-    own = _own_sizes(shares)
+    own, widened = _own_sizes(shares), _widened_blocks(config, shares)
+    reduced = _block_sizes(shares, local=True)
     at_block = at_reduce = 0
     for layer, size in _block_sizes(shares).items():
         block = block_bytes(config, layer in with_experts, skewed, layer)
@@ -179,6 +217,7 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         gradients = size * at.compute + head_gradient + waiting
         of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)
         at_block = max(at_block, block.backward + gradients + of_own)
-        flight = size * reduce_bytes + math.ceil(size * reduce_bytes / config.mesh.dp)
+        flight = (size + reduced[layer]) * reduce_bytes
+        flight += size * max(0, reduce_bytes - at.compute) if layer in widened else 0
         at_reduce = max(at_reduce, flight + gradients - block.kept)
     return at_loss, at_block, at_reduce

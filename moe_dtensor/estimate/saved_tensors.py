@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_dtensor.config.attention import head_widths
-from moe_dtensor.config.resolve import GATED, block_norms, expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import GATED, block_config, block_norms, expert_dp_ranks, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
@@ -62,12 +62,12 @@ def at_experts(config: Config, skewed: bool) -> AtExperts:
 
 def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int = 0) -> BlockBytes:
     """What block ``layer`` keeps and needs for one microbatch on a rank of a resolved config, its dispatch settled."""
+    config = block_config(config, layer)
     at = tokens(config)
     met = at_experts(config, skewed) if is_moe else None
     stream = at.own * config.model.dim * at.compute
     ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
-    # With norms on both sides, what attention and feed-forward give is kept beside what they read.
-    streams = (4 if config.model.norm_at == "both" else 2) * stream + at.whole * _norm_statistics(config, at)
+    streams = _streams(config) * stream + at.whole * _norm_statistics(config, at)
     everything = streams + attention_bytes(config, at, layer) + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
@@ -87,6 +87,13 @@ def head_bytes(config: Config) -> tuple[int, int]:
     own_loss = config.training.loss != "cross_entropy"
     columns = (vocab // config.mesh.tp + (vocab if own_loss else 0)) * (1 + config.model.mtp_depth)
     return at.whole * config.model.dim * at.compute, at.whole * (columns * at.compute + at.wide)
+
+
+def _streams(config: Config) -> int:
+    """What norms read: the stream before attention and before the feed-forward, which a parallel block has one of; what
+    both give, which after norms on both sides is kept beside that."""
+    read = 1 if config.model.parallel_block and config.model.norm_at != "post" else 2
+    return read + 2 if config.model.norm_at == "both" else read
 
 
 def _norm_statistics(config: Config, at: Tokens) -> int:
@@ -127,7 +134,7 @@ def _experts_have_own_input(config: Config) -> bool:
     """Whether what the experts read is another tensor than what the router reads, a rank's own tokens."""
     mesh = config.mesh
     over_tp = mesh.experts != "dp" and mesh.tp > 1 and mesh.sequence_parallel
-    over_dp = mesh.experts in ("dp", "dp_tp") and mesh.dp > 1
+    over_dp = expert_dp_ranks(config) > 1
     return mesh.dispatch == "all_to_all" or over_tp or over_dp
 
 
@@ -136,7 +143,8 @@ def _shared_has_own_input(config: Config) -> bool:
     mesh = config.mesh
     if mesh.tp == 1 or not mesh.sequence_parallel:
         return False
-    experts_read_them = mesh.experts in ("tp", "tp_hidden") or (mesh.experts == "dp_tp" and mesh.dp == 1)
+    together = mesh.experts == "dp_tp" and expert_dp_ranks(config) == 1
+    experts_read_them = mesh.experts in ("tp", "tp_hidden") or together
     return mesh.dispatch == "all_to_all" or not experts_read_them
 
 
@@ -196,7 +204,7 @@ def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
     if mesh.dispatch == "all_to_all":
         return shared
     over_dp = at.own if mesh.experts == "dp" else at.whole
-    return (over_dp if mesh.dp > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
+    return (over_dp if expert_dp_ranks(config) > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
 
 
 def _gradients(config: Config, at: Tokens, met: AtExperts | None) -> int:

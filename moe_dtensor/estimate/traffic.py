@@ -12,17 +12,21 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import (
     FORCED,
+    block_config,
+    expert_shards,
     microbatches,
     moe_layers,
     num_stages,
     padded_vocab,
     rank_stages,
+    shard_ranks,
     stage_layers,
     stream_width,
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
-from moe_dtensor.estimate.shards import accumulates, stage_shares
+from moe_dtensor.estimate.memory import settle_accumulate
+from moe_dtensor.estimate.shards import copies_over_dp, reductions, stage_shares, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, columns, tokens
 
 
@@ -44,7 +48,7 @@ class Traffic:
 
 def traffic(config: Config) -> Traffic:
     """Bytes by axis; ``config`` is resolved and knows its vocabulary."""
-    config = settle(config)
+    config = settle_accumulate(settle(config))
     ranks = [rank_stages(config, pp_rank) for pp_rank in range(config.mesh.pp)]
     within = [activation_bytes(config, stages) for stages in ranks]
     return Traffic(
@@ -63,14 +67,23 @@ def fsdp_bytes(config: Config, stages: tuple[int, ...]) -> int:
 
     Weights that are freed after use are gathered for each microbatch's forward and backward, weights that stay once for
     the step (under a pipeline up to three stages on a rank; torch swaps more). Gradients are reduced with the last
-    microbatch. Where dp does not divide a dimension, parts are padded to the same size. Experts outside of FSDP take no
-    part.
+    microbatch, or with each (``fsdp.accumulate``). Where dp does not divide a dimension, parts are padded to the same
+    size. What several dp ranks hold alike is all-reduced among them once a step; of experts outside of FSDP that is
+    all.
     """
-    training, dp, count = config.training, config.mesh.dp, microbatches(config)
-    shares = [share for stage in stages for share in stage_shares(config, stage)]
-    local = sum(share.local_size for share in shares if share.row.fsdp)
+    training, count, sent = config.training, microbatches(config), 0
     gathers = 2 * count if config.fsdp.reshard_after_forward == "always" else 1
-    return local * (gathers * BYTES[training.param_dtype] + BYTES[training.reduce_dtype]) * (dp - 1)
+    reduced = reductions(config) * BYTES[training.reduce_dtype]
+    each = gathers * BYTES[training.param_dtype] + reduced
+    wide = max(BYTES[training.reduce_dtype], BYTES[training.dtype])
+    for share in (share for stage in stages for share in stage_shares(config, stage)):
+        row, alike = share.row, copies_over_dp(config, share.row)
+        if row.fsdp:
+            ranks = shard_ranks(config) if row.groups is None else expert_shards(config)
+            sent += share.local_size * each * (ranks - 1)
+        summed = share.local_size * (BYTES[training.reduce_dtype] if row.fsdp else wide)
+        sent += 2 * summed * (alike - 1) // alike
+    return sent
 
 
 def pp_bytes(config: Config, stages: tuple[int, ...]) -> int:
@@ -87,7 +100,7 @@ def activation_bytes(config: Config, stages: tuple[int, ...]) -> dict[Axis, floa
     sent: dict[Axis, float] = {"dp": 0.0, "tp": 0.0, "dp_tp": 0.0}
     for stage in stages:
         for layer in stage_layers(config, stage):
-            for axis, size in passes(config, _block(config, layer in with_experts)):
+            for axis, size in passes(config, _block(block_config(config, layer), layer in with_experts)):
                 sent[axis] += size
     sent["tp"] += _ends(config, stages)
     return {axis: size * microbatches(config) for axis, size in sent.items()}
@@ -141,16 +154,13 @@ def _router(config: Config) -> Steps:
 
 
 def replicated_gradient_bytes(config: Config, stages: tuple[int, ...]) -> int:
-    """Once a step, over tp: all-reduce of the gradients of weights that tp holds whole and sees a share of.
-
-    A single microbatch's are in ``param_dtype`` still when FSDP sums them over tp.
-    """
+    """Whenever FSDP reduces, over tp, in ``reduce_dtype``: all-reduce of the gradients of weights that tp holds whole
+    and sees a share of. Those of experts outside of FSDP once a step."""
     training, tp, sent = config.training, config.mesh.tp, 0
-    dtype = training.reduce_dtype if accumulates(config) else training.param_dtype
+    wide = max(BYTES[training.reduce_dtype], BYTES[training.dtype])
     for stage in stages:
         for share in stage_shares(config, stage):
-            row = share.row
-            partial = row.gradient == "heads" or (row.gradient == "tokens" and config.mesh.sequence_parallel)
-            if row.tp is None and partial:
-                sent += share.used_size * BYTES[dtype if row.fsdp else training.dtype]
+            if summed_over_tp(config, share.row):
+                each = reductions(config) * BYTES[training.reduce_dtype] if share.row.fsdp else wide
+                sent += share.used_size * each
     return 2 * sent * (tp - 1) // tp

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from moe_dtensor.config.attention import block_window
 from moe_dtensor.config.resolve import padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, Slots
+from moe_dtensor.generate.graph import Graphed
 from moe_dtensor.kernels.attention.visible import Visible
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.block import Block
@@ -35,17 +37,30 @@ class Decoder:
         self.model, self.config, self.tp, self.slots = model, config, tp, slots
         dtype = getattr(torch, config.training.param_dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
+        # A rank alone has no collectives, and nothing to gather: its steps are kernels only.
+        alone = slots.first_B.is_cuda and not isinstance(model, FSDPModule) and tp.size() == 1
+        self.next = Graphed(self._next) if alone else self._next
 
     @torch.no_grad()
     def __call__(self, tokens_BS: Tensor) -> Tensor:
         """Read the next ``(B, S)`` tokens; the logits after the last of them, ``(B, V)``, the same on all tp ranks."""
-        positions_BS = self.slots.positions_BS(tokens_BS.shape[1])
+        if tokens_BS.shape[1] == 1 and self.slots.count == 1:
+            self.slots.filled += 1
+            return self.next(tokens_BS)
+        self.slots.take(tokens_BS.shape[1])
+        return self._read(tokens_BS)
+
+    def _next(self, tokens_B1: Tensor) -> Tensor:
+        self.slots.take_next()
+        return self._read(tokens_B1)
+
+    def _read(self, tokens_BS: Tensor) -> Tensor:
+        positions_BS = self.slots.positions_BS()
         full, window = (
             Place(*rotation(self.config, has_window, positions_BS, self.slots.total, self.wide), Visible(None, None))
             for has_window in (False, True)
         )
         held_BSV = self.model(tokens_BS, positions=Positions(full, window))
-        self.slots.filled += tokens_BS.shape[1]
         return whole_vocabulary(held_BSV, self.config, self.tp)[:, -1]
 
 

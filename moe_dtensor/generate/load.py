@@ -1,8 +1,9 @@
-"""A model to generate with, from a run, a checkpoint or a Hugging Face folder: each rank reads its slices alone."""
+"""A model to generate or evaluate with, from a run, a checkpoint or a Hugging Face folder, on any mesh."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
 from moe_dtensor.checkpoint.native import NativeFolder, find_native
+from moe_dtensor.checkpoint.weights import load_weights
 from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
@@ -23,7 +25,6 @@ from moe_dtensor.generate.batch import Model
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.parallel.apply import build_parts
-from moe_dtensor.train.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Source:
     config: Config
     """Not resolved, for generation on the mesh that the overrides name."""
     weights: HuggingFaceSource | NativeFolder
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model was made to see at once: a run's training.seq_len, what a config.json says."""
+        if isinstance(self.weights, HuggingFaceSource):
+            return self.weights.described.max_positions or self.config.training.seq_len
+        return self.config.training.seq_len
 
 
 def find_source(path: str | Path, overrides: Mapping[str, Any], world_size: int) -> Source:
@@ -54,7 +62,7 @@ def find_source(path: str | Path, overrides: Mapping[str, Any], world_size: int)
         found = Source(native.path, _for_generation(native.config, overrides, world_size), native)
     if found.config.mesh.pp != 1:
         raise ConfigError(
-            f"mesh.pp = {found.config.mesh.pp}: generate has no pipeline.", "Set mesh.pp = 1, and more tp."
+            f"mesh.pp = {found.config.mesh.pp}: generate and eval have no pipeline.", "Set mesh.pp = 1, and more tp."
         )
     check(found.config, world_size)
     return found
@@ -67,6 +75,8 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "mesh.dp": -1,
         "mesh.pp": 1,
         "mesh.tp": 1,
+        "mesh.dp_replicate": 1,
+        "mesh.expert_ranks": 0,
         # A single position cannot be split.
         "mesh.sequence_parallel": False,
         "moe.group_sequences": 0,
@@ -77,6 +87,7 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "compile.async_tp": False,
         "activation_checkpoint.mode": "none",
         "training.microbatch_size": 1,
+        "training.loss": "cross_entropy",
         "training.global_batch_size": world_size,
         "training.dtype": computed,
         "training.reduce_dtype": computed,
@@ -88,7 +99,7 @@ def load_model(source: Source, device: torch.device) -> Model:
     """Build and fill the model on all ranks together."""
     config = resolve(source.config, dist.get_world_size())
     mesh = build_mesh(config, device)
-    (part,) = build_parts(config, mesh, device)
+    (part,) = build_parts(config, mesh, device, trains=False)
     balance = BalanceState(config, [part], device)
     load_weights([part], balance, config, source.weights)
     return Model(part.eval(), config, mesh, device)
@@ -103,3 +114,9 @@ def load_tokenizer(source: Source) -> tuple[Tokenizer, set[int]]:
         stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         ends |= set(stated if isinstance(stated, list) else [] if stated is None else [stated])
     return tokenizer, ends
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """Where the files of the model's tokenizer are, its chat template among them."""
+    named = Path(os.path.expanduser(source.config.data.tokenizer))
+    return named if named.is_dir() else named.parent if named.is_file() else source.path

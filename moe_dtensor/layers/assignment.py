@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,5 +161,13 @@ ASSIGNMENTS: dict[str, Callable[[Config, int], Assignment]] = {
 def build_assignment(config: Config, layer: int) -> Assignment:
     """The assignment that ``moe.router`` names, ours or the user's."""
     name = config.moe.router
-    build = ASSIGNMENTS[name] if name in ASSIGNMENTS else load_object("moe.router", name)
+    build = ASSIGNMENTS[name] if name in ASSIGNMENTS else load_object("moe.router", name, is_assignment, OWN)
     return build(config, layer)
+
+
+OWN = "a class that derives from moe_dtensor.layers.assignment.Assignment"
+
+
+def is_assignment(found: Any) -> bool:
+    """Whether an object can stand in ``moe.router``."""
+    return isinstance(found, type) and issubclass(found, Assignment)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD
+from moe_dtensor.config.resolve import GATED, SPLIT_BACKWARD, block_config
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.experts.mlp import expert_mlp
 from moe_dtensor.layers.feed_forward import FeedForward
@@ -66,9 +66,9 @@ class SharedExpert(FeedForward):
         super().__init__(config.model.dim, config.moe.shared_hidden_dim, config.model.activation)
         self.token_gate = Linear(config.model.dim, 1) if config.moe.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., D)`` in and out."""
-        y = super().forward(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """What the held hidden units give, ``(..., D)`` in and out."""
+        y = super().compute(x)
         return y if self.token_gate is None else self.token_gate(x).sigmoid() * y
 
 
@@ -94,6 +94,7 @@ class MoE(Layer):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
+        config = block_config(config, layer)
         moe = config.moe
         self.router = Router(config, layer)
         self.experts = Experts(config)

@@ -12,8 +12,10 @@ from moe_dtensor.layers.weights import Layer
 
 def build_norm(config: Config) -> Layer:
     """The block's norm over the model width."""
-    norm = LayerNorm if config.model.norm == "layernorm" else RMSNorm
-    return norm(config.model.dim, config.model.norm_eps)
+    model = config.model
+    if model.norm == "layernorm":
+        return LayerNorm(model.dim, model.norm_eps, model.norm_bias)
+    return RMSNorm(model.dim, model.norm_eps)
 
 
 class RMSNorm(Layer):
@@ -35,21 +37,24 @@ class RMSNorm(Layer):
 
 
 class LayerNorm(Layer):
-    """LayerNorm over the last dimension (arXiv:1607.06450), without bias.
+    """LayerNorm over the last dimension (arXiv:1607.06450).
 
     Args:
         dim: the last dimension.
         eps: added to the variance.
+        bias: whether it has one.
     """
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` in and out."""
-        return F.layer_norm(x, x.shape[-1:], self.local_weight("weight"), None, self.eps)
+        bias = None if self.bias is None else self.local_weight("bias")
+        return F.layer_norm(x, x.shape[-1:], self.local_weight("weight"), bias, self.eps)
 
 
 class HeadsNorm(Layer):

@@ -48,8 +48,8 @@ def pack(load_E: Tensor, statistics_4: Tensor, sums: dict[str, Tensor | None]) -
     return record_R
 
 
-def unpack(record_LR: Tensor, tokens: int, top_k: int) -> Record:
-    """Sums over a whole step of ``tokens`` tokens, as means."""
+def unpack(record_LR: Tensor, tokens: int, top_k: int | Tensor) -> Record:
+    """Sums over a whole step of ``tokens`` tokens, as means; K of all blocks, or of each ``(L,)``."""
     experts = record_LR.shape[1] - len(STATISTICS)
     means = dict(zip(STATISTICS, (record_LR[:, experts:] / tokens).unbind(1), strict=True))
     means["dropped"] = means["dropped"] / top_k

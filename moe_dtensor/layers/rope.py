@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.schema import Rope
+from moe_dtensor.config.model import Rope
 
 
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

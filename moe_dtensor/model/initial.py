@@ -31,11 +31,11 @@ def init_weights(part: nn.Module, config: Config) -> None:
         local = param.to_local() if isinstance(param, DTensor) else param
         if local.numel() == 0:
             continue
-        if "norm" in name:
-            local.fill_(1.0)
-            continue
         if name.endswith(("bias", "sinks")):
             local.zero_()
+            continue
+        if "norm" in name:
+            local.fill_(1.0)
             continue
         std = config.model.init_std
         if name.endswith(OUTPUT_PROJECTIONS):

@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         if last:
             self.norm = build_norm(config)
             if not config.model.tie_embeddings:
-                self.output = Linear(dim, rows)
+                self.output = Linear(dim, rows, config.model.head_bias)
         self.config = config
         self.dim = dim
         self.embedding_scale, self.logit_scale = config.model.embedding_scale, config.model.logit_scale

@@ -232,11 +232,6 @@ class Borders:
         """Put the first border before a module whose first argument is the stream."""
         module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0])(), *args[1:]))
 
-    def wrap(self, module: nn.Module) -> None:
-        """Put both borders around a module whose first argument and output are the stream."""
-        self.enter_before(module)
-        module.register_forward_hook(lambda _module, _args, y: self.leave(y)())
-
 
 def position_borders(config: Config, tp: DeviceMesh) -> Borders:
     """Of layers that take whole sequences in order: under sequence parallelism tp splits their positions."""

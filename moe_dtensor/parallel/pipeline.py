@@ -12,8 +12,9 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
+from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.expert_copies import WithOwnExperts
+from moe_dtensor.parallel.expert_copies import WithOwnExperts, has_own_experts
 from moe_dtensor.parallel.forward_pass import ForwardPass, stream_shape
 from moe_dtensor.parallel.fsdp import next_microbatch
 from moe_dtensor.parallel.runner import Runner
@@ -34,7 +35,7 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     else:
         check_torch(config, torch.__version__)
         runner = Pipeline(parts, config, mesh, device)
-    if config.mesh.experts in ("dp", "dp_tp"):
+    if has_own_experts(config):
         runner = WithOwnExperts(parts, runner, getattr(torch, config.training.reduce_dtype))
     return runner
 
@@ -59,11 +60,11 @@ def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
 
 
 class Accumulation:
-    """pp = 1: one microbatch after the other, gradients reduced with the last."""
+    """pp = 1: one microbatch after the other, gradients reduced with the last, or with each (``fsdp.accumulate``)."""
 
     def __init__(self, part: Transformer, config: Config) -> None:
         self.part = part
-        self.config = config
+        self.config = settle_accumulate(config)
 
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward; the summed loss times ``scale``, a scalar."""
@@ -136,6 +137,9 @@ def _build_stage(
 ) -> PipelineStage:
     """A stage whose shapes are given, so that nothing is run to infer them."""
     from torch.distributed.pipelining import PipelineStage
+
+    if settle_accumulate(config).fsdp.accumulate == "sharded":
+        from moe_dtensor.parallel.reducing_stage import ReducingStage as PipelineStage
 
     training = config.training
     dtype = getattr(torch, training.param_dtype)

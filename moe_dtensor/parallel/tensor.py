@@ -7,7 +7,9 @@ the tokens before a split layer and sum the partial results after it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,11 @@ from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.weights import Embedding, Layer, WeightView
+from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.model.transformer import TokenLoss, Transformer
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.collectives import Borders, position_borders, token_borders
-from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
+from moe_dtensor.parallel.dispatch import build_dispatch
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.placement import Row, build_table, find_row
 
@@ -33,18 +36,23 @@ from moe_dtensor.placement import Row, build_table, find_row
 def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """Turn every parameter into a DTensor by the placement table, and let layers compute with its shard.
 
-    On tp, for FSDP to split further over dp; what the table keeps out of FSDP on dp and tp at once.
+    On tp, for FSDP to split further over dp; experts that live on dp ranks on dp and tp at once.
     """
     table = build_table(config)
     for module_name, module in part.named_modules():
         for name, param in list(module.named_parameters(recurse=False)):
             row = find_row(table, f"{module_name}.{name}" if module_name else name)
             on_tp: Placement = Replicate() if row.tp is None else Shard(row.tp)
-            axes, placements = (mesh["tp"], [on_tp]) if row.fsdp else (mesh["dp", "tp"], [Shard(row.dp), on_tp])
+            axes, placements, gradient = mesh["tp"], [on_tp], [_gradient_placement(row, config)]
+            if row.on_dp:
+                axes = expert_mesh(config, mesh)
+                alike = axes.ndim - 2  # the groups' axis, where they hold whole weights
+                placements = [Replicate()] * alike + [Shard(row.dp), on_tp]
+                gradient = [Partial()] * alike + [Shard(row.dp), *gradient]
             sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded))
             assert isinstance(module, Layer), f"{type(module).__name__} does not read its weights by local_weight()"
-            module.weight_views[name] = _local_view((*placements[:-1], _gradient_placement(row, config)))
+            module.weight_views[name] = _local_view(tuple(gradient), row.fsdp)
 
 
 def _gradient_placement(row: Row, config: Config) -> Placement:
@@ -57,14 +65,14 @@ def _gradient_placement(row: Row, config: Config) -> Placement:
 
 
 @functools.cache
-def _local_view(gradient: tuple[Placement, ...]) -> WeightView:
+def _local_view(gradient: tuple[Placement, ...], fsdp: bool) -> WeightView:
     """The local tensor of a parameter, whose gradient flows back with the given placements.
 
     The same function for all layers alike, so that torch.compile compiles them once.
     """
 
     def view(module: nn.Module, name: str) -> Tensor:
-        if len(gradient) > 1:
+        if not fsdp:
             return view_copy(module, name, gradient)
         param = getattr(module, name)
         assert isinstance(param, DTensor)
@@ -104,7 +112,8 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=1)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
-            by_token.wrap(module)
+            by_token.enter_before(module)
+            module.sum_output = functools.partial(_leave, by_token)
     if part.is_last:
         part.first_row = rank * (padded_vocab(config) // tp.size())
         part.before_head = lambda x: by_position.enter(x)()
@@ -156,8 +165,19 @@ def build_token_loss(config: Config, tp: DeviceMesh) -> TokenLoss:
     name = config.training.loss
     if name == "cross_entropy":
         return functools.partial(_vocab_parallel_cross_entropy, vocab_size=config.model.vocab_size, tp=tp)
-    loss = load_object("training.loss", name)
+    loss = load_object("training.loss", name, _is_loss, "a function of (logits, labels)")
     return functools.partial(_gathered_loss, loss=loss, vocab_size=config.model.vocab_size, tp=tp)
+
+
+def _is_loss(found: Any) -> bool:
+    """Whether an object can be called with logits and labels, and is no class and nothing built in."""
+    if isinstance(found, type) or inspect.isbuiltin(found) or not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, tp: DeviceMesh) -> Tensor:

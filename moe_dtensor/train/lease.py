@@ -37,6 +37,9 @@ class Lease:
     def __init__(self, folder: Path, start_id: str) -> None:
         self._path = folder / LEASE_FILE
         self._lock = threading.Lock()
+        self._renewed = time.time()
+        self._late = False
+        """Whether it was once not renewed for so long that another process may have had the run since."""
         self._record: dict[str, Any] = {
             "start": start_id,
             "host": socket.gethostname(),
@@ -56,9 +59,13 @@ class Lease:
         threading.Thread(target=self._renew_on, daemon=True).start()
 
     def check(self) -> None:
-        """Raise RunError if another process has taken the run over."""
+        """Raise RunError if another process has taken the run over.
+
+        A lease that cannot be read, or is gone, tells of another process only where this one was late to renew it.
+        """
         holder = _read(self._path)
-        if holder.get("start") != self._record["start"]:
+        late = self._late or time.time() - self._renewed > STALE_SECONDS
+        if holder.get("start") != self._record["start"] and (holder or late):
             raise RunError(
                 f"this process lost the run in {str(self._path.parent)!r} to {_name(holder)}: it did not renew its "
                 f"lease for {STALE_SECONDS:.0f} s (frozen, or cut off from the file system).",
@@ -77,9 +84,12 @@ class Lease:
 
     def _renew(self) -> None:
         with self._lock:
+            now = time.time()
+            self._late |= now - self._renewed > STALE_SECONDS
             if self._file >= 0:
-                text = json.dumps({**self._record, "renewed": time.time()})
+                text = json.dumps({**self._record, "renewed": now})
                 os.pwrite(self._file, text.ljust(_LENGTH).encode(), 0)
+            self._renewed = now
 
     def _renew_on(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):

@@ -12,27 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
+from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
-from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
+from moe_dtensor.config.resolve import FORCED, moe_kinds, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
 from moe_dtensor.data.prefetch import Prefetcher
+from moe_dtensor.data.revisions import pin_revisions, reads_hub
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.drift import RoutingDrift
 from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.proof import carried_files
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
-from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, open_run_folder
+from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
-from moe_dtensor.train.sinks import Display, Sink, build_sinks, check_sinks, say_aside
+from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
 from moe_dtensor.train.watch import Watch
-from moe_dtensor.train.weights import check_weights, load_initial, open_initial, plan_export, write_export
+from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
 
 def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
@@ -42,9 +45,12 @@ def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
         Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
     config = resolve(given, ranks.world_size)
-    ranks.agree(lambda: check_sinks(config))
     watch = Watch(ranks, config.comm.timeout_seconds)
     device = start_ranks(config, ranks)
+
+    if reads_hub(config):
+        given = ranks.agree(lambda: on_rank_0(lambda: pin_revisions(given, kept_revisions(config))))
+        config = resolve(given, ranks.world_size)
 
     def read() -> tuple[Corpus, Config, str]:
         corpus = build_corpus(config)
@@ -105,10 +111,14 @@ class Run:
             Identity(folder.run_id, folder.run["data"], folder.start_id, folder.check_owner),
             self._warn,
         )
+        self.drift: RoutingDrift | None = None
+        if config.training.routing_drift_interval:
+            load_initial(self.trainer, config)
+            self.drift = RoutingDrift(self.trainer, self.loader)
         resumes = config.checkpoint.enable and folder.state == "unfinished"
         self.step = (self.checkpoints.load_latest() or 0) if resumes else 0
-        if config.checkpoint.initial and self.step == 0:
-            load_initial(self.trainer, open_initial(config))
+        if self.drift is None and self.step == 0:
+            load_initial(self.trainer, config)
         self.is_rank_0 = dist.get_rank() == 0
         self.profiler = Profiler(config.profiling, folder.path, dist.get_rank())
         self.display: Display | None = None
@@ -187,7 +197,7 @@ class Run:
             config = self.config
             self.folder.begin(self.step - 1)
             opened = build_sinks(config, self.folder.path, self.folder.run_id, self.step - 1)
-            self.sinks[:0] = opened
+            self.sinks[:0] = [Owner(self.folder.check_owner), *opened]
 
     def _finish(self) -> int:
         self._close()
@@ -251,6 +261,7 @@ class Run:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}
         values["data_wait_seconds"] = self.batches.wait_seconds
         values |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_loss_K, start=1)}
+        values |= result.token_shares
         if result.source_loss_N is not None:
             values["source_loss"] = result.source_loss_N
             values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
@@ -259,6 +270,9 @@ class Run:
             values |= self.routing
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
+        if self.drift is not None and self.step % self.config.training.routing_drift_interval == 0:
+            with self.meter.paused():
+                values["routing_drift"] = self.drift.measure(self.trainer)
         interval = self.config.training.validation_interval
         if self.validation is not None and self.step % interval == 0:
             with self.meter.paused():
@@ -353,28 +367,36 @@ class Run:
 
 def routing_notice(config: Config) -> str:
     """What has to be known of a router before its numbers are believed; empty if nothing."""
-    moe = config.moe
-    if moe.num_experts and moe.router == "expert_choice":
+    routers = _routers(config)
+    if "expert_choice" in routers:
         return (
             "moe.router = expert_choice: experts choose among the tokens of a whole routing group, later ones too, so "
             "the training loss may profit from what a generating model cannot know. Validation takes plain top-k."
         )
-    if moe.num_experts and moe.router in FORCED:
-        return f"moe.router = {moe.router} is forced: it looks at no token's vector, in validation neither."
+    forced = [router for router in routers if router in FORCED]
+    if forced:
+        return f"moe.router = {forced[0]} is forced: it looks at no token's vector, in validation neither."
     return ""
+
+
+def _routers(config: Config) -> list[str]:
+    """Of the MoE blocks, each once."""
+    return list(dict.fromkeys(kind.moe.router for kind in moe_kinds(config)))
 
 
 def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
     """Diagnostics of the MoE blocks by name, ``(L,)`` each; those of what is switched off are left out. A forced
     router is named in every record."""
     load_LE, means = result.routing
+    routers = _routers(config)
+    forced = [router for router in routers if router in FORCED]
     off = {
         "balance_loss": config.moe.balance_loss == 0,
         "dropped": config.moe.capacity_factor == 0,
-        "differs_from_top_k": config.moe.router in ("topk", *FORCED),
-        "sinkhorn_error": config.moe.router != "sinkhorn",
+        "differs_from_top_k": set(routers) <= {"topk", *FORCED},
+        "sinkhorn_error": "sinkhorn" not in routers,
     }
-    label: dict[str, Value] = {"forced_router": config.moe.router} if config.moe.router in FORCED else {}
+    label: dict[str, Value] = {"forced_router": ", ".join(forced)} if forced else {}
     return label | {
         "expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
         "expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import AdamW, Optimizer
 
+from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
+from moe_dtensor.train.narrow_moments import NarrowMomentsAdamW
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -33,15 +35,18 @@ class Optimizers:
         options = config.optimizer
         self._parts = parts
         self._optimizers: list[Optimizer] = []
+        same = state_dtype(config) == config.training.dtype
+        self._dtype = None if same else getattr(torch, state_dtype(config))
+        kind = AdamW if same else NarrowMomentsAdamW
         for part in parts:
-            optimizer = AdamW(
-                parameter_groups(part, options.weight_decay),
+            optimizer = kind(
+                parameter_groups(part, options.weight_decay, options.router_lr),
                 lr=options.lr,
                 betas=(options.beta1, options.beta2),
                 eps=options.eps,
                 fused=True,
             )
-            _fill_state(optimizer)
+            _fill_state(optimizer, self._dtype)
             self._optimizers.append(optimizer)
 
     def __iter__(self) -> Iterator[Optimizer]:
@@ -51,6 +56,14 @@ class Optimizers:
         """Update the parameters of all parts by their gradients."""
         for optimizer in self._optimizers:
             optimizer.step()
+
+    def drop_frozen(self) -> None:
+        """Gradients of what is frozen become 0, so that they are no part of the norm."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group["lr_factor"] == 0 else ():
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parts."""
@@ -66,6 +79,9 @@ class Optimizers:
         groups = {key: value for key, value in self._with_groups().items() if key.startswith("param_groups.")}
         for part, optimizer in zip(self._parts, self._optimizers, strict=True):
             set_optimizer_state_dict(part, optimizer, optim_state_dict={**groups, **state_dict}, options=_FLAT)
+            if self._dtype is not None:  # torch gave moments the weights' dtype
+                for state in optimizer.state.values():
+                    state |= {name: state[name].to(self._dtype) for name in ("exp_avg", "exp_avg_sq")}
 
     def _with_groups(self) -> dict[str, Any]:
         """State and hyperparameters of all parts, by parameter name."""
@@ -84,28 +100,39 @@ def build_optimizers(parts: list[nn.Module], config: Config) -> Optimizers:
     return Optimizers(parts, config)
 
 
-def parameter_groups(part: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: decayed parameters, then those that are not (norms, embeddings, router).
+def parameter_groups(part: nn.Module, weight_decay: float, router_lr: float = 1.0) -> list[dict[str, Any]]:
+    """Three groups: decayed parameters, those that are not (norms, embeddings), and routers, which are not either.
 
-    A separate output head is decayed; one tied to the embedding is the embedding.
+    A separate output head is decayed; one tied to the embedding is the embedding. ``lr_factor`` of a group is what the
+    learning rate is multiplied by; 0 freezes it.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
+    routers: list[nn.Parameter] = []
     for name, parameter in part.named_parameters():
         if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter) else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            group = routers if is_router(name) else decayed if is_decayed(name, parameter) else kept
+            group.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": kept, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": routers, "weight_decay": 0.0, "lr_factor": router_lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter is a router's, by its name."""
+    return "router" in name.split(".")
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies to a parameter, by its name; vectors (norm weights) and biases never are."""
-    modules = name.split(".")
-    return (
-        parameter.ndim > 1 and not name.endswith("bias") and "tok_embeddings" not in modules and "router" not in modules
-    )
+    embedding = "tok_embeddings" in name.split(".")
+    return parameter.ndim > 1 and not (name.endswith("bias") or embedding or is_router(name))
 
 
-def _fill_state(optimizer: Optimizer) -> None:
+def _fill_state(optimizer: Optimizer, dtype: torch.dtype | None) -> None:
     """Create AdamW's state now, as its first step would.
 
     A checkpoint may be loaded or saved before the first step; torch would then make the state by a step
@@ -115,8 +142,8 @@ def _fill_state(optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter.detach()),
-                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+                "exp_avg": torch.zeros_like(parameter.detach(), dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(parameter.detach(), dtype=dtype),
             }
 
 
@@ -145,7 +172,7 @@ def lr_factor(step: int, steps: int, config: LrScheduler) -> float:
 
 
 class Schedule:
-    """Sets the learning rate of every optimizer of this rank, one value for all parameter groups.
+    """Sets the learning rate of every optimizer of this rank: one value, times each parameter group's factor.
 
     The state is the number of steps taken and nothing else: it is the same on every rank and mesh, and
     after a resume the learning rate follows the TOML, also where the TOML was changed.
@@ -180,7 +207,7 @@ class Schedule:
         self._lr = peak_lr(self._config, step) * lr_factor(step, self._steps, self._config.lr_scheduler)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self._lr
+                group["lr"] = self._lr * group.get("lr_factor", 1.0)
 
 
 def build_schedulers(optimizers: Iterable[Optimizer], config: Config) -> Schedule:

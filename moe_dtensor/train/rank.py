@@ -14,8 +14,9 @@ from pathlib import Path
 
 from moe_dtensor.config.errors import DONE, FAILED, PEER_LOST, WRONG, ConfigError, RunError, words
 from moe_dtensor.config.schema import Config
+from moe_dtensor.orphans import end_with_parent
 from moe_dtensor.train.ranks import Ended, Ranks
-from moe_dtensor.train.signals import EndRequest, end_with_parent
+from moe_dtensor.train.signals import EndRequest
 
 _PEER_LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Socket (closed|error)|remote process exited|pair closure"
@@ -30,7 +31,8 @@ def run_rank(config: Config | ConfigError) -> int:
     Args:
         config: checked, not resolved; or what is wrong with it on this rank.
     """
-    end_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     ranks = Ranks()
     request = EndRequest()
 

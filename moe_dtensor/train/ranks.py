@@ -46,7 +46,7 @@ class Ranks:
         self._round = 0
         self.store: Any
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            self.store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=600))))
+            self.store = self._meet()
         elif self.world_size == 1:
             self.store = dist.HashStore()
         else:
@@ -56,6 +56,17 @@ class Ranks:
             )
         self.lost_after = 120.0
         """Seconds without a sign of life after which a rank that is waited for counts as lost."""
+
+    def _meet(self) -> Any:
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=600))))
+        except dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ConfigError(
+                f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT = {place}: {str(error).splitlines()[0]}",
+                "Set both to a host and a free port that all of them reach, or start with ./run_train.sh.",
+            ) from None
+        return store
 
     @property
     def where(self) -> str:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tomllib
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from moe_dtensor.checkpoint.small_files import write_small
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.load import dump
 from moe_dtensor.config.schema import Config
+from moe_dtensor.train.kept_config import to_keep
 from moe_dtensor.train.lease import LEASE_FILE, Lease
 from moe_dtensor.train.profile import PROFILE_FOLDER
 from moe_dtensor.train.same_run import changed_past, data_differences, differences, with_defaults
@@ -143,26 +144,6 @@ def open_run_folder(config: Config, fingerprint: str, given: Config | None = Non
     return on_rank_0(prepare)
 
 
-def to_keep(config: Config, given: Config) -> Config:
-    """The config that a run's folder keeps: started from there, it resumes on any mesh and from any folder."""
-    data = {key: _absolute(getattr(config.data, key)) for key in ("path", "validation_path", "tokenizer")}
-    return replace(
-        config,
-        run=replace(config.run, fresh=False),
-        mesh=replace(config.mesh, dp=given.mesh.dp),
-        pipeline=replace(config.pipeline, stages_per_rank=given.pipeline.stages_per_rank),
-        fsdp=replace(config.fsdp, reshard_after_forward=given.fsdp.reshard_after_forward),
-        data=replace(config.data, **data),  # type: ignore[arg-type]
-    )
-
-
-def _absolute(path: str) -> str:
-    """A path that leads to something, from everywhere; names of other things stay."""
-    if path in ("", "bytes") or not (os.path.exists(os.path.expanduser(path)) or any(c in path for c in "*?[")):
-        return path
-    return os.path.abspath(os.path.expanduser(path))
-
-
 def _open(config: Config, fingerprint: str, kept: Config) -> RunFolder:
     path = Path(config.run.folder)
     checkpoints = path / config.checkpoint.folder
@@ -224,6 +205,19 @@ def read_run(path: Path) -> dict[str, Any] | None:
         f"{str(path / RUN_FILE)!r} is damaged: {problem}.",
         "Put a copy of it back, or set run.folder to another folder.",
     )
+
+
+def kept_revisions(config: Config) -> dict[str, str] | None:
+    """By path, the commits of hub names that the run in ``run.folder`` reads; None where no run there goes on."""
+    path = Path(config.run.folder)
+    run = read_run(path)
+    if run is None or (config.run.fresh and not _is_restart(run)):
+        return None
+    try:
+        data = with_defaults(tomllib.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))["data"]
+    except (OSError, ValueError):
+        return None  # absent: as good as new; damaged: told when the folder is opened
+    return {part["path"]: part["revision"] for part in (data, *data["sources"])}
 
 
 def _is_restart(run: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ _FREE_KEYS = {
     "moe": {"backend", "rows", "balance_loss", "balance_over", "z_loss", "bias_rate", "jitter"},
 }
 _FIXED_KEYS = {
-    "data": ("document_mask", "packing", "sources"),
+    "data": ("document_mask", "packing", "too_long", "sources"),
     "training": ("seed", "seq_len", "global_batch_size", "dtype", "loss"),
 }
 
@@ -31,7 +31,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old, new = with_defaults(old), with_defaults(new)
     keys = [(table, key) for table, free in _FREE_KEYS.items() for key in new[table] if key not in free]
     keys += [(table, key) for table, fixed in _FIXED_KEYS.items() for key in fixed]
-    pairs = [(f"{table}.{key}", as_toml(old[table][key]), as_toml(new[table][key])) for table, key in keys]
+    pairs = [(f"{table}.{key}", comparable(old[table][key]), comparable(new[table][key])) for table, key in keys]
     if new["data"]["corpus"] == "datasets" and bool(old["data"]["validation_path"]) != bool(
         new["data"]["validation_path"]
     ):
@@ -73,6 +73,10 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return asdict(resolve(build({**known, "stages": values.get("stages", ())}), 1))
 
 
-def as_toml(value: Any) -> Any:
-    """The value as TOML gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+def comparable(value: Any) -> Any:
+    """The value as TOML gives it back; of sources without their places, for which the data's fingerprint stands."""
+    if isinstance(value, list | tuple):
+        return [comparable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: entry for key, entry in value.items() if key not in ("path", "validation_path", "revision")}
+    return value

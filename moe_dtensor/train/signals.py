@@ -1,19 +1,16 @@
-"""Signals that ask a run to end, and an end with the process that started this rank."""
+"""Signals that ask a run to end."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 from types import FrameType
 
 from moe_dtensor.config.errors import AGAIN
 from moe_dtensor.train.ranks import Ended
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
 
 
 class EndRequest:
@@ -49,13 +46,3 @@ class EndRequest:
         first, self.signal = not self.signal, number
         if not self._saves and first:
             raise Ended(AGAIN, f"Ended by {self.name} before the first step; the same command starts again.")
-
-
-def end_with_parent() -> None:
-    """On Linux, have the system kill this process when torchrun or the launcher that started it is gone."""
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it went before this was asked for
-        os._exit(1)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import math
-import netrc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import RunError
 from moe_dtensor.config.schema import Config
 
 Record = dict[str, Any]
@@ -37,6 +35,24 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write what is buffered."""
+
+
+class Owner:
+    """Writes nothing; before the sinks that do, it sees that this process still holds the run.
+
+    Args:
+        check: raises where it does not.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def log(self, record: Record) -> None:
+        """Raise if another process has taken the run over."""
+        self._check()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class JsonLines:
@@ -174,14 +190,20 @@ class Wandb:
     def __init__(self, config: Config, folder: Path, run_id: str) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=config.metrics.wandb_project,
-            name=folder.name,
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            config=asdict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.metrics.wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                config=asdict(config),
+            )
+        except Exception as error:  # of the network, the account or the project: the library has several kinds
+            raise RunError(
+                f"Weights & Biases could not be started ({type(error).__name__}: {error}).",
+                "Mend that, or set WANDB_MODE=offline or metrics.wandb = false: the run resumes.",
+            ) from error
 
     def log(self, record: Record) -> None:
         """Send one step."""
@@ -192,34 +214,8 @@ class Wandb:
         self._run.finish()
 
 
-def check_sinks(config: Config) -> None:
-    """Raise ConfigError if a sink asked for is not installed. Cheap: every rank calls it at start-up."""
-    if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "metrics.wandb = true needs the package wandb, which is not installed.",
-            'Run `pip install "moe_dtensor[wandb]"` (from a clone: `pip install -e ".[wandb]"`), '
-            "or set metrics.wandb = false.",
-        )
-    if config.metrics.wandb and not _may_log_to_wandb():
-        raise ConfigError(
-            "metrics.wandb = true, but this account is not logged in to Weights & Biases.",
-            "Run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline.",
-        )
-
-
-def _may_log_to_wandb() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def build_sinks(config: Config, folder: Path, run_id: str, start_step: int) -> list[Sink]:
     """Open the sinks of ``[metrics]`` in the run's folder, to go on after ``start_step`` steps."""
-    check_sinks(config)
     sinks: list[Sink] = [JsonLines(folder / METRICS_FILE)]
     if config.metrics.tensorboard:
         sinks.append(TensorBoard(folder / TENSORBOARD_FOLDER, start_step))
@@ -323,6 +319,8 @@ def format_record(record: Record, steps: int) -> str:
         ("validation_loss", "validation {:.4f}"),
         ("grad_norm", "grad {:.2f}"),
         ("lr", "lr {:.1e}"),
+        ("trained_share", "trained {:.0%}"),
+        ("padding_share", "padding {:.1%}"),
         ("tokens_per_second", "{:,.0f} tok/s"),
         ("mfu", "MFU {:.1%}"),
         ("peak_memory_gib", "{:.2f} GiB"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.config.resolve import moe_layers
+from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
@@ -36,6 +36,8 @@ class StepResult:
     """Above 0 if some rank was asked to end."""
     source_loss_N: Tensor | None = None
     """Mean loss over the target tokens of each of ``data.sources``; not a number where the step has none of it."""
+    token_shares: dict[str, Tensor] = field(default_factory=dict)
+    """Of the step's tokens: ``trained_share``, those that are targets, ``padding_share``. Only with conversations."""
 
 
 def read_batch(trainer: Trainer, loader: Loader) -> Batch:
@@ -60,6 +62,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         None if batch.documents_BS is None else move(batch.documents_BS),
         None if batch.sequence_B is None else move(batch.sequence_B),
         None if batch.source_B is None else move(batch.source_B),
+        None if batch.padding_B is None else move(batch.padding_B),
     )
 
 
@@ -71,9 +74,11 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     """
     training = trainer.config.training
     trainer.optimizers.zero_grad()
-    scale = 1.0 / count_targets(trainer, batch)
+    targets = count_targets(trainer, batch)
+    scale = 1.0 / targets
     keep_sequence_losses(trainer, batch)
     loss = trainer.runner.step(batch, scale)
+    trainer.optimizers.drop_frozen()
     loss, record_LR, mtp_K, source_2N, asked = sum_over_ranks(
         trainer,
         loss,
@@ -86,10 +91,23 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
-    routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.config.moe.top_k)
+    tokens = training.global_batch_size * training.seq_len
+    routing = unpack(record_LR, tokens, _top_k(trainer))
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
-    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N)
+    shares: dict[str, Tensor] = {}
+    if batch.padding_B is not None:
+        padding = collectives.all_reduce(batch.padding_B.sum(), trainer.mesh["dp"])
+        shares = {"trained_share": targets / tokens, "padding_share": padding / tokens}
+    return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N, shares)
+
+
+def _top_k(trainer: Trainer) -> int | Tensor:
+    """K of every MoE block, or of each ``(L,)`` where they differ."""
+    config = trainer.config
+    if not config.moe.top_k_by_layer:
+        return config.moe.top_k
+    return torch.tensor([block_config(config, i).moe.top_k for i in sorted(moe_layers(config))], device=trainer.device)
 
 
 @torch.no_grad()

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moe_dtensor.checkpoint.folder import step_folder
 from moe_dtensor.checkpoint.hugging_face.convert import Export
 from moe_dtensor.checkpoint.hugging_face.export import appear
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, same_function_problems
-from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeFolder, NativeWeights, find_native
+from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeFolder, find_native
 from moe_dtensor.checkpoint.rank0 import on_rank_0
-from moe_dtensor.checkpoint.storage import Reader
+from moe_dtensor.checkpoint.weights import load_weights
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
-from moe_dtensor.model.balance_state import BalanceState
-from moe_dtensor.model.initial import held_slices
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.run_folder import EXPORT_FOLDER, RUN_FILE
 
@@ -48,49 +40,10 @@ def open_initial(config: Config) -> HuggingFaceSource | NativeFolder:
     return source
 
 
-def load_initial(trainer: Trainer, source: HuggingFaceSource | NativeFolder) -> None:
-    """Fill a trainer's parameters and biases."""
-    load_weights(trainer.parts, trainer.balance, trainer.config, source)
-
-
-@torch.no_grad()
-def load_weights(
-    parts: Iterable[nn.Module], balance: BalanceState, config: Config, source: HuggingFaceSource | NativeFolder
-) -> None:
-    """Fill this rank's part of every parameter, and the biases that the choice sees. Called by all ranks together."""
-    params = {name: param for part in parts for name, param in part.named_parameters()}
-    if isinstance(source, NativeFolder):
-        _load_native(balance, params, source)
-        return
-    for name, param in params.items():
-        local = param.to_local() if isinstance(param, DTensor) else param
-        held = [(part.start, part.stop) for part in held_slices(param)]
-        # By way of host memory: one tensor of this rank's share beyond the share itself.
-        part = torch.empty(local.shape, dtype=local.dtype)
-        source.read(name, held, part)
-        local.copy_(part)
-    for row, layer in enumerate(sorted(moe_layers(config))):
-        bias_E = torch.zeros(config.moe.num_experts)
-        source.read(f"layers.{layer}.moe.router.bias", [(0, len(bias_E))], bias_E)
-        balance.bias_LE[row].copy_(bias_E)
-
-
-def _load_native(balance: BalanceState, params: Mapping[str, Tensor], source: NativeFolder) -> None:
-    weights = NativeWeights(source.checkpoint)
-    held = set(weights.names())
-    tensors = {name: param.detach() for name, param in params.items()}
-    _load(source.checkpoint, {name: tensor for name, tensor in tensors.items() if name in held})
-    if "output.weight" not in held:
-        # The folder's head is its embedding; only the last stage has one to fill.
-        head = tensors.get("output.weight")
-        _load(source.checkpoint, {} if head is None else {"tok_embeddings.weight": head})
-    bias_LE = weights.bias_LE()
-    if bias_LE.shape == balance.bias_LE.shape:
-        balance.bias_LE.copy_(bias_LE)
-
-
-def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    dcp.load({"model": tensors}, storage_reader=Reader(checkpoint))
+def load_initial(trainer: Trainer, config: Config) -> None:
+    """Fill a trainer's parameters and biases from ``checkpoint.initial``, if there is one."""
+    if config.checkpoint.initial:
+        load_weights(trainer.parts, trainer.balance, trainer.config, open_initial(config))
 
 
 def check_weights(config: Config) -> None:

@@ -1,27 +1,30 @@
-"""``bench layer``, ``bench attention``, ``bench train`` and ``bench transformers``: how fast, beside how right."""
+"""``bench layer``, ``attention``, ``train``, ``transformers`` and ``generate``: how fast, beside how right."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from pathlib import Path
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, read_world_size
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.resolve import resolve
 
-HELP = (
-    "time the expert layer, attention, training steps, a transformers model (bench layer|attention|train|transformers)"
-)
+HELP = "time parts, steps and generation (bench layer|attention|train|transformers|generate)"
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark that the first word names; 1 if a backend gave a wrong answer."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
-    benches = {"layer": _layer, "attention": _attention, "train": _train, "transformers": _transformers}
+    benches = {
+        "layer": _layer,
+        "attention": _attention,
+        "train": _train,
+        "transformers": _transformers,
+        "generate": _generate,
+    }
     if what in benches:
         return benches[what](rest)
     if what in ("-h", "--help"):
@@ -97,7 +100,7 @@ def _train(argv: list[str]) -> int:
     peers = () if options.peers is None else tuple(options.peers) or ("torchtitan",)
     if peers and importlib.util.find_spec("torchtitan") is None:
         raise ConfigError("--peers needs the package torchtitan.", 'Run pip install -e ".[torchtitan]".')
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size(1)
     variants = load_variants(options.variants, config) if options.variants else {"": config}
     for variant in variants.values():
         check(variant, world_size)
@@ -134,3 +137,34 @@ def _transformers(argv: list[str]) -> int:
     sizes = (options.layers, options.sequences, options.length)
     results = bench_transformers(Options(widths, *sizes, chosen, options.json))
     return 1 if any(result.failure for result in results) else 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_dtensor bench generate",
+        description="new tokens a second of a Hugging Face folder, here and by transformers' generate, on one device",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="HF_DIR", help="the model")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 32], metavar="N", help="prompts at once (default: 1 32)"
+    )
+    parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens of a prompt (default: 128)")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new tokens of each (default: 128)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=("grouped_mm", "eager"), default=["grouped_mm"], help="experts of transformers"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results to a file")
+    options = parser.parse_args(argv)
+    if min(*options.batches, options.prompt, options.tokens) < 1:
+        raise ConfigError("--batches, --prompt and --tokens must be at least 1.")
+    if not (options.checkpoint / "config.json").is_file():
+        raise ConfigError(f"{str(options.checkpoint)!r} is no Hugging Face folder.", "convert --to hf writes one.")
+    if options.peers and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "--peers needs the package transformers.", "Run pip install 'transformers>=5', or give no peers."
+        )
+    from moe_dtensor.bench.generate import Options, bench_generate
+
+    sizes = (tuple(options.batches), options.prompt, options.tokens)
+    bench_generate(Options(options.checkpoint, *sizes, tuple(options.peers), options.json))
+    return 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from moe_dtensor.config.check import check
 from moe_dtensor.config.check_files import check_files
-from moe_dtensor.config.command_line import Parser, split_overrides
+from moe_dtensor.config.command_line import Parser, read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import microbatches, resolve
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", metavar="DIR", help="instead: what a checkpoint's proof still holds for")
     parser.add_argument("--world", type=int, metavar="N", help="ranks (default: WORLD_SIZE, else what [mesh] asks for)")
     options, config = parser.load(argv)
-    world_size = options.world if options.world is not None else int(os.environ.get("WORLD_SIZE", _own_size(config)))
+    world_size = options.world if options.world is not None else read_world_size(_own_size(config))
     check(config, world_size)
     check_files(config)
     print(f"{options.config}: {describe(resolve(config, world_size), world_size)}")

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser("python -m moe_dtensor convert", description=HELP, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", choices=("hf", "native"), required=True, help="kind of --input")
-    parser.add_argument("--to", choices=("hf", "native"), required=True, help="kind of --output")
+    parser.add_argument("--from", dest="source", choices=("hf", "native"), help="kind of --input; default: what it is")
+    parser.add_argument("--to", choices=("hf", "native"), help="kind of --output; default: native, from native hf")
     parser.add_argument(
         "--input", type=Path, required=True, metavar="DIR", help="hf: a model's folder; native: a run or a checkpoint"
     )
@@ -63,6 +63,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config-only", action="store_true", help="from hf: write the TOML alone (a file or a folder)")
     convert_experts.add_options(parser)
     options = parser.parse_args(argv)
+    options.source = options.source or ("hf" if (options.input / "config.json").is_file() else "native")
+    stays_native = options.source == "hf" or options.config_only or convert_experts.asked(options)
+    options.to = options.to or ("native" if stays_native else "hf")
     if options.to == "native" and options.architecture != "auto":
         raise ConfigError("--architecture is for --to hf: a folder's config.json names its own.", "Take it out.")
     if options.to == "hf" and options.config_only:

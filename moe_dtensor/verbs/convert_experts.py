@@ -43,23 +43,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of noise and of what is drawn")
 
 
+def asked(options: argparse.Namespace) -> list[str]:
+    """The changes of experts that the command line names."""
+    return [f"--{name.replace('_', '-')}" for name in CHANGES if getattr(options, name) is not None]
+
+
 def changes(options: argparse.Namespace) -> bool:
     """Whether the command line asks for other experts.
 
     Raises:
         ConfigError: for several changes at once, or of the wrong kind of folder.
     """
-    asked = [f"--{name.replace('_', '-')}" for name in CHANGES if getattr(options, name) is not None]
-    if not asked:
+    named = asked(options)
+    if not named:
         return False
-    if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(asked)} are two changes.", "Make one after the other.")
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} are two changes.", "Make one after the other.")
     if options.to != "native":
-        raise ConfigError(f"{asked[0]} writes a native folder.", "Write --to native; convert that to hf afterwards.")
-    if asked != ["--upcycle"] and options.source != "native":
-        raise ConfigError(f"{asked[0]} works on native folders.", "Convert with --from hf --to native first.")
+        raise ConfigError(f"{named[0]} writes a native folder.", "Write --to native; convert that to hf afterwards.")
+    if named != ["--upcycle"] and options.source != "native":
+        raise ConfigError(f"{named[0]} works on native folders.", "Convert with --from hf --to native first.")
     if options.dtype or options.config_only:
-        raise ConfigError(f"{asked[0]} keeps the dtype and writes weights.", "Take --dtype and --config-only out.")
+        raise ConfigError(f"{named[0]} keeps the dtype and writes weights.", "Take --dtype and --config-only out.")
     return True
 
 

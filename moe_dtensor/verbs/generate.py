@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_dtensor.config.command_line import split_overrides
+from moe_dtensor.config.command_line import read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moe_dtensor.data.chat import ChatTemplate
     from moe_dtensor.data.tokenizer import Tokenizer
 
 HELP = "continue text with a model (under torchrun for several ranks)"
@@ -41,16 +42,18 @@ def main(argv: list[str]) -> int:
     own, overrides = split_overrides(argv)
     options = _parse(own)
     prompts = _prompts(options)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size(1)
 
+    from moe_dtensor.data.chat import ChatTemplate
     from moe_dtensor.generate.batch import complete
-    from moe_dtensor.generate.load import find_source, load_model, load_tokenizer
+    from moe_dtensor.generate.load import find_source, load_model, load_tokenizer, tokenizer_folder
     from moe_dtensor.generate.sampling import Sampling
     from moe_dtensor.train.ranks import end_ranks, start_ranks
 
     source = find_source(options.checkpoint, overrides, world_size)
     tokenizer, ends = load_tokenizer(source)
-    ids = [_encode(prompt, options.chat, source.path, source.config.data.tokenizer, tokenizer) for prompt in prompts]
+    template = ChatTemplate(tokenizer_folder(source), source.config.data.chat_template) if options.chat else None
+    ids = [_encode(prompt, template, tokenizer) for prompt in prompts]
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = start_ranks(source.config)
     model = load_model(source, device)
@@ -184,15 +187,11 @@ def _prompt(line: str, number: int, options: argparse.Namespace) -> Prompt:
     )
 
 
-def _encode(prompt: Prompt, chat: bool, folder: Path, tokenizer_path: str, tokenizer: Tokenizer) -> list[int]:
+def _encode(prompt: Prompt, template: ChatTemplate | None, tokenizer: Tokenizer) -> list[int]:
     """Ids; of an empty text the end token, after which documents begin."""
     text = prompt.text
-    if chat:
-        from moe_dtensor.generate.chat import render
-
-        named = Path(tokenizer_path).expanduser()
-        own = named if named.is_dir() else named.parent if named.is_file() else folder
-        text = render(own, prompt.messages or ({"role": "user", "content": prompt.text},))
+    if template is not None:
+        text = template.render(prompt.messages or ({"role": "user", "content": prompt.text},))
     (ids,) = tokenizer.encode_batch([text])
     return [int(i) for i in ids] or [tokenizer.end_id]
 

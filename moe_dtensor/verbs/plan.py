@@ -20,11 +20,12 @@ from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, r
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
-from moe_dtensor.estimate.memory import Memory, fullest_rank
+from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
 from moe_dtensor.estimate.schedule import SOURCES, bubble
 from moe_dtensor.estimate.shards import Folded, all_shares, fold
 from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
 from moe_dtensor.estimate.traffic import Traffic, traffic
+from moe_dtensor.verbs.plan_search import add_options, run_search
 
 HELP = "placement, memory, FLOPs and bytes moved on any mesh (no torch, no GPU)"
 GIB, MIB = 2**30, 2**20
@@ -119,9 +120,12 @@ def main(argv: list[str]) -> int:
         "--world", type=int, metavar="N", help="ranks for [mesh] (default: NGPU, else what it asks for)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plans to a file, in bytes")
+    add_options(parser)
     options, config = parser.load(argv)
     config = with_vocabulary(config)
     console = Console(width=None if os.isatty(1) else 120)
+    if options.search:
+        return run_search(config, options, console)
     records: list[dict[str, Any]] = []
     for placed, world_size in [_place(config, mesh, options.world) for mesh in options.meshes or [None]]:
         mesh = "x".join(map(str, (placed.mesh.dp, placed.mesh.pp, placed.mesh.tp)))
@@ -164,7 +168,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     check(config, world_size)
     config = resolve(config, world_size)
     costs = dispatch_costs(config) if _sends_tokens(config) else {}
-    config = settle(config)
+    config = settle_accumulate(settle(config))
     training, mesh = config.training, config.mesh
     return Plan(
         mesh=f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
@@ -220,6 +224,7 @@ def show(plan: Plan, console: Console) -> None:
         row = folded.share.row
         on_tp = "-" if row.tp is None else f"dim {row.tp}"
         on_dp = f"dim {row.dp}" if row.fsdp else f"dim {row.dp}, not FSDP"
+        on_dp += f", dim {row.groups} across groups" if row.groups is not None else ""
         shape, local = _shape(folded.share.shape), _shape(folded.share.local)
         table.add_row(folded.pattern, str(folded.count), shape, on_dp, on_tp, local)
     console.print(table)
@@ -241,7 +246,7 @@ def _memory_table(plan: Plan) -> Table:
         table.add_column(f"{routing} (pp rank {pp_rank})" if plan.config.mesh.pp > 1 else routing, justify="right")
     names = {
         "weights": "master weights",
-        "gradients": "gradients",
+        "gradients": f"gradients{_accumulated(plan.config)}",
         "moments": "AdamW moments",
         "compute_copy": f"compute copy (reshard_after_forward = {plan.config.fsdp.reshard_after_forward})",
         "expert_copy": "compute copy of experts outside of FSDP",
@@ -259,6 +264,11 @@ def _memory_table(plan: Plan) -> Table:
         balanced, skewed = (getattr(memory, field) / GIB for _, memory in (plan.balanced, plan.skewed))
         table.add_row(text, f"{balanced:.2f}", f"{skewed:.2f}", end_section=field in ("workspaces", "at_reduce"))
     return table
+
+
+def _accumulated(config: Config) -> str:
+    several = microbatches(config) > 1 or config.mesh.pp > 1
+    return f" (accumulate = {config.fsdp.accumulate})" if several else ""
 
 
 def _lines(plan: Plan) -> list[str]:

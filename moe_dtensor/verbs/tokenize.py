@@ -54,6 +54,11 @@ def tokenize(corpus: Any, folder: Path, workers: int, shard_tokens: int) -> None
 
     if isinstance(corpus, RandomCorpus):
         raise ConfigError("data.corpus = 'random' has no end, and so no files.", "Choose a corpus with documents.")
+    if getattr(corpus, "marked", False):
+        raise ConfigError(
+            "data.corpus = 'conversations' goes by what the assistant says, which token files do not hold.",
+            "Train on the conversations themselves: they are tokenised once, into a cache.",
+        )
     progress = Progress()
     started = time.perf_counter()
     written = write_shards(corpus, folder, workers, shard_tokens, progress.tell)

@@ -6,7 +6,7 @@ import os
 
 from moe_dtensor.config.check import check
 from moe_dtensor.config.check_files import check_files
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, read_world_size
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     """Load and check the config, then train; 0 when the run has finished."""
     if any(word in argv for word in ("-h", "--help")):
         Parser("train", HELP).parse_args(["--help"])
-    world_size = read_world_size()
+    world_size = read_world_size(1)
     try:
         config: Config | ConfigError = read_config(argv, world_size)
     except ConfigError as error:
@@ -38,11 +38,3 @@ def read_config(argv: list[str], world_size: int) -> Config:
     check(config, world_size)
     check_files(config)
     return config
-
-
-def read_world_size() -> int:
-    """Ranks, from the environment."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"WORLD_SIZE = {text!r} is no number of ranks.", "Unset it, or start with ./run_train.sh.")
-    return int(text)

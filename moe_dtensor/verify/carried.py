@@ -22,12 +22,13 @@ NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profili
 """Tables that a proof does not depend on; data are compared by their fingerprint."""
 NOT_COMPARED = (
     *("model.vocab_size", "model.init_std", "optimizer.lr", "mesh.dp", "mesh.pp", "mesh.tp", "mesh.link_bandwidth"),
+    *("mesh.device_memory", "training.routing_drift_interval"),
     *("pipeline.schedule", "training.steps", "training.seed", "training.validation_interval"),
     *("training.validation_sequences", "training.check_replicas", "training.max_skipped", "training.nonfinite"),
     "training.deterministic",
 )
 """Keys that ``verify`` sets itself, or that change nothing in a step. Meshes and schedules are told by themselves."""
-AS_GIVEN = ("pipeline", "fsdp")
+AS_GIVEN = ("mesh", "pipeline", "fsdp")
 """Tables that resolve by the mesh: compared as they were written."""
 
 

@@ -44,6 +44,9 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "shared": ("none", "plain", "wide, with a gate"),
     "norm_at": ("pre", "post", "both"),
     "scales": (False, True),
+    "parallel_block": (False, True),
+    "ffn_bias": (False, True),
+    "head_bias": (False, True),
     "router_bias": (False, True),
     "gate_on": ("output", "input"),
     "empty_expert": (False, True),
@@ -52,7 +55,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "sequence_parallel": (True, False),
     "activation": ("swiglu", "gelu", "swiglu_clamped"),
     "expert_bias": (False, True),
-    "norm": ("rmsnorm", "layernorm"),
+    "norm": ("rmsnorm", "layernorm", "layernorm, with a bias"),
     "documents": (False, True),
     "mtp_depth": (0, 1, 2),
 }
@@ -85,7 +88,7 @@ def possible(setting: Setting) -> bool:
     if "mesh" in s and "schedule" in s and (MESHES[s["mesh"]][1] == 1) != (s["schedule"] == "none"):
         return False
     pipelined = s.get("schedule", "none") != "none" or MESHES[s.get("mesh", "1x1x2")][1] > 1
-    if s.get("tied") and pipelined:
+    if s.get("tied") and (pipelined or s.get("head_bias")):
         return False
     if s.get("recompute") == "selective" and s.get("schedule") in SPLIT_BACKWARD:
         return False
@@ -162,7 +165,11 @@ def build_case(setting: Setting) -> Case:
             "model.hidden_dim": 40,
             "model.vocab_size": 101,
             "model.activation": setting["activation"],
-            "model.norm": setting["norm"],
+            "model.norm": setting["norm"].partition(",")[0],
+            "model.norm_bias": setting["norm"].endswith("bias"),
+            "model.ffn_bias": setting["ffn_bias"],
+            "model.head_bias": setting["head_bias"],
+            "model.parallel_block": setting["parallel_block"],
             "model.qk_norm": setting["qk_norm"],
             "model.tie_embeddings": setting["tied"],
             "moe.num_experts": 8,

@@ -54,6 +54,7 @@ LEFT_OUT = (
     ),
     *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
     *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
+    "optimizer.state_dtype",
 )
 VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_layers": (1, 2, 3, 4, 6),
@@ -84,6 +85,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "moe.bias_rate": (0.0, 0.001, 0.1),
     "mesh.sequence_parallel": (True, False),
     "mesh.experts": ("tp", "dp", "tp_hidden", "dp_tp"),
+    "mesh.dp_replicate": (1, 2, 4),
+    "mesh.expert_ranks": (0, 1, 2),
+    "mesh.expert_weights": ("replicated", "sharded"),
     "mesh.dispatch": ("all_gather", "all_to_all", "auto"),
     "data.document_mask": (False, True),
     "pipeline.stages_per_rank": (0, 2, 3),
@@ -97,6 +101,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer.beta2": (0.0, 0.5, 0.999),
     "optimizer.eps": (1e-8, 1e-4),
     "optimizer.weight_decay": (0.0, 0.1, 4.0),
+    "optimizer.router_lr": (0.0, 0.1),
+    "moe.top_k_by_layer": ((), (1, 2), (3, 1, 2)),
+    "moe.router_by_layer": ((), ("topk", "sinkhorn"), ("hash", "topk"), ("sinkhorn", "zipf")),
     "lr_scheduler.warmup_steps": (0, 2, 4),
 }
 TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
@@ -122,6 +129,7 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
     | {"rope.beta_fast": (2.0, 32.0), "rope.beta_slow": (0.5, 1.0), "rope.attention_factor": (0.0, 1.3)},
     {"rope.scaling": ("longrope",), "rope.factor": (1.0, 4.0), "rope.original_length": (4, 32)}
     | {"rope.short_factors": ((1.0, 1.5), (1.0,), (1.0, 1.5, 3.0)), "rope.long_factors": ((2.0, 3.0), (4.0,))},
+    {"mesh.experts": ("dp", "dp_tp"), "mesh.expert_ranks": (1, 2), "mesh.expert_weights": ("replicated", "sharded")},
 )
 """What is drawn at once, since one key alone is refused, and the values that switch it on."""
 TRIES = 4

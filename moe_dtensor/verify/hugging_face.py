@@ -140,6 +140,8 @@ class _Recorded(Transformer):
 def ask_oracle(source: HuggingFaceSource, batch: Microbatch) -> Found:
     """The oracle's forward and backward pass over the folder's weights, in float64."""
     config = source.own_config
+    # transformers leaves multi-token prediction out.
+    config = replace(config, model=replace(config.model, mtp_depth=0))
     config = replace(config, training=replace(config.training, param_dtype="float64", dtype="float64"))
     weights: dict[str, Tensor] = {}
     for name, shape in native_shapes(config).items():

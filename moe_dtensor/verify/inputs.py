@@ -25,21 +25,33 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         block = f"layers.{i}."
         if i >= model.num_layers:
             shapes[block + "mtp_projection.weight"] = (model.dim, 2 * model.dim)
-            shapes |= {f"{block}mtp_{name}.weight": (model.dim,) for name in ("embedding_norm", "stream_norm", "norm")}
+            for name in ("embedding_norm", "stream_norm", "norm"):
+                shapes |= _norm_shapes(config, f"{block}mtp_{name}")
         for half in ("attention", "ffn"):
             if model.norm_at != "post":
-                shapes[f"{block}{half}_norm.weight"] = (model.dim,)
+                shapes |= _norm_shapes(config, f"{block}{half}_norm")
             if model.norm_at != "pre":
-                shapes[f"{block}{half}_post_norm.weight"] = (model.dim,)
+                shapes |= _norm_shapes(config, f"{block}{half}_post_norm")
         shapes |= {f"{block}attention.{name}": shape for name, shape in _attention_shapes(config).items()}
         if i in with_experts:
             shapes |= {f"{block}moe.{name}": shape for name, shape in _moe_shapes(config).items()}
         else:
             shapes |= _feed_forward_shapes(config, block + "feed_forward.", model.hidden_dim)
-    shapes["norm.weight"] = (model.dim,)
+            if model.ffn_bias:
+                hidden_biases = ("gate.bias", "up.bias") if model.activation in GATED else ("up.bias",)
+                shapes |= {f"{block}feed_forward.{name}": (model.hidden_dim,) for name in hidden_biases}
+                shapes[block + "feed_forward.output_bias"] = (model.dim,)
+    shapes |= _norm_shapes(config, "norm")
     if not model.tie_embeddings:
         shapes["output.weight"] = (padded_vocab(config), model.dim)
+    if model.head_bias:
+        shapes["output.bias"] = (padded_vocab(config),)
     return shapes
+
+
+def _norm_shapes(config: Config, name: str) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {name + ".weight": (config.model.dim,)}
+    return weight | ({name + ".bias": (config.model.dim,)} if config.model.norm_bias else {})
 
 
 def _attention_shapes(config: Config) -> dict[str, tuple[int, ...]]:

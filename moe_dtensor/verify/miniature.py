@@ -17,7 +17,7 @@ from moe_dtensor.config.attention import block_rotates, block_window, is_latent
 from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import moe_layers, resolve
+from moe_dtensor.config.resolve import block_config, has_conversations, moe_layers, resolve
 from moe_dtensor.config.schema import Config, Data
 
 
@@ -90,7 +90,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
     """
     _refuse_unknown_parts(config)
     # Of the data only the mask is kept: the batch is drawn here, and no source, path or stage has a part in it.
-    data = Data(corpus="random", document_mask=config.data.document_mask)
+    data = Data(corpus="random", document_mask=config.data.document_mask or has_conversations(config))
     config = replace(config, data=data, stages=())
     wide = dtype if dtype in ("float64", "float32") else "float32"
     return override(
@@ -103,6 +103,10 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "compile.async_tp": compiled and config.compile.async_tp,
             "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
+            # A miniature fits whatever it does: judged is what the whole config may need.
+            "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
+            # What is rounded on purpose is no error of a mesh.
+            "optimizer.state_dtype": "auto",
             "checkpoint.enable": False,
             "checkpoint.export_hf": False,
             "model.vocab_size": config.model.vocab_size or 261,
@@ -130,9 +134,10 @@ def _telling_updates(config: Config) -> dict[str, Any]:
 
 
 def _refuse_unknown_parts(config: Config) -> None:
-    if config.moe.num_experts and ":" in config.moe.router:
+    own = [name for name in (*config.moe.router_by_layer, config.moe.router) if ":" in name]
+    if config.moe.num_experts and own:
         raise ConfigError(
-            f"verify's oracle knows the routers that are built in, not moe.router = {config.moe.router!r}.",
+            f"verify's oracle knows the routers that are built in, not moe.router = {own[0]!r}.",
             "Verify the rest of the config with --moe.router topk.",
         )
     if config.training.loss != "cross_entropy":
@@ -222,22 +227,27 @@ def _shrink_experts(small: Config, whole: Config, layouts: Sequence[Layout]) -> 
 
 def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
     total, with_experts, model = whole.model.num_layers, moe_layers(whole), whole.model
-    kinds = [(i in with_experts, block_window(whole, i) > 0, block_rotates(whole, i)) for i in range(total)]
+    kinds = [
+        (i in with_experts, block_window(whole, i) > 0, block_rotates(whole, i), block_config(whole, i).moe)
+        for i in range(total)
+    ]
     distinct = list(dict.fromkeys(kinds))
 
     def fewer(n: int) -> dict[str, Any]:
         kept = kinds[:n]
         if set(kept) < set(kinds):
             kept = distinct + kinds[len(distinct) : n]
-        chosen = tuple(i for i, (is_moe, _, _) in enumerate(kept) if is_moe)
-        windows = tuple("window" if window else "full" for _, window, _ in kept)
-        rotated = tuple("rope" if rotates else "none" for _, _, rotates in kept)
+        chosen = tuple(i for i, (is_moe, *_) in enumerate(kept) if is_moe)
+        windows = tuple("window" if window else "full" for _, window, *_ in kept)
+        rotated = tuple("rope" if rotates else "none" for _, _, rotates, _ in kept)
         return {
             "model.num_layers": n,
             "moe.layers": chosen if 0 < len(chosen) < n else (),
             "moe.every": 1,
             "model.window_layers": windows if model.window_layers else (),
             "model.rope_layers": rotated if model.rope_layers else (),
+            "moe.top_k_by_layer": tuple(moe.top_k for *_, moe in kept) if whole.moe.top_k_by_layer else (),
+            "moe.router_by_layer": tuple(moe.router for *_, moe in kept) if whole.moe.router_by_layer else (),
         }
 
     return _first_legal(small, range(min(max(2, len(distinct)), total), total + 1), fewer, layouts)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ def steps(
         model = Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
+        if config.optimizer.router_lr == 0:
+            gradients |= {n: torch.zeros_like(g) for n, g in gradients.items() if ".router." in n}
         norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
         if number not in skipped:
             adamw.step(gradients, norm, learning_rate(config, number))
@@ -106,7 +108,10 @@ def steps(
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()
         }
-        means = {i: _means(config, routed) | {"churn": balance[i].churn(load[i])} for i, routed in model.routed.items()}
+        means = {
+            i: _means(of_block(config, i), routed) | {"churn": balance[i].churn(load[i])}
+            for i, routed in model.routed.items()
+        }
         rate = 0.0 if number in skipped else config.moe.bias_rate
         balance = {i: balance[i].after(rate, load[i]) for i in balance}
         validation: float | None = None
@@ -170,6 +175,14 @@ def _means(config: Config, routed: Sequence[Routed]) -> dict[str, float]:
     return means | {"dropped": means["dropped"] / config.moe.top_k}
 
 
+def of_block(config: Config, layer: int) -> Config:
+    """The config with the number of choices and the router of one block."""
+    moe, last = config.moe, config.model.num_layers - 1
+    numbers, names = moe.top_k_by_layer or [moe.top_k], moe.router_by_layer or [moe.router]
+    at = layer if layer < last else last
+    return replace(config, moe=replace(moe, top_k=numbers[at % len(numbers)], router=names[at % len(names)]))
+
+
 def _lists(chosen_TK: Tensor) -> list[list[int]]:
     return [[e for e in row if e >= 0] for row in chosen_TK.tolist()]
 
@@ -203,7 +216,8 @@ class AdamW:
             m = self.first[name] / (1 - optimizer.beta1**self.steps)
             v = self.second[name] / (1 - optimizer.beta2**self.steps)
             kept = 1.0 if _undecayed(name) else 1.0 - lr * optimizer.weight_decay
-            self.parameters[name] = value * kept - lr * m / (v.sqrt() + optimizer.eps)
+            rate = lr * (optimizer.router_lr if ".router." in name else 1.0)
+            self.parameters[name] = value * kept - rate * m / (v.sqrt() + optimizer.eps)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -272,19 +286,20 @@ class Transformer:
     def _head(self, x_BSD: Tensor) -> Tensor:
         head = "tok_embeddings.weight" if self.config.model.tie_embeddings else "output.weight"
         weight_VD = self.weights[head][: self.config.model.vocab_size]
-        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale
+        bias_V = self.weights["output.bias"][: len(weight_VD)] if self.config.model.head_bias else 0
+        return x_BSD.flatten(0, 1) @ weight_VD.T * self.config.model.logit_scale + bias_V
 
     def _block(self, index: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         block, scale = f"layers.{index}.", self.config.model.residual_scale
         h_BSD = self._norm(block + "attention_norm", x_BSD)
         y_BSD = self._attention(index, h_BSD, microbatch)
-        x_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
-        h_TD = self._norm(block + "ffn_norm", x_BSD).flatten(0, 1)
+        attended_BSD = x_BSD + scale * self._norm(block + "attention_post_norm", y_BSD)
+        h_TD = self._norm(block + "ffn_norm", x_BSD if self.config.model.parallel_block else attended_BSD).flatten(0, 1)
         if block + "moe.router.weight" in self.weights:
             y_TD = self._experts(index, h_TD, microbatch)
         else:
             y_TD = self._feed_forward(block + "feed_forward.", h_TD)
-        return x_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
+        return attended_BSD + scale * self._norm(block + "ffn_post_norm", y_TD).view_as(x_BSD)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """As it is where the config puts no norm."""
@@ -292,7 +307,7 @@ class Transformer:
             return x
         if self.config.model.norm == "layernorm":
             x = x - x.mean(-1, keepdim=True)
-        return self._rms(name, x)
+        return self._rms(name, x) + self.weights.get(name + ".bias", 0)
 
     def _attention(self, layer: int, x_BSD: Tensor, microbatch: Microbatch) -> Tensor:
         prefix = f"layers.{layer}.attention."
@@ -319,18 +334,19 @@ class Transformer:
 
     def _feed_forward(self, prefix: str, x_TD: Tensor) -> Tensor:
         gated = prefix + "gate.weight" in self.weights
-        gate = x_TD @ self.weights[prefix + "gate.weight"].T if gated else None
-        hidden = x_TD @ self.weights[prefix + "up.weight"].T
-        return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T
+        biases = {name: self.weights.get(prefix + name, 0) for name in ("gate.bias", "up.bias", "output_bias")}
+        gate = x_TD @ self.weights[prefix + "gate.weight"].T + biases["gate.bias"] if gated else None
+        hidden = x_TD @ self.weights[prefix + "up.weight"].T + biases["up.bias"]
+        return self._activate(hidden, gate) @ self.weights[prefix + "down.weight"].T + biases["output_bias"]
 
     def _experts(self, layer: int, x_TD: Tensor, microbatch: Microbatch) -> Tensor:
-        prefix = f"layers.{layer}.moe."
+        prefix, config = f"layers.{layer}.moe.", of_block(self.config, layer)
         at = place(self.config, layer, microbatch.tokens, microbatch.numbers or range(len(microbatch.tokens)))
         seen_TD = jitter(self.config, x_TD, at) if self.config.moe.jitter and self.training else x_TD
         logits_TE = seen_TD @ self.weights[prefix + "router.weight"].T
         if self.config.moe.router_bias:
             logits_TE = logits_TE + self.weights[prefix + "router.logit_bias"]
-        routed = route(self.config, logits_TE, at, self.balance[layer], self.training)
+        routed = route(config, logits_TE, at, self.balance[layer], self.training)
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]

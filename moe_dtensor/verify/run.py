@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.config.build import override
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.resolve import expert_groups, expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch as LoadedBatch
+from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
@@ -106,11 +107,14 @@ Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[B
 def computation(case: Case) -> str:
     """What tells a case from others: its placed config, without what does nothing there."""
     placed = case.layout.place(case.config)
-    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0}
+    idle: dict[str, Any] = {"mesh.link_bandwidth": 1.0, "mesh.device_memory": 1.0}
+    idle["fsdp.accumulate"] = settle_accumulate(placed).fsdp.accumulate
     if case.layout.pp == 1:
         idle |= {"pipeline.schedule": "1F1B"}
     if case.layout.tp == 1:
         idle |= {"mesh.sequence_parallel": True}
+    if expert_groups(placed) == 1:
+        idle |= {"mesh.expert_ranks": 0, "mesh.expert_weights": "replicated"}
     if expert_ranks(placed) == 1 or not placed.moe.num_experts:
         idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
     return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
@@ -122,6 +126,10 @@ IRRELEVANT = {
     "moe.rows": "exact",
     "mesh.experts": "tp",
     "mesh.dispatch": "all_gather",
+    "mesh.dp_replicate": 1,
+    "mesh.expert_ranks": 0,
+    "mesh.expert_weights": "replicated",
+    "fsdp.accumulate": "whole",
 }
 """How a thing is computed, which the oracle does not ask."""
 

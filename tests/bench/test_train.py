@@ -13,8 +13,9 @@ import torch
 from moe_dtensor.bench.torchtitan_model import check_peer, differences
 from moe_dtensor.bench.train import Options, bench_train
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.model import Model, Moe
 from moe_dtensor.config.resolve import resolve
-from moe_dtensor.config.schema import Config, Data, Model, Moe, Training
+from moe_dtensor.config.schema import Config, Data, Training
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import loop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from moe_dtensor.config.build import build, override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser, split_overrides
+from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump, load
 from moe_dtensor.config.reference import markdown
-from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.resolve import block_config, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import all_fields, tables
 
@@ -121,3 +123,22 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.dim = 3  # type: ignore[misc]
+
+
+def test_a_list_for_top_k_or_router_is_that_of_the_blocks() -> None:
+    config = build({"moe": {"top_k": [1, 3], "router": ["topk", "sinkhorn", "hash"]}})
+    resolved = resolve(config, 1)
+    found = [(block.top_k, block.router) for i in range(6) for block in [block_config(resolved, i).moe]]
+    assert found == [(1, "topk"), (3, "sinkhorn"), (1, "hash"), (3, "topk"), (1, "sinkhorn"), (3, "hash")]
+    assert override(Config(), {"moe.top_k": "1,3", "moe.router": "topk, sinkhorn, hash"}) == config
+    assert build(tomllib.loads(dump(config))) == config
+    assert override(config, {"moe.top_k": 2, "moe.router": "topk"}).moe == build({"moe": {"router": "topk"}}).moe
+
+
+@pytest.mark.parametrize("key", ["moe.router", "data.corpus", "training.loss"])
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "shutil:rmtree", "builtins:eval"])
+def test_a_part_of_python_is_no_part_of_ones_own(key: str, name: str) -> None:
+    """A TOML could have any attribute of any module called."""
+    config = load("tests/config/plain.toml", {key: name})
+    with pytest.raises(ConfigError, match=f'{key} = "{name}" names a part of Python itself'):
+        check(config, 1)

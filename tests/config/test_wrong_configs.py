@@ -37,7 +37,19 @@ WRONG = [
     ("--profiling.enable true --training.steps 9", "first_step = 10 is above training.steps = 9", "9 or less"),
     ("--training.seed 9223372036854775808", "training.seed = 9223372036854775808 is too large", "below 2^63"),
     ("--data.corpus files --data.path /none", "'/none' matches no file", "files that exist"),
-    ("--data.corpus tokens --data.path /none.bin", "must be a .npy or .bin file", "docs/data.md"),
+    (
+        "--data.corpus tokens --data.path /none.bin",
+        "token files; '/none.bin' matches no file",
+        "docs/data.md",
+    ),
+    ("--data.corpus conversations", 'data.corpus = "conversations" needs data.path', "Set data.path"),
+    ("--data.chat_template /none.jinja", "data.chat_template: there is no file '/none.jinja'", "Jinja"),
+    ("--optimizer.router_lr -1", "optimizer.router_lr = -1.0 is too small", "0 or more"),
+    (
+        "--moe.num_experts 0 --training.routing_drift_interval 5",
+        "routing_drift_interval = 5, but no block has experts",
+        "= 0",
+    ),
     ("--data.tokenizer /none", "there is no file '/none'", "bytes"),
     ("--run.folder /dev/null/run", "run.folder = '/dev/null/run' cannot be used", "can be written"),
     ("--data.corpus files", 'data.corpus = "files" needs data.path', "Set data.path"),
@@ -52,6 +64,12 @@ WRONG = [
     # The model.
     ("--model.dim 100", "model.dim = 100 is not a multiple of model.num_heads = 8", "model.head_dim"),
     ("--model.head_dim 15", "model.head_dim = 15 is odd", "model.head_dim = 16"),
+    ("--moe.top_k 1,99", "moe.top_k = 99 is above moe.num_experts", "at most"),
+    ("--moe.top_k 0,2", "moe.top_k_by_layer has 0", "1 or more"),
+    ("--moe.router topk,sinkhornn", 'moe.router = "sinkhornn" is unknown', 'Did you mean "sinkhorn"?'),
+    ("--moe.top_k 1,2 --moe.router topk --moe.normalize_gates true", "with moe.top_k = 1: the one gate", "2 or more"),
+    ("--model.norm_bias true", "model.norm_bias = true with model.norm = rmsnorm", "model.norm = layernorm"),
+    ("--model.head_bias true --model.tie_embeddings true", "the embedding is the head", "Take one"),
     ("--model.rotary_dim 64", "model.rotary_dim = 64 is above model.head_dim = 24", "at most 24"),
     ("--model.v_dim 16", "model.v_dim is for latent attention", "model.kv_rank"),
     ("--model.kv_rank 16", "model.kv_rank = 16 needs model.nope_dim", "model.nope_dim"),
@@ -167,6 +185,29 @@ WRONG = [
         "mesh.experts to tp or tp_hidden",
     ),
     # Batches.
+    ("--mesh.dp 4 --mesh.dp_replicate 3", "mesh.dp_replicate = 3 does not divide mesh.dp = 4", "a divisor of 4"),
+    ("--mesh.dp 4 --mesh.dp_replicate 8", "mesh.dp_replicate = 8 does not divide mesh.dp = 4", "a divisor of 4"),
+    ("--mesh.dp 4 --mesh.expert_ranks 2", "mesh.expert_ranks = 2 is about experts on dp ranks", "dp or dp_tp"),
+    (
+        "--mesh.dp 4 --mesh.expert_weights sharded",
+        "mesh.expert_weights = sharded is about experts on dp ranks, but mesh.experts = tp",
+        "take mesh.expert_weights out",
+    ),
+    (
+        "--mesh.dp 4 --mesh.experts dp --mesh.expert_ranks 3",
+        "mesh.expert_ranks = 3 does not divide mesh.dp = 4",
+        "a divisor of 4",
+    ),
+    (
+        "--mesh.dp 4 --mesh.experts dp --mesh.expert_ranks 4 --mesh.expert_weights sharded --mesh.dp_replicate 2",
+        "mesh.dp_replicate = 2, which does not divide the 1 groups of mesh.expert_ranks = 4",
+        "a divisor of 2, or mesh.expert_weights = replicated",
+    ),
+    (
+        "--training.dtype bfloat16 --training.param_dtype bfloat16 --fsdp.accumulate sharded",
+        "fsdp.accumulate = sharded adds shards up in training.dtype = bfloat16, which is narrower",
+        "accumulate = whole",
+    ),
     ("--mesh.dp 5 --model.dim 160", "training.global_batch_size = 24 is not a multiple of mesh.dp = 5", "25"),
     (
         "--training.validation_interval 5 --training.validation_sequences 25",

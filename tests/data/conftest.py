@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_dtensor.config.schema import Config, Data, Model, Training
+from moe_dtensor.config.model import Model
+from moe_dtensor.config.schema import Config, Data, Training
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from moe_dtensor.__main__ import main
 from moe_dtensor.config.check import check
 from moe_dtensor.config.load import load
 from moe_dtensor.data import Loader, build_corpus
+from tests.data.chat_templates import save_tokenizer
 from tests.data.test_token_files import write_pair
 
 BLOCKS = re.findall(
@@ -54,6 +55,13 @@ def write_what_one_has(folder: Path) -> None:
     ids[::50] = 256
     np.save(folder / "ids.npy", ids)
     ids.astype("<u4").tofile(folder / "ids.uint32.bin")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    (folder / "talks.jsonl").write_text(
+        "".join(json.dumps({"messages": talk, "tools": [i]}) + "\n" for i in range(400))
+    )
+    save_tokenizer(folder / "my-model", "plain")
+    short = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "my-model" / "chat_template.jinja").write_text(short)
     write_pair(folder / "name_text_document", np.split(ids, 20), "int32")
 
 
@@ -68,7 +76,7 @@ def test_each_row_of_the_decision_table_runs(tmp_path: Path, monkeypatch: pytest
     write_what_one_has(tmp_path)
     monkeypatch.chdir(tmp_path)
     rows = table_rows()
-    assert len(rows) == 15
+    assert len(rows) == 16
     run = 0
     for _, remedy in rows:
         codes = re.findall(r"`([^`]+)`", remedy)
@@ -90,4 +98,4 @@ def test_each_row_of_the_decision_table_runs(tmp_path: Path, monkeypatch: pytest
         check(config, 1) if "[[" not in body else None
         assert Loader(config, build_corpus(config)).next_batch(0, 4).tokens_BS.shape == (4, 16), body
         run += 1
-    assert run == 13
+    assert run == 14

@@ -6,15 +6,18 @@ import json
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore, TCPStore
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.data import Loader, build_corpus, hub
 from moe_dtensor.data.host import HostChunks
 from moe_dtensor.data.hub import StreamedDocuments
+from moe_dtensor.data.other_hosts import OtherHosts, other_hosts
 from moe_dtensor.data.prefetch import DEPTH, Prefetcher
 
 
@@ -104,7 +107,7 @@ def test_a_failed_download_is_tried_again_then_ends_with_a_sentence(monkeypatch:
     assert list(documents) == [f"record {i}" for i in range(50)]
     assert pauses == [1.0] * 3
     documents = StreamedDocuments(Flaky({7}, for_ever=True), "some/name", "text", None)
-    with pytest.raises(ConfigError, match=r"(?s)'some/name' could not be read on after 5 more tries.*reset by peer"):
+    with pytest.raises(RunError, match=r"(?s)'some/name' could not be read on after 5 more tries.*reset by peer"):
         list(documents)
     assert pauses[3:] == [1.0, 2.0, 4.0, 8.0, 16.0]
 
@@ -142,3 +145,57 @@ def test_a_chunk_that_never_comes_is_made_by_who_needs_it(monkeypatch: pytest.Mo
     assert [int(chunks.get(str(i), lambda i=i: np.array([i]))[0]) for i in range(20)] == list(range(20))
     assert chunks.made == 20
     assert chunks.folder is None  # once without an answer is enough
+
+
+def test_hosts_share_the_work() -> None:
+    """Each of two hosts tokenises about a half, and both have all; a host that is alone waits once."""
+    store = HashStore()
+    made: dict[int, int] = {}
+
+    def tokenise(host: int) -> list[int]:
+        chunks = HostChunks(0, 1, f"{os.getpid()}-far", lambda: OtherHosts(store, host, 2))
+        got = [int(chunks.get(f"chunk {i}", lambda i=i: np.full(1000, i, "<u2"))[0]) for i in range(40)]
+        made[host] = chunks.made
+        return got
+
+    with ThreadPoolExecutor(2) as hosts:
+        assert list(hosts.map(tokenise, (0, 1))) == [list(range(40))] * 2
+    assert made[0] + made[1] == 40
+    assert min(made.values()) > 10
+
+
+def _of_a_host(host: int, port: int, results) -> None:
+    os.environ.update(GROUP_WORLD_SIZE="2", GROUP_RANK=str(host), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    chunks = HostChunks(0, 1, "far", lambda: other_hosts("stream"))
+    got = [int(chunks.get(f"{i}", lambda i=i: np.full(1000, i, "<u2"))[0]) for i in range(20)]
+    results.put((chunks.made, chunks.others().found, got))
+
+
+def test_hosts_meet_by_the_store_of_the_ranks() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    hosts = [context.Process(target=_of_a_host, args=(host, store.port, results)) for host in (0, 1)]
+    for process in hosts:
+        process.start()
+    found = [results.get(timeout=60) for _ in hosts]
+    for process in hosts:
+        process.join()
+    assert all(got == list(range(20)) for _, _, got in found)
+    assert [made + others for made, others, _ in found] == [20, 20]
+    assert sum(made for made, _, _ in found) == 20
+
+
+def test_what_another_host_no_longer_holds_is_made(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr("moe_dtensor.data.other_hosts.PATIENCE", 0.05)
+    monkeypatch.setattr("moe_dtensor.data.other_hosts.KEPT_BYTES", 10)
+    first, second = (OtherHosts(HashStore(), host, 2) for host in (0, 1))
+    second.store = first.store
+    for i in range(3):
+        first.offer(f"{i}", np.arange(3, dtype="<u2"))
+    assert second.find("0") is None
+    assert not caplog.messages
+    np.testing.assert_array_equal(second.find("2"), np.arange(3))
+    assert second.find("3") is None
+    assert second.find("4") is None
+    assert caplog.messages == ["another host's tokens do not come; this one tokenises what it needs itself"]

@@ -76,6 +76,10 @@ def test_the_bytes_do_not_depend_on_workers_or_interruptions(corpus, tmp_path: P
     assert contents(tmp_path / "stopped") == whole
 
 
+def children(pid: int) -> list[int]:
+    return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+
+
 @pytest.mark.full
 def test_killed_processes_leave_the_same_bytes(tmp_path: Path, tokenizer_file: Path) -> None:
     write_texts(tmp_path / "texts", 20_000)
@@ -90,9 +94,15 @@ def test_killed_processes_leave_the_same_bytes(tmp_path: Path, tokenizer_file: P
             assert process.wait(wait) == 0
             break
         except subprocess.TimeoutExpired:
+            workers = children(process.pid)
             process.kill()
             process.wait()
             killed += 1
+            left = workers
+            for _ in range(100):
+                left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
+                time.sleep(0.05 if left else 0)
+            assert not left, "workers outlived the process that started them"
             time.sleep(0.2)
     assert killed
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -69,7 +69,7 @@ def generate(
         resolved = resolve(placed, dp * pp * tp)
         device = torch.device("cpu")
         device_mesh = build_mesh(resolved, device)
-        (part,) = build_parts(resolved, device_mesh, device)
+        (part,) = build_parts(resolved, device_mesh, device, trains=False)
         balance = BalanceState(resolved, [part], device)
         balance.bias_LE.copy_(torch.randn(balance.bias_LE.shape, generator=torch.Generator().manual_seed(0)) / 10)
         model = Model(part.eval(), resolved, device_mesh, device)

@@ -29,11 +29,10 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
     [
         # Dense: the reference experts of a CPU would break the graph before what torch cannot compile.
         (Layout(1, 1, 2), {"activation_checkpoint.mode": "full", "moe.num_experts": 0}),
-        (Layout(1, 1, 2), {"model.qk_norm": "full"}),
+        pytest.param(Layout(1, 1, 2), {"model.qk_norm": "full"}, marks=pytest.mark.full),
         pytest.param(
             Layout(2, 1, 1),
             {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1},
-            marks=(),
         ),
     ],
 )

@@ -90,8 +90,8 @@ class Start:
             finally:
                 os._exit(99)
 
-    def wait(self, timeout: float = 120.0) -> Ended:
-        """Their ends; when one fails, the others get three seconds, as from a launcher."""
+    def wait(self, timeout: float = 120.0, grace: float = 10.0) -> Ended:
+        """Their ends; when one fails, the others get ``grace`` seconds, as from a launcher."""
         statuses: dict[int, int] = {}
         end = time.monotonic() + timeout
         while len(statuses) < len(self.pids) and time.monotonic() < end:
@@ -101,7 +101,7 @@ class Start:
                     if done:
                         statuses[rank] = os.waitstatus_to_exitcode(status)
                         if statuses[rank] != 0:
-                            end = min(end, time.monotonic() + 10.0)
+                            end = min(end, time.monotonic() + grace)
             time.sleep(0.01)
         for rank, pid in enumerate(self.pids):
             if rank not in statuses:

@@ -117,6 +117,35 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert sorted(p.name[-11:] for p in (folder / "hangs").iterdir()) == ["rank-0.json", "rank-2.json", "rank-3.json"]
 
 
+def test_a_thawed_run_writes_nothing(tmp_path: Path) -> None:
+    """Frozen, overtaken and thawed, a run wrote on into the metrics of the one that had taken over."""
+
+    def soon(rank: int) -> None:
+        from moe_dtensor.train import lease, loop
+
+        lease.RENEW_SECONDS, lease.STALE_SECONDS = 0.3, 3.0
+        take = loop.train_step
+        loop.train_step = lambda *args: (time.sleep(0.2), take(*args))[1]
+
+    folder = tmp_path / "run"
+    argv = tiny(folder, training__steps="20", checkpoint__interval="5")
+    first = Start(tmp_path, argv, 2, before=soon)
+    wait_for_step(folder, 7)
+    for pid in first.pids:
+        os.kill(pid, signal.SIGSTOP)
+    second = Start(tmp_path, argv, 2, before=soon).wait()
+    assert second.statuses == [0, 0], second.text
+    assert "Resuming the run" in second.text
+    written = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for pid in first.pids:
+        os.kill(pid, signal.SIGCONT)
+    ended = first.wait()
+    assert ended.statuses[0] == 1, ended.text
+    assert len(ended.errors) == 1
+    assert "lost the run in" in ended.errors[0]
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == written
+
+
 def test_a_killed_rank_is_no_riddle(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     start = Start(tmp_path, tiny(folder, training__steps="100000"), 2)

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from .starts import tiny
 
 
@@ -45,6 +47,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.full
 def test_its_life(tmp_path: Path) -> None:
     """Killed with -9 it left ranks that trained on; a killed rank was a trace of torchrun's; a signal saved nothing."""
     folder = tmp_path / "run"

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.check_files import check_files
+from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config, Metrics, Profiling, Training
 from moe_dtensor.train.metrics import Meter, peak_flops
 from moe_dtensor.train.profile import Profiler
-from moe_dtensor.train.sinks import Display, Record, build_sinks, check_sinks, format_record
+from moe_dtensor.train.sinks import Display, Record, build_sinks, format_record
 
 CPU = torch.device("cpu")
 
@@ -167,7 +168,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(ConfigError, match="not logged in"):  # it was a traceback
-        build_sinks(config_of(wandb=True), tmp_path, "the-id", 0)
+        check_files(config_of(wandb=True))
     monkeypatch.setenv("WANDB_API_KEY", "key")
     for sink in build_sinks(config_of(wandb=True, wandb_project="mine"), tmp_path, "the-id", 0):
         sink.log(RECORD)
@@ -177,14 +178,17 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert step == 3
     assert values["expert_load_max_over_mean/layer_1"] == 1.5
     assert end == "finished"
+    module.init = lambda **options: 1 / 0  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="could not be started"):
+        build_sinks(config_of(wandb=True), tmp_path, "the-id", 0)
 
 
 def test_missing_wandb_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_sinks(config_of())
+    check_files(config_of())
     with pytest.raises(ConfigError, match="needs the package wandb") as error:
-        check_sinks(config_of(wandb=True))
+        check_files(config_of(wandb=True))
     assert "moe_dtensor[wandb]" in error.value.remedy
 
 

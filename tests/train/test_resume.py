@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_dtensor.config.model import Model, Moe
 from moe_dtensor.config.resolve import resolve
-from moe_dtensor.config.schema import Checkpoint, Config, Data, Mesh, Model, Moe, Run, Training
+from moe_dtensor.config.schema import Checkpoint, Config, Data, Mesh, Run, Training
 from moe_dtensor.data import build_corpus
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import loop

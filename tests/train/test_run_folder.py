@@ -13,45 +13,21 @@ from typing import Any
 
 import pytest
 
-from moe_dtensor.checkpoint.folder import Manifest
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
-from moe_dtensor.config.schema import Config, Run
+from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import lease
-from moe_dtensor.train.run_folder import RunFolder, open_run_folder
+from moe_dtensor.train.run_folder import open_run_folder
 from moe_dtensor.train.sinks import cut_back, last_step
 
-
-def config_of(folder: Path, **tables: dict[str, Any]) -> Config:
-    config = Config(run=Run(folder=str(folder)))
-    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in tables.items()})
-
-
-def save_checkpoint(folder: Path, step: int) -> None:
-    (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    (folder / "checkpoints" / f"step-{step:08d}" / ".metadata").touch()
+from .run_folders import begun, config_of, opened, save_checkpoint
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def begun(config: Config, data: str = "text", steps: int = 0) -> RunFolder:
-    """A run that took its first step, and ended."""
-    run = open_run_folder(config, data)
-    run.begin(steps)
-    run.close()
-    return run
-
-
-def opened(config: Config, data: str = "text") -> RunFolder:
-    """A start that is looked at, and ends before its first step."""
-    run = open_run_folder(config, data)
-    run.close()
-    return run
 
 
 def test_new(folder: Path) -> None:
@@ -255,83 +231,6 @@ def test_absence_is_no_beginning(folder: Path, tmp_path: Path, how: str) -> None
     assert "after step 500" in opened(config_of(folder)).message
 
 
-def test_fresh_deletes_what_a_run_wrote_and_nothing_else(folder: Path) -> None:
-    first = begun(config_of(folder))
-    save_checkpoint(folder, 3)
-    (folder / "checkpoints" / ".step-00000004.partial").mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
-    (folder / "tensorboard").mkdir()
-    (folder / "notes.md").write_text("mine")
-    fresh = config_of(folder, run={"fresh": True}, model={"dim": 512})
-    run = open_run_folder(fresh, "other")
-    assert run.state == "new"
-    assert (folder / "metrics.jsonl").exists()  # a start that fails before its first step deletes nothing
-    run.begin(0)
-    run.close()
-    assert run.run_id != first.run_id
-    assert sorted(p.name for p in folder.iterdir()) == ["config.toml", "notes.md", "run.json"]
-    # Started from the file written here, the run must not delete itself.
-    assert load(folder / "config.toml") == replace(fresh, run=replace(fresh.run, fresh=False))
-
-
-def test_fresh_deletes_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each automatic restart of --run.fresh true deleted the run's own checkpoints."""
-    fresh = config_of(folder, run={"fresh": True})
-    monkeypatch.setenv("MOE_DTENSOR_START", "one")
-    first = begun(fresh)
-    assert opened(fresh).run_id == first.run_id
-    monkeypatch.setenv("MOE_DTENSOR_START", "two")
-    assert opened(fresh).run_id != first.run_id
-    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        with monkeypatch.context() as restarted:
-            restarted.setenv(variable, "1")
-            assert opened(fresh).run_id == first.run_id
-
-
-def signed(folder: Path, step: int, run_id: str) -> None:
-    (folder / f"step-{step:08d}").mkdir(parents=True)
-    Manifest(run_id, "text", step).write(folder / f"step-{step:08d}")
-
-
-def test_fresh_deletes_no_other_runs_checkpoints(folder: Path, tmp_path: Path) -> None:
-    begun(config_of(folder))
-    signed(tmp_path / "shared", 3, "other")
-    with pytest.raises(ConfigError, match=r"holds checkpoints of some other run \(other\)"):
-        opened(config_of(folder, run={"fresh": True}, checkpoint={"folder": str(tmp_path / "shared")}))
-    assert (tmp_path / "shared" / "step-00000003").exists()
-
-
-def test_fresh_over_a_linked_checkpoint_folder(folder: Path, tmp_path: Path) -> None:
-    """It deleted everything, then failed on the link, each time."""
-    first = begun(config_of(folder))
-    signed(tmp_path / "large_disk", 3, first.run_id)
-    (folder / "checkpoints").symlink_to(tmp_path / "large_disk")
-    begun(config_of(folder, run={"fresh": True}))
-    assert (folder / "checkpoints").is_symlink()
-    assert not list((tmp_path / "large_disk").iterdir())
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_foreign_folder_is_left_alone(folder: Path, fresh: bool) -> None:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.toml").write_text("mine")
-    with pytest.raises(ConfigError, match=r"holds no run of this program \(no run.json\)"):
-        opened(config_of(folder, run={"fresh": fresh}))
-    assert (folder / "config.toml").read_text() == "mine"
-
-
-@pytest.mark.parametrize("begins", [False, True])
-def test_checkpoints_of_another_run(folder: Path, tmp_path: Path, begins: bool) -> None:
-    """An unfinished run used to adopt them."""
-    begun(config_of(folder))
-    save_checkpoint(folder, 3)
-    shared = config_of(tmp_path / "second", checkpoint={"folder": str(folder / "checkpoints")})
-    if begins:
-        begun(config_of(tmp_path / "second"))
-    with pytest.raises(ConfigError, match="holds checkpoints of some other run"):
-        opened(shared)
-
-
 def test_crash_between_the_two_files(folder: Path) -> None:
     begun(config_of(folder))
     (folder / "config.toml").unlink()
@@ -405,6 +304,19 @@ def test_a_living_process_is_named_and_a_frozen_or_dead_one_loses_the_run(
         run.begin(0)
     run.close()
     assert (folder / ".lease.json").exists()  # the later one's
+
+
+def test_a_lease_that_is_out_of_sight_is_lost_only_after_a_freeze(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that hides a file for a moment ends no run."""
+    run = open_run_folder(config_of(folder), "text")
+    (folder / ".lease.json").unlink()
+    run.begin(0)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.0)
+    with pytest.raises(RunError, match=r"lost the run in .* to another process"):
+        run.begin(0)
+    run.close()
 
 
 def test_metrics_are_cut_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,15 @@ def test_memory_is_what_was_measured(name: str, size: int | None, gib: float | N
     assert memory.peak / 2**30 == pytest.approx(gib or record["result"]["peak_memory_gib"], rel=0.04)
 
 
+def test_memory_of_windows_and_latents_is_what_was_measured() -> None:
+    """One H200: a window, a window in every other block with sinks and an output gate, latent attention."""
+    records = json.loads((RESULTS / "h200_train_olmoe_small_attention.json").read_text())["variants"]
+    assert [record["name"] for record in records] == ["window", "window_sinks_gate", "latent"]
+    for record in records:
+        peak = rank_memory(resolve(build(record["config"]), record["ranks"]), 0).peak / 2**30
+        assert peak == pytest.approx(record["result"]["peak_memory_gib"], rel=0.02), record["name"]
+
+
 def test_memory_of_two_gpus_is_what_was_measured() -> None:
     """Of the fullest rank, under every placement, dispatch and schedule that was run."""
     records = json.loads((RESULTS / "h100x2_train_olmoe_small.json").read_text())["variants"]

@@ -10,7 +10,7 @@ from unittest import mock
 from torch import Tensor
 
 from moe_dtensor.kernels.attention import attend
-from moe_dtensor.layers import attention
+from moe_dtensor.layers import attention, feed_forward
 
 from .mutations import _gradient_of
 
@@ -60,4 +60,15 @@ def window_off_by_one() -> Iterator[None]:
         return right(documents, window + 1, *args)
 
     with mock.patch.object(attend, "first_visible", wrong):
+        yield
+
+
+@contextmanager
+def ffn_bias_of_every_rank() -> Iterator[None]:
+    """The feed-forward's bias is added before the ranks' parts are summed."""
+
+    def wrong(self: feed_forward.FeedForward, x: Tensor) -> Tensor:
+        return self.sum_output(self.compute(x) + self.local_weight("output_bias"))
+
+    with mock.patch.object(feed_forward.FeedForward, "forward", wrong):
         yield

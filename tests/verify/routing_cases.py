@@ -88,6 +88,7 @@ def dimensions(meshes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[Any, 
         "recompute": ("none", "full", "selective"),
         "jitter": (0.0, 0.1),
         "top_k": (1, 2),
+        "by_layer": (False, True),
         "sequence_parallel": (True, False),
     }
 
@@ -141,6 +142,10 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
     }
     for name, table in TABLES.items():
         changes |= table[setting[name]]
+    if setting["by_layer"]:
+        changes["model.num_layers"] = max(2, changes["model.num_layers"])
+        changes["moe.top_k"] = [setting["top_k"], setting["top_k"] + 1]
+        changes["moe.router"] = [changes["moe.router"], "topk"]
     config = with_microbatches(override(Config(), changes), layout, setting["accumulation"])
     return Case(layout, config, steps=2 if setting["balance"] in CARRIED else 1)
 

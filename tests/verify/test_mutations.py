@@ -141,6 +141,11 @@ MUTATIONS += [
         changes=DENSE | {"model.attention_bias": "all", "model.num_layers": 1},
     ),
     Expected(
+        mutations_attention.ffn_bias_of_every_rank,
+        ".*",
+        changes={"model.ffn_bias": True, "moe.num_experts": 0},
+    ),
+    Expected(
         mutations_attention.sink_without_gradient,
         r"layers\.\d\.attention\.sinks",
         ratio=0.0,

@@ -56,6 +56,15 @@ VARIANTS = {
         "model.window": 2,
         "model.sinks": True,
     },
+    "biases of norms feed-forward head parallel block": {
+        "model.norm": "layernorm",
+        "model.norm_bias": True,
+        "model.ffn_bias": True,
+        "model.head_bias": True,
+        "model.parallel_block": True,
+        "model.logit_scale": 1.5,
+        "moe.layers": (1,),
+    },
     "latent attention gate": {
         "model.num_kv_heads": 0,
         "model.q_rank": 7,

@@ -24,12 +24,14 @@ class Rope:
         also: where else the older style keeps theta; read last.
         part: share of a head that is turned where nothing states it.
         alpha: a ``dynamic`` kind with an ``alpha`` is another theta, whatever the length (Hunyuan).
+        part_name: where the older style keeps that share.
         by_kind: ``rope_parameters`` has an entry for full attention and one for windows.
     """
 
     default: float = 10000.0
     also: str = ""
     part: float = 1.0
+    part_name: str = "partial_rotary_factor"
     by_kind: bool = False
     alpha: bool = False
 
@@ -62,12 +64,14 @@ class Rope:
         if function["model.kv_rank"]:
             return
         whole = function["model.head_dim"]
-        part = new.get("partial_rotary_factor", raw.take(("partial_rotary_factor",), None))
+        part = new.get("partial_rotary_factor", raw.take((self.part_name,), None))
         width = raw.take(("rotary_dim",), None)
         if part is not None and width is not None and int(whole * part) != width:
             raw.refuse("rotary_dim", width, f"partial_rotary_factor says {int(whole * part)}")
         if width is None:
             width = int(whole * (self.part if part is None else part))
+        if width % 2:
+            raw.refuse(self.part_name, part, f"it turns {width} dimensions of a head, which is odd")
         function["model.rotary_dim"] = 0 if width == whole else width
 
     def _read_scaling(self, raw: Raw, stated: Mapping[str, Any], function: Function) -> None:
@@ -127,8 +131,8 @@ class Rope:
         else:
             put(raw, "rope_scaling", scaling and scaling | {"type": scaling["rope_type"]})
             put(raw, "rope_parameters", new)
-        for name, value in part.items():
-            put(raw, name, value)
+        for value in part.values():
+            put(raw, self.part_name, value)
             put(raw, "rotary_dim", function["model.rotary_dim"])
         if self.also:
             put(raw, self.also, theta)

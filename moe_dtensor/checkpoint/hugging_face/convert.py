@@ -16,7 +16,7 @@ from moe_dtensor.checkpoint.hugging_face.export import Plan, appear, plan_export
 from moe_dtensor.checkpoint.hugging_face.function import function_of
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer, write_tokenizer
-from moe_dtensor.checkpoint.hugging_face.translate import choose_family, unpublished, write_config
+from moe_dtensor.checkpoint.hugging_face.translate import choose_family, holds_mtp, unpublished, write_config
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, find_native, write_native
 from moe_dtensor.checkpoint.proof import copy_proof
 from moe_dtensor.config.errors import ConfigError
@@ -100,6 +100,8 @@ def to_hugging_face(
     family = exported.plan.family
     told = f"{output}: {family.architecture}, {len(exported.plan.parts)} tensors, {exported.dtype}"
     odd = unpublished(family, function_of(native.config))
+    if exported.left_out:
+        told += f"\nnote: multi-token prediction is left out: {family.model_type} has no place for it"
     return f"{told}\nnote: {'; '.join(odd)}: some inference engines take that for granted" if odd else told
 
 
@@ -118,6 +120,9 @@ class Export:
         self.config, self.checkpoint = config, checkpoint
         self.dtype = dtype or config.training.param_dtype
         family = choose_family(config, architecture)
+        self.left_out = config.model.mtp_depth if not holds_mtp(family) else 0
+        if self.left_out:
+            config = self.config = replace(config, model=replace(config.model, mtp_depth=0))
         self.config_json = write_config(family, config, self.dtype)
         self.plan: Plan = plan_export(family, config, getattr(torch, self.dtype))
 
@@ -130,6 +135,8 @@ class Export:
         self.plan.write_index(folder)
         copy_proof(self.checkpoint, folder)
         tokens = write_tokenizer(self.config.data.tokenizer, self.config.model.vocab_size, folder)
+        if self.config.data.chat_template:
+            shutil.copyfile(Path(self.config.data.chat_template).expanduser(), folder / "chat_template.jinja")
         write_json(folder / "config.json", self.config_json | tokens)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.axes import Row
-from moe_dtensor.checkpoint.hugging_face.rows import build_rows, native_shapes
+from moe_dtensor.checkpoint.hugging_face.rows import build_rows, copied, native_shapes
 from moe_dtensor.checkpoint.hugging_face.safetensors_file import total_bytes, write_file
 from moe_dtensor.checkpoint.hugging_face.shards import INDEX, SINGLE
 from moe_dtensor.checkpoint.hugging_face.table import Family
@@ -64,6 +64,8 @@ def plan_export(family: Family, config: Config, dtype: torch.dtype, shard_bytes:
     for row in rows.values():
         for name, at in row.files():
             parts.setdefault(name, []).append((row, at))
+    for name, original in copied(family, config, rows).items():
+        parts[name] = parts[original]
     shards: list[Layout] = [{}]
     for name, made_of in parts.items():
         row = made_of[0][0]
@@ -115,7 +117,10 @@ def write_shards(plan: Plan, weights: NativeWeights, folder: Path, share: tuple[
 
 def check_checkpoint(weights: NativeWeights, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise unless a checkpoint holds exactly these parameters."""
-    found = {name: weights.shape(name) for name in weights.names()}
+    # Multi-token prediction may be left out.
+    beyond = {n for n in weights.names() if n not in shapes and ".mtp_" in n}
+    blocks = {n.split(".")[1] for n in beyond}
+    found = {n: weights.shape(n) for n in weights.names() if n in shapes or n.split(".")[1] not in blocks}
     wrong = [n for n in {**shapes, **found} if found.get(n) != shapes.get(n)]
     if wrong:
         name = wrong[0]

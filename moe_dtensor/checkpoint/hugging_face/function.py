@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_dtensor.config.attention import block_rotates, block_window
-from moe_dtensor.config.resolve import FORCED, moe_layers, resolve
+from moe_dtensor.config.resolve import FORCED, block_config, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 
 Function = dict[str, Any]
@@ -51,9 +51,17 @@ def function_of(config: Config) -> Function:
         for key, value in asdict(getattr(config, table)).items()
         if f"{table}.{key}" not in TRAINING_ONLY
     }
-    values["moe.layers"] = tuple(sorted(moe_layers(config)))
+    # Those of multi-token prediction follow from the last.
+    values["moe.layers"] = tuple(i for i in sorted(moe_layers(config)) if i < config.model.num_layers)
     values["moe.router"] = config.moe.router if config.moe.router in FORCED else "topk"
     values["moe.selection_bias"] = has_selection_bias(config)
+    kinds = [block_config(config, i).moe for i in values["moe.layers"]]
+    routers = tuple(kind.router if kind.router in FORCED else "topk" for kind in kinds)
+    top_k = tuple(kind.top_k for kind in kinds)
+    values["moe.router_by_layer"] = routers if len(set(routers)) > 1 else ()
+    values["moe.top_k_by_layer"] = top_k if len(set(top_k)) > 1 else ()
+    if kinds:
+        values |= {"moe.router": routers[0], "moe.top_k": max(top_k)}
     _canonical_attention(values, config)
     # Shared experts are one feed-forward: only its width counts.
     del values["moe.num_shared_experts"]
@@ -102,7 +110,7 @@ def compared(function: Function) -> set[str]:
     if not function["moe.num_experts"]:
         return {key for key in function if not key.startswith("moe.")} | {"moe.num_experts"}
     has_dense = len(function["moe.layers"]) < function["model.num_layers"]
-    return set(function) - (set() if has_dense else {"model.hidden_dim"})
+    return set(function) - (set() if has_dense else {"model.hidden_dim", "model.ffn_bias"})
 
 
 def differing(one: Function, other: Function) -> list[str]:

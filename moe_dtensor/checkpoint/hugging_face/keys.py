@@ -170,6 +170,38 @@ class KeyValueHeads:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Blocks beyond the last that predict further tokens. A folder that states them and does not hold them has none
+    (:class:`.source.HuggingFaceSource`)."""
+
+    hf: str = "num_nextn_predict_layers"
+
+    def read(self, raw: Raw, function: Function) -> None:
+        """Absent or null: none."""
+        function["model.mtp_depth"] = raw.take((self.hf,), 0)
+
+    def write(self, function: Function, raw: dict[str, Any]) -> None:
+        """As a number."""
+        put(raw, self.hf, function["model.mtp_depth"])
+
+
+@dataclass(frozen=True)
+class NoGroups:
+    """For classes without grouped queries: key/value heads are as many as query heads. After these."""
+
+    def read(self, raw: Raw, function: Function) -> None:
+        """Some files state it all the same."""
+        heads = function["model.num_heads"]
+        found = raw.take(("num_key_value_heads",), heads)
+        if found != heads:
+            raw.refuse("num_key_value_heads", found, f"this class has as many as query heads, {heads}")
+        function["model.num_kv_heads"] = heads
+
+    def write(self, function: Function, raw: dict[str, Any]) -> None:
+        """Nothing says so; fewer show when it is read back."""
+
+
+@dataclass(frozen=True)
 class Inverse:
     """A factor here, a divisor there."""
 

@@ -27,7 +27,7 @@ EXTRAS = (
 def native_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Full shape of every parameter of a resolved config, and of the biases that the choice sees, by name."""
     with torch.device("meta"):
-        model = Transformer(config, range(config.model.num_layers))
+        model = Transformer(config, range(config.model.num_layers + config.model.mtp_depth))
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     if has_selection_bias(config):
         for layer in sorted(moe_layers(config)):
@@ -88,11 +88,23 @@ def file_shapes(rows: Mapping[str, Row]) -> dict[str, tuple[int, ...]]:
     return {name: row.file_shape for row in rows.values() for name, _ in row.files()}
 
 
+def copied(family: Family, config: Config, rows: Mapping[str, Row]) -> dict[str, str]:
+    """File tensors that repeat another one, which multi-token prediction shares, by their name: the other's name."""
+    blocks = range(config.model.num_layers, config.model.num_layers + config.model.mtp_depth)
+    return {
+        file.replace("{i}", str(block)): rows[native].file
+        for block in blocks
+        for native, file in family.copies.items()
+        if native in rows
+    }
+
+
 def is_extra(name: str, family: Family, config: Config) -> bool:
     """Whether a file tensor may be left unused: a computed table, a module beyond the last block, a tied head."""
     block = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
     if block and int(block[1]) >= config.model.num_layers:
-        return True
+        ahead = int(block[1]) < config.model.num_layers + config.model.mtp_depth
+        return not ahead or name in [file.replace("{i}", block[1]) for file in family.copies.values()]
     if config.model.tie_embeddings and name == "lm_head.weight":
         return True
     return any(re.fullmatch(pattern, name) for pattern in (*EXTRAS, *family.extras))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.axes import Range, Row
 from moe_dtensor.checkpoint.hugging_face.function import differing, function_of
-from moe_dtensor.checkpoint.hugging_face.rows import build_rows, file_shapes, is_extra, native_shapes
+from moe_dtensor.checkpoint.hugging_face.rows import build_rows, copied, file_shapes, is_extra, native_shapes
 from moe_dtensor.checkpoint.hugging_face.safetensors_file import DTYPES
 from moe_dtensor.checkpoint.hugging_face.shards import Shards, some
 from moe_dtensor.checkpoint.hugging_face.translate import Described, config_of, read_config
@@ -36,12 +36,13 @@ class HuggingFaceSource:
 
     def __init__(self, folder: str | Path, config: Config | None = None) -> None:
         self.folder = Path(folder)
-        self.described: Described = read_config(folder)
+        described = read_config(folder)
+        self.shards = Shards(folder)
+        self.described: Described = _as_held(described, self.shards)
         self.written_config = config_of(self.described)
         """As a TOML would have it."""
         self.own_config = resolve(self.written_config, 1)
         self.config = config or self.own_config
-        self.shards = Shards(folder)
         self.shards.refuse_quantized()
         # Laid out as the folder is; the config may have untied its head, or given a bias to the choice.
         self.rows = build_rows(self.described.family, self.own_config)
@@ -99,6 +100,34 @@ class HuggingFaceSource:
                     f"config.json makes it {list(shape)}.",
                     "Correct config.json, or fetch the shards again.",
                 )
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Modules for further tokens share embedding and head here, so copies of them must be such: the first and last
+        rows are looked at."""
+        for name, original in copied(self.described.family, self.own_config, self.rows).items():
+            if name not in self.shards:
+                continue
+            shape = self.shards.entry(original).shape
+            ends = [[(0, min(16, shape[0])), (0, shape[1])], [(max(0, shape[0] - 16), shape[0]), (0, shape[1])]]
+            same = self.shards.entry(name).shape == shape and all(
+                torch.equal(self.shards.read(name, end), self.shards.read(original, end)) for end in ends
+            )
+            if not same:
+                raise ConfigError(
+                    f"{self.folder}: {name} is no copy of {original}; multi-token prediction shares it here.",
+                    "Set num_nextn_predict_layers = 0 in config.json to leave these modules out.",
+                )
+
+
+def _as_held(described: Described, shards: Shards) -> Described:
+    """Without multi-token prediction where the files have none of its first block: transformers drops it, and the key
+    stays."""
+    blocks = described.function["model.num_layers"]
+    prefix = f"model.layers.{blocks}."
+    if not described.function["model.mtp_depth"] or any(name.startswith(prefix) for name in shards.names()):
+        return described
+    return replace(described, function=described.function | {"model.mtp_depth": 0})
 
 
 def whole(row_or_shape: Row | Sequence[int]) -> list[Range]:
@@ -110,11 +139,13 @@ def whole(row_or_shape: Row | Sequence[int]) -> list[Range]:
 def same_function_problems(run: Config, folder: Config) -> list[str]:
     """Keys in which a run computes something else than a folder's weights were made for, with both values.
 
-    An untied head may start from a tied one, a bias of the choice from 0.
+    An untied head may start from a tied one, a bias of the choice from 0; multi-token prediction may be left out.
     """
     mine, theirs = function_of(run), function_of(folder)
     if theirs["model.tie_embeddings"] and not mine["model.tie_embeddings"]:
         theirs["model.tie_embeddings"] = False
+    if not mine["model.mtp_depth"]:
+        theirs["model.mtp_depth"] = 0  # left out
     if mine["moe.selection_bias"]:
         theirs["moe.selection_bias"] = True
     return [f"{key} = {show(theirs[key])} there, {show(mine[key])} here" for key in differing(theirs, mine)]

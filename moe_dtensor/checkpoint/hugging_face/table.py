@@ -61,5 +61,7 @@ class Family:
     granted, so nothing else is exported."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says beside, in export."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Our tensors of which a block beyond the last (multi-token prediction) has a copy: its name in the files."""
     extras: tuple[str, ...] = ()
     """Regular expressions of file tensors that may be left unused."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def write_tokenizer(name: str, vocab_size: int, folder: Path) -> dict[str, Any]:
         _write_bytes(folder)
         tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ByteTokenizer.end_id, "pad_token_id": None}
     else:
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         source = file if file.is_dir() else file.parent
         copy_tokenizer(source, folder)
         if file.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from moe_dtensor.checkpoint.hugging_face.config_json import Raw
 from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
 from moe_dtensor.checkpoint.hugging_face.function import TABLES, Function, differing, function_of, neutral_function
-from moe_dtensor.checkpoint.hugging_face.keys import Implied
+from moe_dtensor.checkpoint.hugging_face.keys import Ahead, Implied
 from moe_dtensor.checkpoint.hugging_face.table import Family
 from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
@@ -125,6 +125,8 @@ def unexpressed(family: Family, function: Function) -> list[str]:
     """
     if not function["moe.num_experts"] and any(getattr(key, "native", "") == "moe.num_experts" for key in family.keys):
         return ["moe.num_experts = 0"]
+    if not holds_mtp(family):
+        function = function | {"model.mtp_depth": 0}  # it takes no part in evaluation, and is left out
     raw: dict[str, Any] = {"model_type": family.model_type}
     for key in family.keys:
         key.write(function, raw)
@@ -138,6 +140,11 @@ def unexpressed(family: Family, function: Function) -> list[str]:
         for key in differing(function, back)
         if (key, function[key]) not in same_there
     ]
+
+
+def holds_mtp(family: Family) -> bool:
+    """Whether its files have a place for multi-token prediction."""
+    return any(isinstance(key, Ahead) for key in family.keys)
 
 
 def unpublished(family: Family, function: Function) -> list[str]:
@@ -160,9 +167,10 @@ def choose_family(config: Config, architecture: str = "auto") -> Family:
             raise ConfigError(f"--architecture {architecture}: no such table.", f"Choose auto, {', '.join(FAMILIES)}.")
         return FAMILIES[architecture]
     function = function_of(resolve(config, 1))
-    problems = {
-        family.model_type: unexpressed(family, function) + unpublished(family, function) for family in FAMILIES.values()
-    }
+    families = list(FAMILIES.values())
+    if function["model.mtp_depth"]:
+        families.sort(key=lambda family: not holds_mtp(family))
+    problems = {family.model_type: unexpressed(family, function) + unpublished(family, function) for family in families}
     for name, found in problems.items():
         if not found:
             return FAMILIES[name]

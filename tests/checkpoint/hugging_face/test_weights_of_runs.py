@@ -16,7 +16,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
-from moe_dtensor.train.weights import load_initial, open_initial
+from moe_dtensor.train.weights import load_initial
 
 spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
 assert spec
@@ -39,7 +39,7 @@ def initial_parameters(config: Config) -> tuple[dict[str, torch.Tensor], torch.T
     for part in trainer.parts:
         for param in part.parameters():
             param.detach().fill_(float("nan"))
-    load_initial(trainer, open_initial(config))
+    load_initial(trainer, config)
     found = {name: param.full_tensor() for part in trainer.parts for name, param in part.named_parameters()}
     return found, trainer.balance.bias_LE
 

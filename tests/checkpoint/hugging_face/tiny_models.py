@@ -58,6 +58,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# A quarter of a head is turned, which has to be even.
+NEOX = {"intermediate_size": 56, "num_attention_heads": 3, "num_key_value_heads": None}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -155,6 +157,28 @@ ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "truncate": False},
         },
     ),
+    "kolibri1": (
+        "kolibri1",
+        {
+            **OWN_HEADS,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 3,
+            "num_experts": 6,
+            "layer_types": KINDS,
+            "sliding_window": 7,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+    ),
+    "flex_olmo": ("flex_olmo", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}),
+    "olmo2": ("olmo2", {"intermediate_size": 56}),
+    "granite": ("granite", {"intermediate_size": 56, **GRANITE}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {"intermediate_size": 24, "num_local_experts": 6, "shared_intermediate_size": 40, **GRANITE},
+    ),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox in turn": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "attention_bias": False}),
     "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 4, "topk_group": 2, "rope_parameters": STRETCHED}),
     "deepseek_v2": (
         "deepseek_v2",
@@ -170,8 +194,8 @@ ATTENTION_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2 lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
     "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "n_group": 1, "topk_group": 1}),
 }
-"""Of each, one key or more of attention that no case below has."""
-ONLY_FULL = set(ATTENTION_CASES) - {"glm4_moe", "exaone_moe", "gpt_oss", "deepseek_v3"}
+"""Of each, one key or more of attention or block that no case below has."""
+ONLY_FULL = set(ATTENTION_CASES) - {"glm4_moe", "exaone_moe", "gpt_oss", "deepseek_v3", "gpt_neox"}
 """Left to the long tests."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,6 +14,7 @@ from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.families.bias_balanced import SIGMOID, routed
 from moe_dtensor.checkpoint.hugging_face.families.llama_likes import MIXTRAL, NORMALIZED
 from moe_dtensor.checkpoint.hugging_face.keys import (
+    Ahead,
     Choice,
     EvenHeads,
     Fixed,
@@ -76,6 +77,7 @@ GLM4_MOE = Family(
         Same("model.hidden_dim", "intermediate_size", 10944),
         *routed(normalized=True, scale=1.0, shared=1),
         DenseFirst(1),
+        Ahead(),
     ),
     tensors=(
         *pieces.EMBEDDINGS,
@@ -89,7 +91,9 @@ GLM4_MOE = Family(
         *pieces.feed_forward("moe.shared", "mlp.shared_experts"),
         *pieces.FEED_FORWARD,
         *pieces.FINAL_NORM,
+        *pieces.AHEAD,
     ),
+    copies=pieces.COPIES,
 )
 
 MINIMAX_M2 = Family(

@@ -1,4 +1,4 @@
-"""Dots1, Hunyuan 3, Solar-Open, Sarvam-MoE, ERNIE 4.5: a bias that only the choice sees, shared experts."""
+"""Dots1, Hunyuan 3, Solar-Open, Sarvam-MoE, ERNIE 4.5, Kolibri-1: a bias that only the choice sees, shared experts."""
 
 from __future__ import annotations
 
@@ -198,4 +198,41 @@ ERNIE_MOE = Family(
     ),
 )
 
-FAMILIES = (DOTS1, SOLAR_OPEN, ERNIE_MOE, HY_V3, SARVAM_MOE)
+KOLIBRI1 = Family(
+    "kolibri1",
+    "Kolibri1ForCausalLM",
+    keys=(
+        *pieces.body(bias=None),
+        HeadDim(128),
+        KeyValueHeads(default=4),
+        Windows(kinds=True, default=513, full_every=5, unrotated=True),
+        pieces.ROPE,
+        pieces.TIED,
+        Implied("model.qk_norm", "head"),
+        Implied("model.norm_at", "both"),
+        Same("moe.num_experts", ("num_experts", "num_local_experts"), 384),
+        Same("moe.top_k", "num_experts_per_tok", 6),
+        Same("moe.hidden_dim", "moe_intermediate_size", 512),
+        Same("moe.shared_hidden_dim", "shared_expert_intermediate_size", 512),
+        AllBlocks(),
+        # The bias is added to the logits, of which the chosen ones become gates.
+        Implied("moe.score_before_top_k", False),
+        Choice("moe.normalize_gates", "norm_topk_prob", ((False, False), (True, True))),
+        *SIGMOID,
+    ),
+    tensors=(
+        *pieces.EMBEDDINGS,
+        *pieces.NORMS,
+        Tensor("layers.{i}.attention_post_norm.weight", "d", "model.layers.{i}.post_attn_norm.weight"),
+        Tensor("layers.{i}.ffn_post_norm.weight", "d", "model.layers.{i}.post_ffn_norm.weight"),
+        *pieces.ATTENTION,
+        *pieces.QK_NORMS,
+        *pieces.router(),
+        *pieces.selection_bias("moe.router.expert_bias"),
+        *pieces.EXPERTS,
+        *pieces.feed_forward("moe.shared", "mlp.shared_experts"),
+        *pieces.FINAL_NORM,
+    ),
+)
+
+FAMILIES = (DOTS1, SOLAR_OPEN, ERNIE_MOE, HY_V3, SARVAM_MOE, KOLIBRI1)

@@ -6,7 +6,7 @@ from moe_dtensor.checkpoint.hugging_face.attention_keys import Latent, Rope
 from moe_dtensor.checkpoint.hugging_face.expert_keys import DenseFirst, GreedyGroups, LayerTypes, SharedExperts
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.families.bias_balanced import routed
-from moe_dtensor.checkpoint.hugging_face.keys import Fixed, Implied, Same
+from moe_dtensor.checkpoint.hugging_face.keys import Ahead, Fixed, Implied, Same
 from moe_dtensor.checkpoint.hugging_face.table import Family
 
 UNBIASED = (
@@ -19,7 +19,7 @@ UNBIASED = (
     *pieces.FEED_FORWARD,
     *pieces.FINAL_NORM,
 )
-TENSORS = (*UNBIASED, *pieces.selection_bias("mlp.gate.e_score_correction_bias"))
+TENSORS = (*UNBIASED, *pieces.selection_bias("mlp.gate.e_score_correction_bias"), *pieces.AHEAD)
 
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -32,10 +32,12 @@ DEEPSEEK_V3 = Family(
         Same("model.hidden_dim", "intermediate_size", 18432),
         *routed(normalized=True, scale=2.5, shared=1),
         DenseFirst(3),
+        Ahead(),
     ),
     tensors=TENSORS,
+    copies=pieces.COPIES,
 )
-KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", keys=DEEPSEEK_V3.keys, tensors=TENSORS)
+KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", keys=DEEPSEEK_V3.keys, tensors=TENSORS, copies=pieces.COPIES)
 
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
@@ -72,8 +74,10 @@ GLM4_MOE_LITE = Family(
         Same("model.hidden_dim", "intermediate_size", 10240),
         *routed(normalized=True, scale=1.8, shared=1),
         LayerTypes(),
+        Ahead(),
     ),
     tensors=TENSORS,
+    copies=pieces.COPIES,
 )
 
 FAMILIES = (DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, GLM4_MOE_LITE)

@@ -1,4 +1,4 @@
-"""Mixtral, OLMoE, Qwen3-MoE: Llama's block with experts that an auxiliary loss balances."""
+"""Mixtral, OLMoE, FlexOlmo, Qwen3-MoE: Llama's block with experts that an auxiliary loss balances."""
 
 from __future__ import annotations
 
@@ -80,6 +80,35 @@ OLMOE = Family(
     published={"moe.normalize_gates": (False,), "model.norm_eps": (1e-5,)},
 )
 
+FLEX_OLMO = Family(
+    "flex_olmo",
+    "FlexOlmoForCausalLM",
+    keys=(
+        *pieces.body(),
+        EvenHeads(),
+        KeyValueHeads(),
+        Rope(5e5),
+        pieces.TIED,
+        Implied("model.qk_norm", "full"),
+        Implied("model.norm_at", "post"),
+        Same("moe.num_experts", ("num_experts", "num_local_experts"), 7),
+        Same("moe.top_k", "num_experts_per_tok", 5),
+        Same("moe.hidden_dim", "intermediate_size", 11008),
+        AllBlocks(),
+        Implied("moe.score", "softmax"),
+        NORMALIZED,
+    ),
+    tensors=(
+        *pieces.EMBEDDINGS,
+        *pieces.POST_NORMS,
+        *pieces.ATTENTION,
+        *pieces.QK_NORMS,
+        *pieces.router(),
+        *pieces.EXPERTS,
+        *pieces.FINAL_NORM,
+    ),
+)
+
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
@@ -112,4 +141,4 @@ QWEN3_MOE = Family(
     published={"moe.normalize_gates": (True,)},
 )
 
-FAMILIES = (MIXTRAL, OLMOE, QWEN3_MOE)
+FAMILIES = (MIXTRAL, OLMOE, QWEN3_MOE, FLEX_OLMO)

@@ -1,4 +1,4 @@
-"""GraniteMoE and DBRX: experts of a block in one tensor."""
+"""GraniteMoE, its kind with a shared expert, and DBRX: experts of a block in one tensor."""
 
 from __future__ import annotations
 
@@ -6,54 +6,58 @@ from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
 from moe_dtensor.checkpoint.hugging_face.expert_keys import AllBlocks
 from moe_dtensor.checkpoint.hugging_face.families import pieces
 from moe_dtensor.checkpoint.hugging_face.keys import (
-    AttentionScale,
     Clip,
     EvenHeads,
     Fixed,
     Implied,
-    Inverse,
     KeyValueHeads,
     Same,
     Unused,
 )
 from moe_dtensor.checkpoint.hugging_face.table import Family, Tensor
 
-GRANITE_MOE = Family(
-    "granitemoe",
-    "GraniteMoeForCausalLM",
-    keys=(
-        *pieces.body(),
-        EvenHeads(),
-        KeyValueHeads(),
-        pieces.ROPE,
-        pieces.TIED,
-        Same("moe.num_experts", "num_local_experts", 8),
-        Same("moe.top_k", "num_experts_per_tok", 2),
-        Same("moe.hidden_dim", "intermediate_size"),
-        AllBlocks(),
-        *pieces.WEIGHTED_AFTER_SOFTMAX,
-        Same("model.embedding_scale", "embedding_multiplier", 1.0),
-        Same("model.residual_scale", "residual_multiplier", 1.0),
-        Inverse("model.logit_scale", "logits_scaling"),
-        AttentionScale("attention_multiplier"),
+GRANITE_KEYS = (
+    *pieces.body(),
+    EvenHeads(),
+    KeyValueHeads(),
+    pieces.ROPE,
+    pieces.TIED,
+    Same("moe.num_experts", "num_local_experts", 8),
+    Same("moe.top_k", "num_experts_per_tok", 2),
+    Same("moe.hidden_dim", "intermediate_size"),
+    AllBlocks(),
+    *pieces.WEIGHTED_AFTER_SOFTMAX,
+    *pieces.MULTIPLIERS,
+)
+GRANITE_TENSORS = (
+    *pieces.EMBEDDINGS,
+    *pieces.NORMS,
+    *pieces.ATTENTION,
+    *pieces.router("block_sparse_moe.router.layer.weight"),
+    Tensor(
+        "layers.{i}.moe.experts.w_up",
+        "e g f d",
+        "model.layers.{i}.block_sparse_moe.input_linear.weight",
+        "e (g f) d",
     ),
+    Tensor(
+        "layers.{i}.moe.experts.w_down",
+        "e d f",
+        "model.layers.{i}.block_sparse_moe.output_linear.weight",
+    ),
+    *pieces.FINAL_NORM,
+)
+GRANITE_MOE = Family("granitemoe", "GraniteMoeForCausalLM", keys=GRANITE_KEYS, tensors=GRANITE_TENSORS)
+SHARED = "model.layers.{i}.shared_mlp."
+GRANITE_MOE_SHARED = Family(
+    "granitemoeshared",
+    "GraniteMoeSharedForCausalLM",
+    keys=(*GRANITE_KEYS, Same("moe.shared_hidden_dim", "shared_intermediate_size", 0)),
     tensors=(
-        *pieces.EMBEDDINGS,
-        *pieces.NORMS,
-        *pieces.ATTENTION,
-        *pieces.router("block_sparse_moe.router.layer.weight"),
-        Tensor(
-            "layers.{i}.moe.experts.w_up",
-            "e g f d",
-            "model.layers.{i}.block_sparse_moe.input_linear.weight",
-            "e (g f) d",
-        ),
-        Tensor(
-            "layers.{i}.moe.experts.w_down",
-            "e d f",
-            "model.layers.{i}.block_sparse_moe.output_linear.weight",
-        ),
-        *pieces.FINAL_NORM,
+        *GRANITE_TENSORS,
+        Tensor("layers.{i}.moe.shared.gate.weight", "f d", SHARED + "input_linear.weight"),
+        Tensor("layers.{i}.moe.shared.up.weight", "f d", SHARED + "input_linear.weight"),
+        Tensor("layers.{i}.moe.shared.down.weight", "d f", SHARED + "output_linear.weight"),
     ),
 )
 
@@ -105,4 +109,4 @@ DBRX = Family(
     ),
 )
 
-FAMILIES = (GRANITE_MOE, DBRX)
+FAMILIES = (GRANITE_MOE, GRANITE_MOE_SHARED, DBRX)

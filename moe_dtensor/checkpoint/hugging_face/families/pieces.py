@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from moe_dtensor.checkpoint.hugging_face.attention_keys import Rope
-from moe_dtensor.checkpoint.hugging_face.keys import Choice, Fixed, Implied, Same
+from moe_dtensor.checkpoint.hugging_face.keys import AttentionScale, Choice, Fixed, Implied, Inverse, Same
 from moe_dtensor.checkpoint.hugging_face.table import Key, Tensor
 
 TIED = Choice("model.tie_embeddings", "tie_word_embeddings", ((False, False), (True, True)))
 TIED_BY_DEFAULT = Choice("model.tie_embeddings", "tie_word_embeddings", ((True, True), (False, False)))
+
+
+def sizes() -> tuple[Key, ...]:
+    """Width, blocks, heads, vocabulary."""
+    return (
+        Same("model.dim", "hidden_size"),
+        Same("model.num_layers", "num_hidden_layers"),
+        Same("model.num_heads", "num_attention_heads"),
+        Same("model.vocab_size", "vocab_size"),
+    )
 
 
 def body(eps: float = 1e-6, bias: str | None = "none", activation: str = "silu") -> tuple[Key, ...]:
@@ -21,10 +31,7 @@ def body(eps: float = 1e-6, bias: str | None = "none", activation: str = "silu")
     plain = Fixed("attention_bias", False)
     biased = Choice("model.attention_bias", "attention_bias", ((False, "none"), (True, bias)))
     return (
-        Same("model.dim", "hidden_size"),
-        Same("model.num_layers", "num_hidden_layers"),
-        Same("model.num_heads", "num_attention_heads"),
-        Same("model.vocab_size", "vocab_size"),
+        *sizes(),
         Same("model.norm_eps", "rms_norm_eps", eps),
         Fixed("hidden_act", activation),
         *(() if bias is None else (plain if bias == "none" else biased,)),
@@ -32,6 +39,13 @@ def body(eps: float = 1e-6, bias: str | None = "none", activation: str = "silu")
 
 
 ROPE = Rope()
+MULTIPLIERS = (
+    Same("model.embedding_scale", "embedding_multiplier", 1.0),
+    Same("model.residual_scale", "residual_multiplier", 1.0),
+    Inverse("model.logit_scale", "logits_scaling"),
+    AttentionScale("attention_multiplier"),
+)
+"""Granite's."""
 WEIGHTED_AFTER_SOFTMAX = (
     Implied("moe.score", "softmax"),
     Implied("moe.score_before_top_k", True),
@@ -126,3 +140,17 @@ def selection_bias(file: str, layout: str = "e") -> tuple[Tensor, ...]:
     """The bias that the choice sees; kept beside the parameters here, in float32 on both sides."""
     one = {"one": (0, 1)} if "one" in layout else {}
     return (Tensor("layers.{i}.moe.router.bias", "e", f"model.layers.{{i}}.{file}", layout, fixed=one),)
+
+
+AHEAD = (
+    Tensor("layers.{i}.mtp_embedding_norm.weight", "d", "model.layers.{i}.enorm.weight"),
+    Tensor("layers.{i}.mtp_stream_norm.weight", "d", "model.layers.{i}.hnorm.weight"),
+    Tensor("layers.{i}.mtp_projection.weight", "d m", "model.layers.{i}.eh_proj.weight"),
+    Tensor("layers.{i}.mtp_norm.weight", "d", "model.layers.{i}.shared_head.norm.weight"),
+)
+"""Of multi-token prediction: blocks whose numbers go on after the last."""
+COPIES = {
+    "tok_embeddings.weight": "model.layers.{i}.embed_tokens.weight",
+    "output.weight": "model.layers.{i}.shared_head.head.weight",
+}
+"""What such a block repeats."""

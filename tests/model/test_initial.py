@@ -1,4 +1,4 @@
-"""Initial values of attention's own parameters."""
+"""Initial values of parameters that are no matrices."""
 
 from __future__ import annotations
 
@@ -26,3 +26,22 @@ def test_biases_and_sinks_start_at_0_norms_at_1_and_none_decays() -> None:
     assert (attention["q_norm.weight"] == 1).all()
     assert attention["wq.weight"].std() > 0
     assert is_decayed("layers.0.attention.wq.weight", attention["wq.weight"])
+
+
+def test_biases_of_norms_feed_forward_and_head_start_at_0_and_none_decays() -> None:
+    changes = {"model.norm": "layernorm", "model.norm_bias": True, "model.ffn_bias": True, "model.head_bias": True}
+    changes |= {"model.vocab_size": 64, "model.num_layers": 1, "moe.num_experts": 0}
+    config = resolve(override(Config(), changes), 1)
+    model = Transformer(config, range(1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    init_weights(model, config)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    ffn = {f"layers.0.feed_forward.{name}" for name in ("gate.bias", "up.bias", "output_bias")}
+    norms = {f"layers.0.{name}.bias" for name in ("attention_norm", "ffn_norm")}
+    assert set(biases) == ffn | norms | {"norm.bias", "output.bias"}
+    for name, parameter in biases.items():
+        assert not parameter.any(), name
+        assert not is_decayed(name, parameter)
+    assert (model.norm.weight == 1).all()
