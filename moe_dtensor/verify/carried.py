@@ -15,7 +15,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump, load
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import all_fields
-from moe_dtensor.train.same_run import as_toml, with_defaults
+from moe_dtensor.train.same_run import comparable, with_defaults
 
 CONFIG_FILE = "config.toml"
 NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profiling", "comm")
@@ -96,8 +96,8 @@ def findings(carrier: Carrier) -> Iterator[Finding]:
     settings = _settings(stamp["config"]) if stamp else None
     yield _compare("config", settings, _settings(saved["config"]), here, lambda key, value: f"{key} = {value!r}")
     yield _data(saved, carrier.here or build(tomllib.loads(saved["config"])))
-    torches = ({"torch": version} if version else None for version in (proven.get("torch"), saved["torch"]))
-    yield _compare("torch", *torches, {"torch": torch_version()}, lambda _, value: value)
+    torches = [{"torch": version} for version in (proven.get("torch", saved["torch"]), saved["torch"], torch_version())]
+    yield _compare("torch", torches[0], torches[1], torches[2], lambda _, value: value)
     if stamp:
         yield _mesh(stamp, saved)
 
@@ -114,7 +114,8 @@ def _verdict(stamp: Mapping[str, Any] | None) -> Iterator[Finding]:
 
 
 def _routing(saved: Mapping[str, Any]) -> Iterator[Finding]:
-    values = {name: value for name, value in saved["routing"].items() if isinstance(value, list) and value}
+    lists = {name: value for name, value in saved["routing"].items() if isinstance(value, list) and value}
+    values = {name: value for name, value in lists.items() if not isinstance(value[0], str)}
     if values:
         told = ", ".join(f"{name} {max(value):.4g}" for name, value in values.items())
         yield Finding("routing", None, f"the highest of {len(next(iter(values.values())))} MoE blocks: {told}")
@@ -124,7 +125,9 @@ def _compare(what: str, proven: Mapping | None, saved: Mapping, here: Mapping | 
     """What differs between what was proven, what saved the checkpoint and what is here."""
     told: list[str] = []
     for then, now, words in ((proven, saved, "proven, {} saved"), (saved, here, "saved, {} here")):
-        for key in sorted({*then, *now}) if then is not None and now is not None else ():
+        if then is None or now is None:
+            continue
+        for key in sorted({*then, *now}):
             if then.get(key) != now.get(key):
                 other = show(key, now.get(key))
                 told.append(f"{show(key, then.get(key))} {words.format('another' if what == 'code' else other)}")
@@ -140,8 +143,8 @@ def _settings(toml: str) -> dict[str, Any]:
     for key, field in all_fields().items():
         if field.table in NOT_COMPUTED or key in NOT_COMPARED:
             continue
-        given = tables.get(field.table, {}).get(field.name, as_toml(field.default))
-        found[key] = given if field.table in AS_GIVEN else as_toml(resolved[field.table][field.name])
+        given = tables.get(field.table, {}).get(field.name, comparable(field.default))
+        found[key] = given if field.table in AS_GIVEN else comparable(resolved[field.table][field.name])
     return found | {"data.document_mask": resolved["data"]["document_mask"]}
 
 
