@@ -13,6 +13,7 @@ from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
+from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
 
 
@@ -125,6 +126,7 @@ def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
         loss += trainer.runner.evaluate(batch)
         targets += count_targets(trainer, batch)
     for part in trainer.parts:
+        reshard(part)
         part.train()
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
     total = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
