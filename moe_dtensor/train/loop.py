@@ -27,6 +27,7 @@ from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.held_out import HeldOut, build_held_out
 from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
+from moe_dtensor.train.proof import carried_files
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.routing import routing_metrics, routing_notice
@@ -135,6 +136,7 @@ class Run:
             layers=sorted(moe_layers(config)),
             names=names_of_entries(config),
         )
+        self.routing: dict[str, Value] = {}
         self.begun = False
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skips = Skips(self.device)
@@ -264,7 +266,8 @@ class Run:
             values["source_loss"] = result.source_loss_N
             values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
         if len(result.churn_L):
-            values |= routing_metrics(self.config, result)
+            self.routing = routing_metrics(self.config, result)
+            values |= self.routing
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         if self.drift is not None and self.step % self.config.training.routing_drift_interval == 0:
@@ -320,8 +323,13 @@ class Run:
         self.meter.flush()
         with self.meter.paused():
             self._now("saving")
-            self.checkpoints.save(self.step)
+            self.checkpoints.save(self.step, self._carried())
         self._note_saved()
+
+    def _carried(self) -> dict[str, str]:
+        if not self.is_rank_0:
+            return {}
+        return carried_files(self.folder, self.trainer.config, self.device, self.step, self.routing, self._warn)
 
     def _note_saved(self) -> None:
         if self.is_rank_0 and self.checkpoints.saved_step is not None:

@@ -14,6 +14,7 @@ from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
+from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
 
 
@@ -147,6 +148,7 @@ def evaluate_batches(trainer: Trainer, batches: Iterable[Batch]) -> Evaluated:
         loss += trainer.runner.evaluate(batch)
         targets += count_targets(trainer, batch)
     for part in trainer.parts:
+        reshard(part)
         part.train()
         part.records_evaluation = False
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
