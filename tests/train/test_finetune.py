@@ -207,7 +207,8 @@ def command(config: Config, folder: Path, **changes: Any) -> list[str]:
     return ["train", "--config", str(file)]
 
 
-def test_drift_of_routing_counts_from_the_start_through_a_resume_and_on_any_mesh(
+@pytest.mark.full
+def test_drift_of_routing_counts_from_the_start_through_a_resume_on_another_mesh(
     config: Config, tmp_path: Path
 ) -> None:
     config = override(
@@ -232,5 +233,4 @@ def test_drift_of_routing_counts_from_the_start_through_a_resume_and_on_any_mesh
     assert max(whole_run[4].values()) < 1
     assert sum(whole_run[4].values()) > sum(whole_run[1].values())
     run(tmp_path / "parts", training__steps=2)
-    assert run(tmp_path / "parts") == whole_run
-    assert run(tmp_path / "ranks", 2, mesh__tp=2) == whole_run
+    assert run(tmp_path / "parts", 2, mesh__tp=2) == whole_run
