@@ -24,7 +24,7 @@ from moe_dtensor.testing.ranks import run_on_ranks
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("default")  # of other libraries
-LENGTH = 48
+LENGTH = 128  # that of a converted run
 MESHES = {"1x1x1": (1, 1, "tp"), "2x1x2": (2, 2, "dp"), "1x1x4": (1, 4, "tp")}
 TASK = """\
 task: {name}
@@ -63,10 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def text(most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(1, most)))
 
+    def choices() -> list[str]:
+        """Three unlike ones: of equal ones the last bit would choose."""
+        return [" ".join(draw.sample(words, k)) for k in draw.sample(range(1, 4), 3)]
+
     data = {
         "quiz": [
-            {"context": text(14) + draw.choice(["", ":", " "]), "choices": [text(3) for _ in range(3)], "answer": i % 3}
-            for i in range(6)
+            {"context": text(14) + draw.choice(["", ":", " "]), "choices": choices(), "answer": i % 3} for i in range(6)
         ],
         "reading": [{"text": text(40)} for _ in range(3)],
         "last_word": [{"context": "" if i == 0 else text(8), "text": draw.choice(words)} for i in range(4)],
