@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_dtensor.train.sinks import last_step
 from tests.stress.runs import INTERVAL, STEPS, command, ranks_of, records, saved, start
 from tests.train.starts import Ended, Start
 from tests.train.test_launch import children, is_alive
@@ -48,14 +49,11 @@ class Scene:
         inside = self.chance.random() < 0.5
         if inside:  # while the checkpoint of the next interval is written
             wanted = min(-(-wanted // INTERVAL) * INTERVAL, STEPS)
-        for _ in poll(started):
-            seen = records(self.folder)
+        for _ in poll(started, 0.003):
             if inside and any((self.folder / "checkpoints").glob(f".step-{wanted:08d}.*.partial")):
                 break
-            if seen and seen[-1][0] >= wanted and not inside:
+            if last_step(self.folder / "metrics.jsonl") >= wanted + inside:
                 time.sleep(self.chance.random() * 0.2)
-                break
-            if inside and seen and seen[-1][0] > wanted:
                 break
         else:
             return 0
@@ -63,11 +61,11 @@ class Scene:
         return wanted
 
 
-def poll(started: Callable[[], bool]) -> Iterator[None]:
+def poll(started: Callable[[], bool], seconds: float = 0.02) -> Iterator[None]:
     end = time.monotonic() + PATIENCE
     while started() and time.monotonic() < end:
         yield
-        time.sleep(0.002)
+        time.sleep(seconds)
 
 
 def runs(started: Start) -> Callable[[], bool]:
