@@ -2,15 +2,17 @@
 
 FSDP splits the model width D of every weight over dp, tensor and expert parallelism split heads, hidden
 units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises.
-Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves.
+Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves. Where several groups of dp
+ranks hold the same experts, FSDP may split those across the groups, along the width.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
 
 
@@ -21,7 +23,7 @@ class Row:
     pattern: str
     """Regular expression for the whole name."""
     dp: int
-    """Dimension split over dp."""
+    """Dimension split over dp; of experts on dp ranks over those that share them."""
     tp: int | None
     """Dimension split over tp; None: each tp rank holds the whole."""
     gradient: Literal["whole", "tokens", "heads"] = "whole"
@@ -29,6 +31,13 @@ class Row:
     parallelism, all of them otherwise; heads: its own heads (hidden units) always. A share is summed over tp."""
     fsdp: bool = True
     """Whether FSDP splits, gathers and reduces it over dp. False: each dp rank works with its part alone."""
+    groups: int | None = None
+    """Of experts on dp ranks: dimension that FSDP splits across the groups that share experts, if it does."""
+
+    @property
+    def on_dp(self) -> bool:
+        """Whether dp ranks hold different experts, rather than slices of all."""
+        return not self.fsdp or self.groups is not None
 
 
 TABLE: tuple[Row, ...] = (
@@ -87,8 +96,14 @@ def build_table(config: Config) -> tuple[Row, ...]:
     whole: set[str] = set()
     if config.model.num_kv_heads % config.mesh.tp:
         whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
+    experts: tuple[Row, ...] = EXPERTS[config.mesh.experts]
+    if expert_shards(config) > 1:
+        # Their width, as FSDP splits it where experts are on tp.
+        experts = tuple(
+            replace(row, fsdp=True, groups=same.dp) for row, same in zip(experts, EXPERTS["tp"], strict=True)
+        )
     rows = []
-    for row in (*TABLE, *EXPERTS[config.mesh.experts]):
+    for row in (*TABLE, *experts):
         if row.pattern in whole:
             row = Row(row.pattern, row.dp, tp=None, gradient="heads")
         rows += _qk_norm_rows(config) if "[qk]_norm" in row.pattern else [row]

@@ -9,7 +9,9 @@ is left is the work of the host: process groups, modules, DTensors, hooks, plann
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import resource
 import sys
 import time
@@ -20,10 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.distributed_c10d import _world
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moe_dtensor.checkpoint.save_plan import PlanKeeper, writes
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
@@ -33,8 +39,13 @@ from moe_dtensor.train.build import build, set_vocabulary
 from moe_dtensor.train.step import read_batch, train_step
 
 
-def measure(config: Config, rank: int) -> dict[str, Any]:
+def measure(config: Config, rank: int, most_parts: int = 1_000_000) -> dict[str, Any]:
     """Build, take a step and plan a checkpoint as ``rank`` of the config's mesh.
+
+    Args:
+        config: not resolved.
+        rank: which; 0 also plans for all ranks of its pipeline stage.
+        most_parts: of a checkpoint that rank 0 plans here; more take too much memory.
 
     Returns:
         Seconds by stage, resident memory in MiB, process groups, and the step's collectives by axis and kind.
@@ -65,10 +76,22 @@ def measure(config: Config, rank: int) -> dict[str, Any]:
         calls = {f"{axis} {kind}": count for (axis, kind), count in sorted(sent.calls.items())}
     state = {name: value for part in trainer.parts for name, value in part.state_dict().items()}
     state |= trainer.optimizers.state_dict()
+    keeper = PlanKeeper()
     with timed("local plan"):
-        planner = DefaultSavePlanner()
+        planner = keeper.planner()
         planner.set_up_planner(state, is_coordinator=rank == 0)
         plan = planner.create_local_plan()
+    parts = sum(_parts(value) for value in state.values())
+    if rank == 0 and parts <= most_parts:
+        plans = _plans_of_all(state, plan, world)
+        with timed("plan of all ranks"):
+            planner.create_global_plan(plans)
+        planner.finish_plan(plan)
+        with timed("the same at the next save"):
+            planner = keeper.planner()
+            planner.set_up_planner(state, is_coordinator=True)
+            planner.create_local_plan()
+            planner.create_global_plan([SavePlan([], usable=False)] * world)
     return {
         "mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
         "rank": rank,
@@ -76,8 +99,39 @@ def measure(config: Config, rank: int) -> dict[str, Any]:
         "resident MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "process groups": len(_world.pg_map),
         "items of a rank's plan": len(plan.items),
+        "parts of all ranks": parts,
         "collectives of a step": calls,
     }
+
+
+def _parts(value: Any) -> int:
+    """In how many parts a tensor of the state is written: one from each rank but for those that hold the same."""
+    if not isinstance(value, DTensor):
+        return 1
+    return math.prod(
+        value.device_mesh.size(axis) for axis, place in enumerate(value.placements) if not place.is_replicate()
+    )
+
+
+def _plans_of_all(state: dict[str, Any], own: SavePlan, world: int) -> list[SavePlan]:
+    """What all ranks of this one's stage would send to rank 0, worked out here from where each part lies."""
+    items: list[list[WriteItem]] = [[] for _ in range(world)]
+    for name, value in state.items():
+        if not isinstance(value, DTensor):
+            continue
+        mesh, properties = value.device_mesh, TensorProperties.create_from_tensor(value.to_local())
+        for coordinate in itertools.product(*(range(size) for size in mesh.shape)):
+            if not writes(name, mesh.shape, value.placements, coordinate):
+                continue
+            sizes, offsets = _compute_local_shape_and_global_offset(
+                value.shape, mesh.shape, list(coordinate), value.placements
+            )
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            part = TensorWriteData(chunk, properties, value.size())
+            item = WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=part)
+            items[int(mesh.mesh[coordinate])].append(item)
+    plans = [SavePlan(of_rank, planner_data={}) for of_rank in items]
+    return [replace(own, items=own.items), *plans[1:]]
 
 
 def main(argv: list[str]) -> int:

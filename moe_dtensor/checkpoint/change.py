@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moe_dtensor.checkpoint import surgery, upcycle
 from moe_dtensor.checkpoint.deviation import deviation, feed_forward_output
@@ -112,42 +110,36 @@ def cut_folder(
     layers = sorted(moe_layers(native.config))
     if not layers:
         raise ConfigError(f"{source} is a dense model: it has no experts.", "Make some with --upcycle.")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        file = Path(folder) / "state.pt"
+    state = NativeWeights(native.checkpoint).read_all()
+    model, balance = state["model"], state["balance"]
+    cuts = {
+        layer: make(layer, model[f"layers.{layer}.moe.router.weight"], balance["previous_load"][row])
+        for row, layer in enumerate(layers)
+    }
+    config = surgery.cut_config(native.config, cuts)
+    made = dict(state)
+    made["model"] = {name: surgery.cut_parameter(name, value, cuts, noise, seed) for name, value in model.items()}
+    made["balance"] = surgery.cut_balance(native.config, balance, cuts)
+    if "optimizer" in state:
+        made["optimizer"] = {k: surgery.cut_state(k, value, cuts) for k, value in state["optimizer"].items()}
+    far = 0.0
+    for row, layer in enumerate(layers):
+        if layer in _some(layers):
+            before, after = (
+                (c, _values(s["model"], s["model"].__getitem__, f"layers.{layer}.moe."), s["balance"]["bias"][row])
+                for c, s in ((native.config, state), (config, made))
+            )
+            far = max(far, _deviation(layer, before, after))
+    with hidden_folder(output) as hidden:
+        _write_config(hidden, output, config, own_tokenizer=copy_tokenizer(native.path, hidden))
+        manifest = _manifest(native.checkpoint, made)
+        manifest = _write_run(native.path, hidden, manifest)
         with alone():
-            dcp_to_torch_save(native.checkpoint, file)
-        state = torch.load(file, mmap=True, weights_only=False)
-        model, balance = state["model"], state["balance"]
-        cuts = {
-            layer: make(layer, model[f"layers.{layer}.moe.router.weight"], balance["previous_load"][row])
-            for row, layer in enumerate(layers)
-        }
-        config = surgery.cut_config(native.config, cuts)
-        made = dict(state)
-        made["model"] = {name: surgery.cut_parameter(name, value, cuts, noise, seed) for name, value in model.items()}
-        made["balance"] = surgery.cut_balance(native.config, balance, cuts)
-        if "optimizer" in state:
-            made["optimizer"] = {k: surgery.cut_state(k, value, cuts) for k, value in state["optimizer"].items()}
-        far = 0.0
-        for row, layer in enumerate(layers):
-            if layer in _some(layers):
-                before, after = (
-                    (c, _values(s["model"], s["model"].__getitem__, f"layers.{layer}.moe."), s["balance"]["bias"][row])
-                    for c, s in ((native.config, state), (config, made))
-                )
-                far = max(far, _deviation(layer, before, after))
-        with hidden_folder(output) as hidden:
-            _write_config(hidden, output, config, own_tokenizer=copy_tokenizer(native.path, hidden))
-            manifest = _manifest(native.checkpoint, made)
-            manifest = _write_run(native.path, hidden, manifest)
-            with alone():
-                writer = write_alone(hidden / config.checkpoint.folder, manifest)
-                dcp.save(made, storage_writer=writer, no_dist=True)
-        has_optimizer = "optimizer" in state
-        del state, model, balance
+            writer = write_alone(hidden / config.checkpoint.folder, manifest)
+            dcp.save(made, storage_writer=writer, no_dist=True)
     kept = min(len(cut.survivors) for cut in cuts.values())
     optimizer = "no optimizer state is there"
-    if has_optimizer:
+    if "optimizer" in state:
         new = config.moe.num_experts - kept
         optimizer = f"of a block's experts {kept} keep their optimizer state, {new} start without"
     return (

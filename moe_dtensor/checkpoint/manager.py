@@ -34,6 +34,7 @@ from moe_dtensor.checkpoint.folder import (
     whole_steps,
 )
 from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.checkpoint.save_plan import PlanKeeper
 from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, Writer
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config
@@ -112,6 +113,7 @@ class CheckpointManager:
         self._identity = identity or Identity(strict=False)
         self._warn = warn
         self._warned: set[str] = set()
+        self._plans = PlanKeeper()
         self._writing: tuple[int, Any] | None = None
         self._tidying: threading.Thread | None = None
         self._rank = dist.get_rank() if dist.is_initialized() else 0
@@ -125,6 +127,7 @@ class CheckpointManager:
     def replace(self, parts: list[nn.Module], optimizers: HasState, schedule: HasState, balance: HasState) -> None:
         """Go on with other parts of the same model, once the last ``save`` is on disk."""
         self.wait()
+        self._plans.drop()
         self._parts, self._optimizers, self._schedule, self._balance = parts, optimizers, schedule, balance
 
     def save(self, step: int) -> None:
@@ -147,7 +150,7 @@ class CheckpointManager:
         if self._options.async_save:
             self._finish(step, lambda: self._start_writing(step, state, writer), written=False)
         else:
-            self._finish(step, lambda: dcp.save(state, storage_writer=writer, process_group=self._group), written=True)
+            self._finish(step, lambda: dcp.save(state, **self._how(writer)), written=True)
 
     def wait(self) -> None:
         """Return once the last ``save`` is on disk, or has failed, and older ones are gone."""
@@ -240,7 +243,10 @@ class CheckpointManager:
         return ConfigError(f"checkpoint {str(place)!r} is damaged: {problem}.", remedy, common=True)
 
     def _start_writing(self, step: int, state: dict[str, Any], writer: Writer) -> None:
-        self._writing = (step, dcp.async_save(state, storage_writer=writer, process_group=self._group))
+        self._writing = (step, dcp.async_save(state, **self._how(writer)))
+
+    def _how(self, writer: Writer) -> dict[str, Any]:
+        return {"storage_writer": writer, "planner": self._plans.planner(), "process_group": self._group}
 
     def _finish(self, step: int, work: Callable[[], Any], written: bool) -> None:
         """Do a part of a save; what fails in it is told, and leaves no half-written folder."""
@@ -258,6 +264,7 @@ class CheckpointManager:
                 f"warning: the checkpoint of step {step} was not written: {_cause(error)}{newest}. "
                 "The next save tries again."
             )
+            self._plans.drop()
             self._start_tidying(keep=None)
             return
         if written:

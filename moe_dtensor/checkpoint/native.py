@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from moe_dtensor.checkpoint.folder import Manifest, step_folder, whole_steps
-from moe_dtensor.checkpoint.storage import Reader, write_alone
+from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, write_alone
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
@@ -52,7 +52,7 @@ def find_native(path: str | Path) -> NativeFolder:
     else:
         raise ConfigError(f"{path} holds no {CONFIG_FILE}, nor does a folder above it.", remedy)
     config = load(folder / CONFIG_FILE)
-    config = replace(config, mesh=replace(config.mesh, dp=1, pp=1, tp=1))
+    config = replace(config, mesh=replace(config.mesh, dp=1, pp=1, tp=1, dp_replicate=1, expert_ranks=0))
     if folder is path:
         checkpoints = path / config.checkpoint.folder
         steps = whole_steps(checkpoints)
@@ -91,6 +91,16 @@ class NativeWeights:
     def bias_LE(self) -> Tensor:
         """Biases that the choice sees, of every MoE block; float32."""
         return self._read("balance.bias")
+
+    def read_all(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the checkpoint by table (model, optimizer, balance) and name."""
+        tables: dict[str, dict[str, Tensor]] = {}
+        for key, entry in self.entries.items():
+            table, _, name = key.partition(".")
+            tables.setdefault(table, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with alone():
+            dcp.load(tables, storage_reader=Reader(self.path), planner=TensorsPlanner(), no_dist=True)
+        return tables
 
     def _read(self, key: str) -> Tensor:
         entry = self.entries[key]

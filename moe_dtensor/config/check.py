@@ -20,6 +20,9 @@ from moe_dtensor.config.resolve import (
     num_stages,
     padded_vocab,
     resolve,
+    shard_ranks,
+    shard_words,
+    state_dtype,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
@@ -59,6 +62,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     for kind in moe_kinds(config):
         yield from check_experts.routing(kind)
     yield from _mesh(config_as_given, world_size)
+    yield from _levels(config)
     yield from _tensor_parallel(config)
     yield from check_experts.placement(config)
     yield from _async_tp(config)
@@ -66,6 +70,8 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _batches(config)
     yield from _pipeline(config)
     yield from _precision(config)
+    if config.optimizer.state_dtype != "auto":
+        yield from _moments(config)
     yield from _drift(config)
     yield from _ends(config_as_given)
 
@@ -137,6 +143,15 @@ def _mesh(config: Config, world_size: int) -> Broken:
         )
 
 
+def _levels(config: Config) -> Broken:
+    dp, copies = config.mesh.dp, config.mesh.dp_replicate
+    if dp % copies:
+        yield (
+            f"mesh.dp_replicate = {copies} does not divide mesh.dp = {dp} into groups.",
+            f"Set mesh.dp_replicate to a divisor of {dp}.",
+        )
+
+
 def _tensor_parallel(config: Config) -> Broken:
     model, moe, tp = config.model, config.moe, config.mesh.tp
     kv_heads = model.num_kv_heads
@@ -174,11 +189,12 @@ def _async_tp(config: Config) -> Broken:
 
 
 def _data_parallel(config: Config) -> Broken:
-    model, dp = config.model, config.mesh.dp
-    if model.dim % dp:
+    model = config.model
+    shards, over = shard_ranks(config), shard_words(config)
+    if model.dim % shards:
         yield (
-            f"model.dim = {model.dim} is not a multiple of mesh.dp = {dp}, along which FSDP cuts the width of weights.",
-            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // dp) * dp}.",
+            f"model.dim = {model.dim} is not a multiple of {over}, along which FSDP cuts the width of weights.",
+            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // shards) * shards}.",
         )
 
 
@@ -316,6 +332,15 @@ def _precision(config: Config) -> Broken:
         yield (
             f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
             "Set moe.backend to auto or reference.",
+        )
+
+
+def _moments(config: Config) -> Broken:
+    # Rounded to nearest, a number of eight binary digits stays as it is where it changes by less than 2^-8 of itself.
+    if state_dtype(config) == "bfloat16" and config.optimizer.beta2 > 1 - 2**-8:
+        yield (
+            f"optimizer.beta2 = {config.optimizer.beta2} with second moments in bfloat16: they would never decay.",
+            "Set optimizer.beta2 to 0.996 or less, or optimizer.state_dtype = float32.",
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from moe_dtensor.config.attention import head_widths, is_latent
+from moe_dtensor.config.resolve import shard_ranks, shard_words
 from moe_dtensor.config.schema import Config
 
 Broken = Iterator[tuple[str, str]]
@@ -56,9 +57,9 @@ def _latent(config: Config) -> Broken:
                 f"Set model.{key} = {plain}, or model.kv_rank = 0.",
             )
     for key, rank in (("q_rank", model.q_rank), ("kv_rank", model.kv_rank)):
-        if rank % config.mesh.dp:
+        if rank % shard_ranks(config):
             yield (
-                f"model.{key} = {rank} is not a multiple of mesh.dp = {config.mesh.dp}, along which FSDP cuts it.",
+                f"model.{key} = {rank} is not a multiple of {shard_words(config)}, along which FSDP cuts it.",
                 f"Set mesh.dp to a divisor of {rank}.",
             )
 

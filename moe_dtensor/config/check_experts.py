@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_dtensor.config.resolve import FORCED, expert_ranks, moe_layers
+from moe_dtensor.config.resolve import (
+    FORCED,
+    expert_dp_ranks,
+    expert_groups,
+    expert_ranks,
+    expert_shards,
+    moe_layers,
+    shard_ranks,
+    shard_words,
+)
 from moe_dtensor.config.schema import Config
 
 Broken = Iterator[tuple[str, str]]
@@ -131,7 +140,9 @@ def placement(config: Config) -> Broken:
     if not moe_layers(config):
         return
     ranks = expert_ranks(config)
-    over = {"tp": "mesh.tp", "dp": "mesh.dp", "dp_tp": "mesh.dp * mesh.tp"}.get(mesh.experts)
+    yield from _groups(config)
+    dp = "mesh.expert_ranks" if mesh.expert_ranks else "mesh.dp" if mesh.dp_replicate == 1 else "mesh.dp / dp_replicate"
+    over = {"tp": "mesh.tp", "dp": dp, "dp_tp": f"{dp} * mesh.tp"}.get(mesh.experts)
     if over and moe.num_experts % ranks:
         at = "" if mesh.experts == "tp" else f", over which mesh.experts = {mesh.experts} spreads them"
         yield (
@@ -151,9 +162,9 @@ def placement(config: Config) -> Broken:
                 "each is on every rank.",
                 "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
             )
-    if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % mesh.dp:
+    if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % shard_ranks(config):
         yield (
-            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of mesh.dp = {mesh.dp}, along which FSDP cuts the "
+            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of {shard_words(config)}, along which FSDP cuts the "
             "experts' biases (moe.expert_bias).",
             f"Set mesh.dp to a divisor of {moe.hidden_dim}, or mesh.experts = dp.",
         )
@@ -161,4 +172,38 @@ def placement(config: Config) -> Broken:
         yield (
             f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",
             "Set fsdp.cpu_offload = false, or mesh.experts to tp or tp_hidden.",
+        )
+
+
+def _groups(config: Config) -> Broken:
+    """What ``mesh.expert_ranks`` and ``mesh.expert_weights`` ask."""
+    moe, mesh, ranks = config.moe, config.mesh, expert_dp_ranks(config)
+    on_dp = mesh.experts in ("dp", "dp_tp")
+    for key, given in (("expert_ranks", mesh.expert_ranks), ("expert_weights", mesh.expert_weights)):
+        if given not in (0, "replicated") and not on_dp:
+            yield (
+                f"mesh.{key} = {given} is about experts on dp ranks, but mesh.experts = {mesh.experts}.",
+                f"Set mesh.experts to dp or dp_tp, or take mesh.{key} out.",
+            )
+            return
+    if not on_dp:
+        return
+    if mesh.dp % ranks:
+        yield (
+            f"mesh.expert_ranks = {ranks} does not divide mesh.dp = {mesh.dp} into groups.",
+            f"Set mesh.expert_ranks to a divisor of {mesh.dp}, or to 0 for one group.",
+        )
+        return
+    if mesh.expert_weights == "sharded" and expert_groups(config) % mesh.dp_replicate:
+        yield (
+            f"mesh.expert_weights = sharded with mesh.dp_replicate = {mesh.dp_replicate}, which does not divide the "
+            f"{expert_groups(config)} groups of mesh.expert_ranks = {ranks}.",
+            f"Set mesh.expert_ranks to a divisor of {shard_ranks(config)}, or mesh.expert_weights = replicated.",
+        )
+    shards = expert_shards(config)
+    if moe.expert_bias and moe.hidden_dim % shards:
+        yield (
+            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of the {shards} groups across which "
+            "mesh.expert_weights = sharded cuts the experts' biases (moe.expert_bias).",
+            "Change one of them, or set mesh.expert_weights = replicated.",
         )

@@ -45,6 +45,8 @@ MINIMUM: dict[str, float] = {
     "moe.bias_rate": 0,
     "mesh.pp": 1,
     "mesh.tp": 1,
+    "mesh.dp_replicate": 1,
+    "mesh.expert_ranks": 0,
     "pipeline.stages_per_rank": 0,
     "training.steps": 1,
     "training.seq_len": 1,

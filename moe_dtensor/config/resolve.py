@@ -145,10 +145,45 @@ def block_norms(config: Config) -> tuple[str, ...]:
     return {"pre": pre, "post": post, "both": pre + post}[config.model.norm_at]
 
 
+def state_dtype(config: Config) -> str:
+    """dtype of the optimizer's moments."""
+    wanted = config.optimizer.state_dtype
+    return config.training.dtype if wanted == "auto" else wanted
+
+
+def shard_ranks(config: Config) -> int:
+    """dp ranks over which FSDP shards: all, or those of a group under ``mesh.dp_replicate``."""
+    return max(1, config.mesh.dp // config.mesh.dp_replicate)
+
+
+def shard_words(config: Config) -> str:
+    """How an error calls :func:`shard_ranks`."""
+    mesh = config.mesh
+    one = mesh.dp_replicate == 1
+    return f"mesh.dp = {mesh.dp}" if one else f"mesh.dp / mesh.dp_replicate = {shard_ranks(config)}"
+
+
+def expert_dp_ranks(config: Config) -> int:
+    """dp ranks that share whole experts; 1 where dp shares none."""
+    mesh = config.mesh
+    return (mesh.expert_ranks or shard_ranks(config)) if mesh.experts in ("dp", "dp_tp") else 1
+
+
 def expert_ranks(config: Config) -> int:
     """Over how many ranks whole experts are spread; 1 where each rank has a slice of all."""
-    mesh = config.mesh
-    return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": mesh.dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
+    mesh, over_dp = config.mesh, expert_dp_ranks(config)
+    return {"tp": mesh.tp, "dp": over_dp, "dp_tp": over_dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
+
+
+def expert_groups(config: Config) -> int:
+    """Groups of dp ranks that hold the same experts (``mesh.expert_ranks``); 1 where experts are not on dp."""
+    return config.mesh.dp // expert_dp_ranks(config) if config.mesh.experts in ("dp", "dp_tp") else 1
+
+
+def expert_shards(config: Config) -> int:
+    """Groups across which FSDP shards the experts' weights; 1: it leaves experts on dp alone."""
+    sharded = config.mesh.expert_weights == "sharded"
+    return max(1, expert_groups(config) // config.mesh.dp_replicate) if sharded else 1
 
 
 def expert_takes(config: Config) -> int | None:

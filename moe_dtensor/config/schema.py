@@ -41,6 +41,16 @@ class Mesh:
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""
+    dp_replicate: int = 1
+    """Two levels of dp (HSDP): weights, gradients and moments are sharded inside groups of dp / dp_replicate
+    consecutive dp ranks, and each group holds all; gradients are summed across the groups. 1: one level."""
+    expert_ranks: int = 0
+    """With experts = dp or dp_tp: how many consecutive dp ranks share the experts; the groups of so many ranks then
+    hold them alike. 0: dp / dp_replicate."""
+    expert_weights: Literal["replicated", "sharded"] = "replicated"
+    """Across the groups of expert_ranks. replicated: each group holds whole weights, and gradients are all-reduced once
+    a step. sharded: each of the dp / (dp_replicate * expert_ranks) groups holds a part, gathered before use, as FSDP
+    does."""
     dispatch: Literal["all_gather", "all_to_all", "auto"] = "all_gather"
     """How tokens reach experts on other ranks. all_gather: all tokens to all. all_to_all: each token once to each rank
     that holds one of its experts; reads counts from the device once a layer. auto: the cheaper by ``plan``'s cost
@@ -224,6 +234,9 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay; not applied to norms, embeddings and router."""
+    state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype in which the two moments are kept; updates are computed in the wider of it and training.dtype. bfloat16
+    halves them. auto: training.dtype."""
     router_lr: float = 1.0
     """Multiply the learning rate of routers by this, in fine-tuning. 0: they are frozen, and no part of the gradient
     norm. moe.bias_rate has a rate of its own."""

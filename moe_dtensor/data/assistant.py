@@ -63,8 +63,11 @@ def _find_turn(template: ChatTemplate, whole: str, messages: Sequence[Message], 
     if prompt is not None and before is not None and whole.startswith(before) and len(before) <= content:
         start = min(content, max(len(before), _common(whole, prompt)))
     if upto is not None and not is_last:
-        _, after_there = _find_content(template, upto, messages[: index + 1], tools, index)
-        end = after + _common(whole[after:], upto[after_there:])
+        content_there, after_there = _find_content(template, upto, messages[: index + 1], tools, index)
+        if start == content and prompt is not None and upto.startswith(prompt):
+            said_before = upto[len(prompt) : content_there]
+            start -= len(said_before) if whole[:content].endswith(said_before) else 0
+        end = _whole_token(template, whole, after + _common(whole[after:], upto[after_there:]))
     return _without_separator(template, whole, start, end)
 
 
@@ -74,6 +77,12 @@ def _find_content(template: ChatTemplate, whole: str, messages: Sequence[Message
     replaced = template.render([*messages[:index], other, *messages[index + 1 :]], False, tools)
     start = _common(whole, replaced)
     return start, len(whole) - _common(whole[start:][::-1], replaced[start:][::-1])
+
+
+def _whole_token(template: ChatTemplate, whole: str, end: int) -> int:
+    """``end``, or the end of the special token that it would cut."""
+    starts = ((whole.rfind(token, 0, end + len(token) - 1), len(token)) for token in template.special_tokens)
+    return max([end, *(start + size for start, size in starts if 0 <= start < end)])
 
 
 def _without_separator(template: ChatTemplate, whole: str, start: int, end: int) -> Span:

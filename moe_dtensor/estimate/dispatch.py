@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import (
     columns,
@@ -160,7 +160,7 @@ def _bytes_of_token(config: Config) -> tuple[int, int, int]:
 
 def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Steps) -> Steps:
     """Vectors, gates and ids of ``held`` tokens to each other rank of the axis, and sums back."""
-    others = (config.mesh.dp if axis == "dp" else config.mesh.tp) - 1
+    others = (expert_dp_ranks(config) if axis == "dp" else config.mesh.tp) - 1
     vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
     enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, config.compile.enable)]
     return [*enter, *inner, Move(axis, vector, vector, kept=True)]
@@ -190,7 +190,7 @@ def _shared_axis(config: Config) -> Axis:
     """The axis of ranks that share whole experts; of two, one that has all ranks counts by its own name."""
     mesh = config.mesh
     if mesh.experts == "dp_tp":
-        return "dp" if mesh.tp == 1 else "tp" if mesh.dp == 1 else "dp_tp"
+        return "dp" if mesh.tp == 1 else "tp" if expert_dp_ranks(config) == 1 else "dp_tp"
     return "dp" if mesh.experts == "dp" else "tp"
 
 

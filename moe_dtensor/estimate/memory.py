@@ -7,11 +7,18 @@ H100 (``docs/plan.md``). Not counted: NCCL's buffers, the CUDA context, what the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_dtensor.config.resolve import microbatches, moe_layers, num_stages, stage_layers, stream_width
+from moe_dtensor.config.resolve import (
+    microbatches,
+    moe_layers,
+    num_stages,
+    shard_ranks,
+    stage_layers,
+    state_dtype,
+    stream_width,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
@@ -80,7 +87,7 @@ def settle_accumulate(config: Config) -> Config:
         return replace(config, fsdp=replace(config.fsdp, accumulate=name))
 
     whole, training = settled("whole"), config.training
-    if config.fsdp.accumulate == "whole" or not accumulates(whole) or config.mesh.dp == 1:
+    if config.fsdp.accumulate == "whole" or not accumulates(whole) or shard_ranks(config) == 1:
         return whole
     if config.fsdp.accumulate == "sharded":
         return config
@@ -110,7 +117,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     return Memory(
         weights=stored,
         gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
-        moments=2 * stored,
+        moments=2 * stored * BYTES[state_dtype(config)] // BYTES[training.dtype],
         compute_copy=_gathered(config, shares) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
@@ -129,13 +136,13 @@ def _gathered(config: Config, shares: list[Share]) -> int:
     return sum(_root_sizes(shares)) + sum(sorted(_block_sizes(shares).values())[-2:])
 
 
-def _block_sizes(shares: list[Share]) -> dict[int, int]:
-    """Elements of each block that FSDP gathers."""
+def _block_sizes(shares: list[Share], local: bool = False) -> dict[int, int]:
+    """Elements of each block that FSDP gathers, or a rank's part of them."""
     sizes: dict[int, int] = {}
     for share in shares:
         if share.name.startswith("layers.") and share.row.fsdp:
             layer = int(share.name.split(".")[1])
-            sizes[layer] = sizes.get(layer, 0) + share.used_size
+            sizes[layer] = sizes.get(layer, 0) + (share.local_size if local else share.used_size)
     return sizes
 
 
@@ -202,6 +209,7 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
         at_loss = logits + waiting + head + head_gradient
     own, widened = _own_sizes(shares), _widened_blocks(config, shares)
+    reduced = _block_sizes(shares, local=True)
     at_block = at_reduce = 0
     for layer, size in _block_sizes(shares).items():
         block = block_bytes(config, layer in with_experts, skewed, layer)
@@ -209,7 +217,7 @@ def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed:
         gradients = size * at.compute + head_gradient + waiting
         of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)
         at_block = max(at_block, block.backward + gradients + of_own)
-        flight = size * reduce_bytes + math.ceil(size * reduce_bytes / config.mesh.dp)
+        flight = (size + reduced[layer]) * reduce_bytes
         flight += size * max(0, reduce_bytes - at.compute) if layer in widened else 0
         at_reduce = max(at_reduce, flight + gradients - block.kept)
     return at_loss, at_block, at_reduce

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_dtensor.config.attention import head_widths
-from moe_dtensor.config.resolve import GATED, block_config, block_norms, expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import GATED, block_config, block_norms, expert_dp_ranks, expert_ranks, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
@@ -134,7 +134,7 @@ def _experts_have_own_input(config: Config) -> bool:
     """Whether what the experts read is another tensor than what the router reads, a rank's own tokens."""
     mesh = config.mesh
     over_tp = mesh.experts != "dp" and mesh.tp > 1 and mesh.sequence_parallel
-    over_dp = mesh.experts in ("dp", "dp_tp") and mesh.dp > 1
+    over_dp = expert_dp_ranks(config) > 1
     return mesh.dispatch == "all_to_all" or over_tp or over_dp
 
 
@@ -143,7 +143,8 @@ def _shared_has_own_input(config: Config) -> bool:
     mesh = config.mesh
     if mesh.tp == 1 or not mesh.sequence_parallel:
         return False
-    experts_read_them = mesh.experts in ("tp", "tp_hidden") or (mesh.experts == "dp_tp" and mesh.dp == 1)
+    together = mesh.experts == "dp_tp" and expert_dp_ranks(config) == 1
+    experts_read_them = mesh.experts in ("tp", "tp_hidden") or together
     return mesh.dispatch == "all_to_all" or not experts_read_them
 
 
@@ -203,7 +204,7 @@ def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
     if mesh.dispatch == "all_to_all":
         return shared
     over_dp = at.own if mesh.experts == "dp" else at.whole
-    return (over_dp if mesh.dp > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
+    return (over_dp if expert_dp_ranks(config) > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
 
 
 def _gradients(config: Config, at: Tokens, met: AtExperts | None) -> int:

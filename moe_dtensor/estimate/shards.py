@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_dtensor.config.resolve import (
     GATED,
     block_norms,
+    expert_dp_ranks,
+    expert_groups,
+    expert_shards,
     microbatches,
     moe_layers,
     num_stages,
     padded_vocab,
+    shard_ranks,
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
@@ -68,22 +73,28 @@ def all_shares(config: Config) -> list[Share]:
     return [share for stage in range(num_stages(config)) for share in stage_shares(config, stage)]
 
 
-def stage_shares(config: Config, stage: int) -> list[Share]:
+def stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
     """The parameters of one pipeline stage: embedding, blocks, norm and head, as far as it has them."""
+    return _stage_shares(config, stage)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
     dim, rows = config.model.dim, padded_vocab(config)
-    shapes: dict[str, Shape] = {}
-    if stage == 0:
-        shapes["tok_embeddings.weight"] = (rows, dim)
+    table, last = build_table(config), stage == num_stages(config) - 1
+    of_kind: dict[tuple[bool, bool], list[Share]] = {}
+    shares = [_shard_of(config, table, "tok_embeddings.weight", (rows, dim))] if stage == 0 else []
     for layer in stage_layers(config, stage):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in _block(config, layer).items()}
-    if stage == num_stages(config) - 1:
-        shapes |= _norm(config, "norm")
-        if not config.model.tie_embeddings:
-            shapes["output.weight"] = (rows, dim)
-        if config.model.head_bias:
-            shapes["output.bias"] = (rows,)
-    table = build_table(config)
-    return [_shard_of(config, table, name, shape) for name, shape in shapes.items()]
+        kind = layer >= config.model.num_layers, layer in moe_layers(config)
+        if kind not in of_kind:
+            of_kind[kind] = [_shard_of(config, table, name, shape) for name, shape in _block(config, layer).items()]
+        shares += [replace(share, name=f"layers.{layer}.{share.name}") for share in of_kind[kind]]
+    ends: dict[str, Shape] = _norm(config, "norm") if last else {}
+    if last and not config.model.tie_embeddings:
+        ends["output.weight"] = (rows, dim)
+    if last and config.model.head_bias:
+        ends["output.bias"] = (rows,)
+    return (*shares, *(_shard_of(config, table, name, shape) for name, shape in ends.items()))
 
 
 def accumulates(config: Config) -> bool:
@@ -95,6 +106,11 @@ def accumulates(config: Config) -> bool:
 def reductions(config: Config) -> int:
     """Times in a step that FSDP reduces gradients. ``fsdp.accumulate`` is settled."""
     return microbatches(config) if config.fsdp.accumulate == "sharded" else 1
+
+
+def copies_over_dp(config: Config, row: Row) -> int:
+    """dp ranks that hold the same part of a parameter."""
+    return expert_groups(config) // expert_shards(config) if row.on_dp else config.mesh.dp_replicate
 
 
 def summed_over_tp(config: Config, row: Row) -> bool:
@@ -115,8 +131,11 @@ def fold(shares: Iterable[Share]) -> list[Folded]:
 def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> Share:
     row = find_row(table, name)
     after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
-    local = _cut(after_tp, row.dp, config.mesh.dp)
-    return Share(name, shape, row, after_tp if row.fsdp else local, local)
+    if not row.on_dp:
+        return Share(name, shape, row, after_tp, _cut(after_tp, row.dp, shard_ranks(config)))
+    used = _cut(after_tp, row.dp, expert_dp_ranks(config))
+    local = used if row.groups is None else _cut(used, row.groups, expert_shards(config))
+    return Share(name, shape, row, used, local)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:

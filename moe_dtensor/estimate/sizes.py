@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-from moe_dtensor.config.resolve import expert_ranks, expert_takes
+from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks, expert_takes
 from moe_dtensor.config.schema import Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -60,7 +60,8 @@ def tokens_together(config: Config) -> int:
     mesh, at = config.mesh, tokens(config)
     if mesh.dispatch == "all_to_all":
         return sent_tokens(config) * expert_ranks(config)
-    return {"tp": at.whole, "tp_hidden": at.whole, "dp": at.own * mesh.dp, "dp_tp": at.whole * mesh.dp}[mesh.experts]
+    groups = expert_dp_ranks(config)
+    return {"tp": at.whole, "tp_hidden": at.whole, "dp": at.own * groups, "dp_tp": at.whole * groups}[mesh.experts]
 
 
 def tokens_at_experts(config: Config, skewed: bool) -> int:
@@ -86,8 +87,7 @@ def expert_rows(config: Config, skewed: bool) -> int:
     most = together * min(columns(config), held)
     if take is None:
         return most
-    over_dp = config.mesh.dp if config.mesh.experts in ("dp", "dp_tp") else 1
-    groups = over_dp * config.training.microbatch_size // moe.group_sequences
+    groups = expert_dp_ranks(config) * config.training.microbatch_size // moe.group_sequences
     return min(most, held * min(together, take * groups))
 
 

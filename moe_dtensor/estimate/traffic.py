@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from moe_dtensor.config.resolve import (
     FORCED,
     block_config,
+    expert_shards,
     microbatches,
     moe_layers,
     num_stages,
     padded_vocab,
     rank_stages,
+    shard_ranks,
     stage_layers,
     stream_width,
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
 from moe_dtensor.estimate.memory import settle_accumulate
-from moe_dtensor.estimate.shards import reductions, stage_shares, summed_over_tp
+from moe_dtensor.estimate.shards import copies_over_dp, reductions, stage_shares, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, columns, tokens
 
 
@@ -66,14 +68,22 @@ def fsdp_bytes(config: Config, stages: tuple[int, ...]) -> int:
     Weights that are freed after use are gathered for each microbatch's forward and backward, weights that stay once for
     the step (under a pipeline up to three stages on a rank; torch swaps more). Gradients are reduced with the last
     microbatch, or with each (``fsdp.accumulate``). Where dp does not divide a dimension, parts are padded to the same
-    size. Experts outside of FSDP take no part.
+    size. What several dp ranks hold alike is all-reduced among them once a step; of experts outside of FSDP that is
+    all.
     """
-    training, dp, count = config.training, config.mesh.dp, microbatches(config)
-    shares = [share for stage in stages for share in stage_shares(config, stage)]
-    local = sum(share.local_size for share in shares if share.row.fsdp)
+    training, count, sent = config.training, microbatches(config), 0
     gathers = 2 * count if config.fsdp.reshard_after_forward == "always" else 1
     reduced = reductions(config) * BYTES[training.reduce_dtype]
-    return local * (gathers * BYTES[training.param_dtype] + reduced) * (dp - 1)
+    each = gathers * BYTES[training.param_dtype] + reduced
+    wide = max(BYTES[training.reduce_dtype], BYTES[training.dtype])
+    for share in (share for stage in stages for share in stage_shares(config, stage)):
+        row, alike = share.row, copies_over_dp(config, share.row)
+        if row.fsdp:
+            ranks = shard_ranks(config) if row.groups is None else expert_shards(config)
+            sent += share.local_size * each * (ranks - 1)
+        summed = share.local_size * (BYTES[training.reduce_dtype] if row.fsdp else wide)
+        sent += 2 * summed * (alike - 1) // alike
+    return sent
 
 
 def pp_bytes(config: Config, stages: tuple[int, ...]) -> int:

@@ -75,6 +75,8 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "mesh.dp": -1,
         "mesh.pp": 1,
         "mesh.tp": 1,
+        "mesh.dp_replicate": 1,
+        "mesh.expert_ranks": 0,
         # A single position cannot be split.
         "mesh.sequence_parallel": False,
         "moe.group_sequences": 0,

@@ -10,7 +10,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.blocks import apply_compile, apply_recompute
-from moe_dtensor.parallel.expert_copies import make_copies
+from moe_dtensor.parallel.expert_copies import has_own_experts, make_copies
 from moe_dtensor.parallel.fsdp import apply_fsdp
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 
@@ -33,7 +33,7 @@ def build_parts(config: Config, mesh: DeviceMesh, device: torch.device, *, train
         parallelize(part, config, mesh, trains=trains)
         part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
         init_weights(part, config)
-        if config.mesh.experts in ("dp", "dp_tp"):
+        if has_own_experts(config):
             make_copies(part, config)
         parts.append(part)
     return parts
@@ -53,4 +53,4 @@ def parallelize(part: Transformer, config: Config, mesh: DeviceMesh, *, trains: 
         apply_compile(part, config, mesh["tp"])
     casts = config.training.dtype != config.training.param_dtype
     if trains or casts or config.fsdp.cpu_offload or mesh["dp"].size() > 1:
-        apply_fsdp(part, config, mesh["dp"])
+        apply_fsdp(part, config, mesh)

@@ -16,7 +16,7 @@ from moe_dtensor.estimate.dispatch import choose_dispatch
 from moe_dtensor.kernels.experts.permute import permute_to, unpermute_from
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
-from moe_dtensor.mesh import flat_dp_tp
+from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.collectives import Borders, token_borders
 
@@ -136,15 +136,10 @@ class Scattered:
         return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
-def expert_axis(config: Config, mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that share whole experts, as one axis."""
-    return flat_dp_tp(mesh) if config.mesh.experts == "dp_tp" else mesh[config.mesh.experts]
-
-
 def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
     """The dispatch for ``mesh.experts`` and ``mesh.dispatch``, and whether the shared expert works inside it on tokens
     that tp has brought together (else it has borders of its own)."""
-    dp, tp, place = mesh["dp"], mesh["tp"], config.mesh.experts
+    tp, place = mesh["tp"], config.mesh.experts
     if tp.size() == 1 and place in ("tp", "tp_hidden"):
         return run_experts, True
     if choose_dispatch(config) == "all_to_all" and expert_ranks(config) > 1:
@@ -152,6 +147,9 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
         return Scattered(tp, inner) if repeated else inner, False
+    if place in ("dp", "dp_tp"):
+        both = expert_mesh(config, mesh)
+        dp = both[both.mesh_dim_names[-2]]  # type: ignore[index]
     if place == "dp":
         return AllGather(Borders(dp, 0), shared_inside=False), False
     if place == "dp_tp":

@@ -1,8 +1,8 @@
 """Experts outside of FSDP: dp ranks hold different ones, so there is nothing to gather over dp.
 
-Their master weights are DTensors on the whole (dp, tp) submesh. A layer computes with the local part in
-``param_dtype``, cast once a step; gradients add up in ``training.dtype`` and are summed, once a step, over tp ranks
-that hold the same experts.
+Their master weights are DTensors on the whole (dp, tp) submesh; several dp ranks may hold the same experts. A layer
+computes with the local part in ``param_dtype``, cast once a step; gradients add up in ``training.dtype`` and are
+summed, once a step, over ranks that hold the same experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor, Placement
 
+from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.moe import Experts
@@ -46,6 +47,11 @@ class _Use(Function):
         return grad.to(ctx.dtype), None
 
 
+def has_own_experts(config: Config) -> bool:
+    """Whether experts live on dp ranks and FSDP leaves them alone."""
+    return config.mesh.experts in ("dp", "dp_tp") and expert_shards(config) == 1
+
+
 def make_copies(part: Transformer, config: Config) -> None:
     """Make room for the copies, once the weights are real; none where the dtypes are the same."""
     dtype = getattr(torch, config.training.param_dtype)
@@ -72,7 +78,7 @@ class WithOwnExperts:
                 assert isinstance(weight.grad, DTensor)
                 wide = torch.promote_types(self.reduce_dtype, weight.dtype)
                 grad = cast(DTensor, weight.grad.to(wide))
-                weight.grad = grad.redistribute(placements=weight.placements).to(weight.dtype)
+                weight.grad = _sum_over_copies(grad, weight.placements).to(weight.dtype)
         return loss
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -90,6 +96,16 @@ class WithOwnExperts:
     def _weights(self) -> Weights:
         for part in self.parts:
             yield from _own_weights(part)
+
+
+def _sum_over_copies(grad: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """A gradient that ranks hold shares of, summed, one axis after the other: torch warns of two at once."""
+    found = list(grad.placements)
+    for i, wanted in enumerate(placements):
+        if found[i] != wanted:
+            found[i] = wanted
+            grad = grad.redistribute(placements=found)
+    return grad
 
 
 def _own_weights(part: Transformer) -> Weights:

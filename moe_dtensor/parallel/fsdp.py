@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
+from moe_dtensor.mesh import expert_fsdp_mesh, fsdp_mesh
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.placement import build_table, find_row
+from moe_dtensor.placement import Row, build_table, find_row
 
 
-def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
+def apply_fsdp(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """Shard a part's parameters over dp, each along the dimension that the placement table names.
 
     Also at dp = 1: FSDP casts to ``param_dtype``, accumulates in ``reduce_dtype`` and sums gradients over tp.
@@ -28,6 +32,7 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
         reduce_dtype=getattr(torch, training.reduce_dtype),
         cast_forward_inputs=False,
     )
+    dp, place = fsdp_mesh(config, mesh), _shard_placement(config, mesh)
     # CPU ranks have everything in host memory as it is.
     moves = fsdp.cpu_offload and dp.device_type != "cpu"
     offload: OffloadPolicy = CPUOffloadPolicy() if moves else OffloadPolicy()
@@ -38,7 +43,7 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=fsdp.reshard_after_forward == "always",
-            shard_placement_fn=lambda param: Shard(rows[param].dp),
+            shard_placement_fn=lambda param: place(rows[param]),
             ignored_params={param for param, row in rows.items() if not row.fsdp},
         )
     for module in part.modules():
@@ -48,6 +53,30 @@ def apply_fsdp(part: Transformer, config: Config, dp: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
             for group in _groups(module):
                 _sum_over_tp_in_reduce_dtype(group)
+
+
+def _shard_placement(config: Config, mesh: DeviceMesh) -> Callable[[Row], Any]:
+    """Where a row's parameters are sharded, in the words of ``fully_shard``: over dp, or across groups of experts."""
+    if expert_shards(config) == 1:
+        return lambda row: Shard(row.dp)
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise ConfigError(
+            f"mesh.expert_weights = sharded needs a newer torch than {torch.__version__}.",
+            "Install torch 2.13, or set mesh.expert_weights = replicated.",
+        ) from None
+    groups = expert_fsdp_mesh(config, mesh)
+    across = FSDPMeshInfo(groups, 0) if groups.ndim == 1 else HSDPMeshInfo(groups, 1, 0)
+    dense = fsdp_mesh(config, mesh)
+    over_dp = FSDPMeshInfo(dense, 0) if dense.ndim == 1 else HSDPMeshInfo(dense, 1, 0)
+
+    def place(row: Row) -> Any:
+        if row.groups is None:
+            return ShardPlacementResult(Shard(row.dp), over_dp)
+        return ShardPlacementResult(Shard(row.groups), across)
+
+    return place
 
 
 def _groups(module: FSDPModule) -> list[Any]:
@@ -91,14 +120,26 @@ def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:
     assert isinstance(part, FSDPModule)
     part.set_is_last_backward(last)
     part.set_requires_gradient_sync(last or config.fsdp.accumulate == "sharded")
+    part.set_requires_all_reduce(last)
     part.set_reshard_after_backward(last or config.fsdp.reshard_after_forward == "always")
 
 
-def reduce_now(part: FSDPModule) -> None:
-    """Reduce over dp what gradients a part has, outside of a backward pass; gathered weights stay."""
+def reduce_each(part: FSDPModule, last: bool) -> None:
+    """Have the next backward pass of a pipeline reduce its gradients over dp, and gathered weights stay.
+
+    Args:
+        part: a model part under FSDP.
+        last: whether it is the step's last: sums across the groups of ``mesh.dp_replicate`` come with it.
+    """
     part.set_is_last_backward(False)
     part.set_reshard_after_backward(False)
     part.set_requires_gradient_sync(True)
+    part.set_requires_all_reduce(last)
+
+
+def reduce_now(part: FSDPModule, last: bool) -> None:
+    """Reduce over dp what gradients a part has, outside of a backward pass; see :func:`reduce_each`."""
+    reduce_each(part, last)
     for module in part.modules():  # type: ignore[attr-defined]
         if isinstance(module, FSDPModule):
             for group in _groups(module):

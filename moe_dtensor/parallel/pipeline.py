@@ -14,7 +14,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.expert_copies import WithOwnExperts
+from moe_dtensor.parallel.expert_copies import WithOwnExperts, has_own_experts
 from moe_dtensor.parallel.forward_pass import ForwardPass, stream_shape
 from moe_dtensor.parallel.fsdp import next_microbatch
 from moe_dtensor.parallel.runner import Runner
@@ -35,7 +35,7 @@ def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, dev
     else:
         check_torch(config, torch.__version__)
         runner = Pipeline(parts, config, mesh, device)
-    if config.mesh.experts in ("dp", "dp_tp"):
+    if has_own_experts(config):
         runner = WithOwnExperts(parts, runner, getattr(torch, config.training.reduce_dtype))
     return runner
 

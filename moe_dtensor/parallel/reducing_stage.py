@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
 
-from moe_dtensor.parallel.fsdp import reduce_now
+from moe_dtensor.parallel.fsdp import reduce_each, reduce_now
 
 
 class ReducingStage(PipelineStage):
@@ -27,9 +27,7 @@ class ReducingStage(PipelineStage):
         if backward_type != "full":
             result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward=last_backward)
             if backward_type == "weight":
-                reduce_now(self.submod)
+                reduce_now(self.submod, last_backward)
             return result
-        self.submod.set_is_last_backward(False)
-        self.submod.set_reshard_after_backward(False)
-        self.submod.set_requires_gradient_sync(True)
+        reduce_each(self.submod, last_backward)
         return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]), None

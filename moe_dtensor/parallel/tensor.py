@@ -24,10 +24,11 @@ from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.weights import Embedding, Layer, WeightView
+from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.model.transformer import TokenLoss, Transformer
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.collectives import Borders, position_borders, token_borders
-from moe_dtensor.parallel.dispatch import build_dispatch, expert_axis
+from moe_dtensor.parallel.dispatch import build_dispatch
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.placement import Row, build_table, find_row
 
@@ -35,18 +36,23 @@ from moe_dtensor.placement import Row, build_table, find_row
 def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """Turn every parameter into a DTensor by the placement table, and let layers compute with its shard.
 
-    On tp, for FSDP to split further over dp; what the table keeps out of FSDP on dp and tp at once.
+    On tp, for FSDP to split further over dp; experts that live on dp ranks on dp and tp at once.
     """
     table = build_table(config)
     for module_name, module in part.named_modules():
         for name, param in list(module.named_parameters(recurse=False)):
             row = find_row(table, f"{module_name}.{name}" if module_name else name)
             on_tp: Placement = Replicate() if row.tp is None else Shard(row.tp)
-            axes, placements = (mesh["tp"], [on_tp]) if row.fsdp else (mesh["dp", "tp"], [Shard(row.dp), on_tp])
+            axes, placements, gradient = mesh["tp"], [on_tp], [_gradient_placement(row, config)]
+            if row.on_dp:
+                axes = expert_mesh(config, mesh)
+                alike = axes.ndim - 2  # the groups' axis, where they hold whole weights
+                placements = [Replicate()] * alike + [Shard(row.dp), on_tp]
+                gradient = [Partial()] * alike + [Shard(row.dp), *gradient]
             sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded))
             assert isinstance(module, Layer), f"{type(module).__name__} does not read its weights by local_weight()"
-            module.weight_views[name] = _local_view((*placements[:-1], _gradient_placement(row, config)))
+            module.weight_views[name] = _local_view(tuple(gradient), row.fsdp)
 
 
 def _gradient_placement(row: Row, config: Config) -> Placement:
@@ -59,14 +65,14 @@ def _gradient_placement(row: Row, config: Config) -> Placement:
 
 
 @functools.cache
-def _local_view(gradient: tuple[Placement, ...]) -> WeightView:
+def _local_view(gradient: tuple[Placement, ...], fsdp: bool) -> WeightView:
     """The local tensor of a parameter, whose gradient flows back with the given placements.
 
     The same function for all layers alike, so that torch.compile compiles them once.
     """
 
     def view(module: nn.Module, name: str) -> Tensor:
-        if len(gradient) > 1:
+        if not fsdp:
             return view_copy(module, name, gradient)
         param = getattr(module, name)
         assert isinstance(param, DTensor)

@@ -34,7 +34,8 @@ class BytesSent(TorchDispatchMode):
 
     Args:
         mesh: the whole one, with named axes. A group counts under the first axis with the same ranks, axes flattened
-            out of the mesh before after those it was made with; else as ``world``, or by its ranks (``0,2``).
+            out of the mesh before after those it was made with, or under the smallest that it is a part of; else as
+            ``world``, or by its ranks (``0,2``).
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -80,7 +81,10 @@ class BytesSent(TorchDispatchMode):
     def _axis(self, group: dist.ProcessGroup) -> str:
         """By the ranks: torch keeps groups of earlier meshes alive, and uses them for axes that are alike."""
         ranks = tuple(dist.get_process_group_ranks(group))
-        return self.names.get(ranks) or ",".join(map(str, ranks))
+        if ranks in self.names:
+            return self.names[ranks]
+        around = [(len(axis), name) for axis, name in self.names.items() if set(ranks) < set(axis) and name != "world"]
+        return min(around)[1] if around else ",".join(map(str, ranks))
 
     def _named_ranks(self) -> dict[tuple[int, ...], str]:
         axes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names or ()} | self.mesh._flatten_mapping

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
 from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
-from moe_dtensor.config.resolve import FORCED, moe_kinds, moe_layers, resolve
+from moe_dtensor.config.resolve import moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, build_corpus, describe
@@ -28,6 +28,7 @@ from moe_dtensor.train.metrics import Meter, Value
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
 from moe_dtensor.train.replicas import check_replicas
+from moe_dtensor.train.routing import routing_metrics, routing_notice
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.signals import EndRequest
 from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
@@ -355,47 +356,6 @@ class Run:
 
     def _warn(self, text: str) -> None:
         say_aside(text)
-
-
-def routing_notice(config: Config) -> str:
-    """What has to be known of a router before its numbers are believed; empty if nothing."""
-    routers = _routers(config)
-    if "expert_choice" in routers:
-        return (
-            "moe.router = expert_choice: experts choose among the tokens of a whole routing group, later ones too, so "
-            "the training loss may profit from what a generating model cannot know. Validation takes plain top-k."
-        )
-    forced = [router for router in routers if router in FORCED]
-    if forced:
-        return f"moe.router = {forced[0]} is forced: it looks at no token's vector, in validation neither."
-    return ""
-
-
-def _routers(config: Config) -> list[str]:
-    """Of the MoE blocks, each once."""
-    return list(dict.fromkeys(kind.moe.router for kind in moe_kinds(config)))
-
-
-def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
-    """Diagnostics of the MoE blocks by name, ``(L,)`` each; those of what is switched off are left out. A forced
-    router is named in every record."""
-    load_LE, means = result.routing
-    routers = _routers(config)
-    forced = [router for router in routers if router in FORCED]
-    off = {
-        "balance_loss": config.moe.balance_loss == 0,
-        "dropped": config.moe.capacity_factor == 0,
-        "differs_from_top_k": set(routers) <= {"topk", *FORCED},
-        "sinkhorn_error": "sinkhorn" not in routers,
-    }
-    label: dict[str, Value] = {"forced_router": ", ".join(forced)} if forced else {}
-    return label | {
-        "expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
-        "expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
-        "experts_without_tokens": (load_LE == 0).sum(1),
-        "expert_load_churn": result.churn_L,
-        **{name: mean_L for name, mean_L in means.items() if not off.get(name)},
-    }
 
 
 def _say(message: str) -> None:

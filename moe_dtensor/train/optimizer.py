@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import AdamW, Optimizer
 
+from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
+from moe_dtensor.train.narrow_moments import NarrowMomentsAdamW
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -33,15 +35,18 @@ class Optimizers:
         options = config.optimizer
         self._parts = parts
         self._optimizers: list[Optimizer] = []
+        same = state_dtype(config) == config.training.dtype
+        self._dtype = None if same else getattr(torch, state_dtype(config))
+        kind = AdamW if same else NarrowMomentsAdamW
         for part in parts:
-            optimizer = AdamW(
+            optimizer = kind(
                 parameter_groups(part, options.weight_decay, options.router_lr),
                 lr=options.lr,
                 betas=(options.beta1, options.beta2),
                 eps=options.eps,
                 fused=True,
             )
-            _fill_state(optimizer)
+            _fill_state(optimizer, self._dtype)
             self._optimizers.append(optimizer)
 
     def __iter__(self) -> Iterator[Optimizer]:
@@ -74,6 +79,9 @@ class Optimizers:
         groups = {key: value for key, value in self._with_groups().items() if key.startswith("param_groups.")}
         for part, optimizer in zip(self._parts, self._optimizers, strict=True):
             set_optimizer_state_dict(part, optimizer, optim_state_dict={**groups, **state_dict}, options=_FLAT)
+            if self._dtype is not None:  # torch gave moments the weights' dtype
+                for state in optimizer.state.values():
+                    state |= {name: state[name].to(self._dtype) for name in ("exp_avg", "exp_avg_sq")}
 
     def _with_groups(self) -> dict[str, Any]:
         """State and hyperparameters of all parts, by parameter name."""
@@ -124,7 +132,7 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not (name.endswith("bias") or embedding or is_router(name))
 
 
-def _fill_state(optimizer: Optimizer) -> None:
+def _fill_state(optimizer: Optimizer, dtype: torch.dtype | None) -> None:
     """Create AdamW's state now, as its first step would.
 
     A checkpoint may be loaded or saved before the first step; torch would then make the state by a step
@@ -134,8 +142,8 @@ def _fill_state(optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter.detach()),
-                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+                "exp_avg": torch.zeros_like(parameter.detach(), dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(parameter.detach(), dtype=dtype),
             }
 
 

@@ -1,7 +1,8 @@
 """Compares what several ranks hold alike: a rank that computes something else than the others is named.
 
 Alike are, on the ranks of one tp group, the parameters that tp does not split (norms, routers, shared key/value heads)
-with their moments, and on all ranks the routers' balance. What FSDP or tp splits is held once and has no replica.
+with their moments, and on all ranks the routers' balance. What FSDP or tp splits is held once and has no replica; the
+copies of ``mesh.dp_replicate`` and of groups that share experts are not compared.
 """
 
 from __future__ import annotations

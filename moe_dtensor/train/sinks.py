@@ -330,6 +330,8 @@ def format_record(record: Record, steps: int) -> str:
     loads = record.get("expert_load_max_over_mean")
     if loads:
         parts.append(f"load {max(loads.values()):.2f}")
+    if drifts := [share for share in record.get("routing_drift", {}).values() if not math.isnan(share)]:
+        parts.append(f"drift {max(drifts):.1%}")
     if "forced_router" in record:
         parts.append(f"router {record['forced_router']} (forced)")
     return "  ".join(parts)

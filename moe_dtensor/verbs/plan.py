@@ -25,6 +25,7 @@ from moe_dtensor.estimate.schedule import SOURCES, bubble
 from moe_dtensor.estimate.shards import Folded, all_shares, fold
 from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
 from moe_dtensor.estimate.traffic import Traffic, traffic
+from moe_dtensor.verbs.plan_search import add_options, run_search
 
 HELP = "placement, memory, FLOPs and bytes moved on any mesh (no torch, no GPU)"
 GIB, MIB = 2**30, 2**20
@@ -119,9 +120,12 @@ def main(argv: list[str]) -> int:
         "--world", type=int, metavar="N", help="ranks for [mesh] (default: NGPU, else what it asks for)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the plans to a file, in bytes")
+    add_options(parser)
     options, config = parser.load(argv)
     config = with_vocabulary(config)
     console = Console(width=None if os.isatty(1) else 120)
+    if options.search:
+        return run_search(config, options, console)
     records: list[dict[str, Any]] = []
     for placed, world_size in [_place(config, mesh, options.world) for mesh in options.meshes or [None]]:
         mesh = "x".join(map(str, (placed.mesh.dp, placed.mesh.pp, placed.mesh.tp)))
@@ -220,6 +224,7 @@ def show(plan: Plan, console: Console) -> None:
         row = folded.share.row
         on_tp = "-" if row.tp is None else f"dim {row.tp}"
         on_dp = f"dim {row.dp}" if row.fsdp else f"dim {row.dp}, not FSDP"
+        on_dp += f", dim {row.groups} across groups" if row.groups is not None else ""
         shape, local = _shape(folded.share.shape), _shape(folded.share.local)
         table.add_row(folded.pattern, str(folded.count), shape, on_dp, on_tp, local)
     console.print(table)

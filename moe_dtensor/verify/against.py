@@ -44,7 +44,7 @@ def judge_step(step: StepFile) -> Verdict:
 def _config(step: StepFile) -> Config:
     """Resolved on one rank; the batch is the file's."""
     rows, length = step.tokens.shape
-    changes = {"training.seq_len": length, "training.global_batch_size": rows, "mesh.dp": 1}
+    changes = {"training.seq_len": length, "training.global_batch_size": rows, "mesh.dp": 1, "mesh.dp_replicate": 1}
     config = resolve(override(judged(step.config, step.dtype), changes), 1)
     if padded_vocab(config) != config.model.vocab_size:
         raise ConfigError(

@@ -55,6 +55,7 @@ LEFT_OUT = (
     ),
     *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
     *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
+    "optimizer.state_dtype",
 )
 VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_layers": (1, 2, 3, 4, 6),
@@ -84,6 +85,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "moe.bias_rate": (0.0, 0.001, 0.1),
     "mesh.sequence_parallel": (True, False),
     "mesh.experts": ("tp", "dp", "tp_hidden", "dp_tp"),
+    "mesh.dp_replicate": (1, 2, 4),
+    "mesh.expert_ranks": (0, 1, 2),
+    "mesh.expert_weights": ("replicated", "sharded"),
     "mesh.dispatch": ("all_gather", "all_to_all", "auto"),
     "data.document_mask": (False, True),
     "pipeline.stages_per_rank": (0, 2, 3),
@@ -107,6 +111,7 @@ TOGETHER = (
     ("moe.group_sequences", "training.microbatch_size"),
     ("model.num_heads", "model.num_kv_heads"),
     ("moe.router", "moe.top_k", "moe.capacity_factor"),
+    ("mesh.experts", "mesh.expert_ranks", "mesh.expert_weights"),
 )
 """Keys of which one alone is often refused."""
 

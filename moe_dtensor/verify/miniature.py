@@ -102,6 +102,8 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "fsdp.cpu_offload": False,
             # A miniature fits whatever it does: judged is what the whole config may need.
             "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
+            # What is rounded on purpose is no error of a mesh.
+            "optimizer.state_dtype": "auto",
             "checkpoint.enable": False,
             "data.corpus": "random",
             "data.tokenizer": "bytes",

@@ -99,11 +99,11 @@ def steps(
         model = Transformer(config, weights, balance)
         loss, *mtp_losses = _differentiate(model, batch)
         gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
-        if config.optimizer.router_lr == 0:
-            gradients |= {n: torch.zeros_like(g) for n, g in gradients.items() if ".router." in n}
-        norm = math.inf if number in skipped else gradient_norm(gradients, config.training.norm_type)
+        frozen = {n for n in gradients if config.optimizer.router_lr == 0 and ".router." in n}
+        used = {n: torch.zeros_like(g) if n in frozen else g for n, g in gradients.items()}
+        norm = math.inf if number in skipped else gradient_norm(used, config.training.norm_type)
         if number not in skipped:
-            adamw.step(gradients, norm, learning_rate(config, number))
+            adamw.step(used, norm, learning_rate(config, number))
         load = {
             i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
             for i, routed in model.routed.items()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.config.build import override
-from moe_dtensor.config.resolve import expert_ranks
+from moe_dtensor.config.resolve import expert_groups, expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch as LoadedBatch
 from moe_dtensor.estimate.memory import settle_accumulate
@@ -113,6 +113,8 @@ def computation(case: Case) -> str:
         idle |= {"pipeline.schedule": "1F1B"}
     if case.layout.tp == 1:
         idle |= {"mesh.sequence_parallel": True}
+    if expert_groups(placed) == 1:
+        idle |= {"mesh.expert_ranks": 0, "mesh.expert_weights": "replicated"}
     if expert_ranks(placed) == 1 or not placed.moe.num_experts:
         idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
     return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
@@ -124,6 +126,9 @@ IRRELEVANT = {
     "moe.rows": "exact",
     "mesh.experts": "tp",
     "mesh.dispatch": "all_gather",
+    "mesh.dp_replicate": 1,
+    "mesh.expert_ranks": 0,
+    "mesh.expert_weights": "replicated",
     "fsdp.accumulate": "whole",
 }
 """How a thing is computed, which the oracle does not ask."""

@@ -185,6 +185,29 @@ WRONG = [
         "mesh.experts to tp or tp_hidden",
     ),
     # Batches.
+    ("--mesh.dp 4 --mesh.dp_replicate 3", "mesh.dp_replicate = 3 does not divide mesh.dp = 4", "a divisor of 4"),
+    ("--mesh.dp 4 --mesh.dp_replicate 8", "mesh.dp_replicate = 8 does not divide mesh.dp = 4", "a divisor of 4"),
+    ("--mesh.dp 4 --mesh.expert_ranks 2", "mesh.expert_ranks = 2 is about experts on dp ranks", "dp or dp_tp"),
+    (
+        "--mesh.dp 4 --mesh.expert_weights sharded",
+        "mesh.expert_weights = sharded is about experts on dp ranks, but mesh.experts = tp",
+        "take mesh.expert_weights out",
+    ),
+    (
+        "--mesh.dp 4 --mesh.experts dp --mesh.expert_ranks 3",
+        "mesh.expert_ranks = 3 does not divide mesh.dp = 4",
+        "a divisor of 4",
+    ),
+    (
+        "--mesh.dp 4 --mesh.experts dp --mesh.expert_ranks 4 --mesh.expert_weights sharded --mesh.dp_replicate 2",
+        "mesh.dp_replicate = 2, which does not divide the 1 groups of mesh.expert_ranks = 4",
+        "a divisor of 2, or mesh.expert_weights = replicated",
+    ),
+    (
+        "--training.dtype bfloat16 --training.param_dtype bfloat16 --fsdp.accumulate sharded",
+        "fsdp.accumulate = sharded adds shards up in training.dtype = bfloat16, which is narrower",
+        "accumulate = whole",
+    ),
     ("--mesh.dp 5 --model.dim 160", "training.global_batch_size = 24 is not a multiple of mesh.dp = 5", "25"),
     (
         "--training.validation_interval 5 --training.validation_sequences 25",

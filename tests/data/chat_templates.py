@@ -76,15 +76,41 @@ PLAIN = (
 )
 """The words for the assistant belong to the user's turn; no prompt to ask for (Alpaca)."""
 
+LATE = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system, rest = messages[0]['content'] + '\n\n', messages[1:] %}
+{%- else %}
+    {%- set system, rest = '', messages %}
+{%- endif %}
+{%- set last = rest | selectattr('role', 'equalto', 'user') | list | last %}
+{%- for m in rest %}
+    {%- if m['role'] == 'user' %}
+        {{- '[INST] ' + (system if m == last else '') + m['content'] + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + m['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+"""The system's words move on to the latest question (Mistral)."""
+
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""The last turn ends with another token than earlier ones, and the assistant names a channel itself (gpt-oss)."""
+
 TEMPLATES = {
     "chatml": CHATML,
     "instructions": INSTRUCTIONS,
     "thinking": THINKING,
     "tagged": TAGGED,
     "plain": PLAIN,
+    "late": LATE,
+    "channels": CHANNELS,
 }
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-END = {"chatml": "<|im_end|>", "thinking": "<|im_end|>"}
+SPECIAL += ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+END = {"chatml": "<|im_end|>", "thinking": "<|im_end|>", "channels": "<|return|>"}
 """The end token of who has not </s>."""
 
 

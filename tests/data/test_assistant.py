@@ -19,12 +19,16 @@ TALK = [
     {"role": "user", "content": "And the moon?"},
     {"role": "assistant", "content": "About the same."},
 ]
+YEARS = "<think>\nAstronomy.\n</think>\n\nSome 4.6 billion years."
+FINAL = "<|channel|>final<|message|>"
 SAID = {
-    "chatml": ["<think>\nAstronomy.\n</think>\n\nSome 4.6 billion years.<|im_end|>", "About the same.<|im_end|>"],
-    "instructions": [" <think>\nAstronomy.\n</think>\n\nSome 4.6 billion years.</s>", " About the same.</s>"],
+    "chatml": [f"{YEARS}<|im_end|>", "About the same.<|im_end|>"],
+    "instructions": [f" {YEARS}</s>", " About the same.</s>"],
     "thinking": ["Some 4.6 billion years.<|im_end|>", "<think>\n\n</think>\n\nAbout the same.<|im_end|>"],
-    "tagged": ["<think>\nAstronomy.\n</think>\n\nSome 4.6 billion years.</s>\n", "About the same.</s>"],
-    "plain": ["<think>\nAstronomy.\n</think>\n\nSome 4.6 billion years.</s>", "About the same.</s>"],
+    "tagged": [f"{YEARS}</s>\n", "About the same.</s>"],
+    "late": [f" {YEARS}</s>", " About the same.</s>"],
+    "channels": [f"{FINAL}{YEARS}<|end|>", f"{FINAL}About the same.<|return|>"],
+    "plain": [f"{YEARS}</s>", "About the same.</s>"],
 }
 
 
@@ -67,7 +71,7 @@ def test_tags_mark_what_transformers_marks(template) -> None:
     assert assistant_spans(template("tagged"), TALK) == (text, spans)
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "instructions"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("instructions", "late")])
 def test_odd_turns(name: str, template) -> None:
     """Two of the assistant's in a row, one without words, content like what is around it."""
     odd = [
@@ -80,7 +84,7 @@ def test_odd_turns(name: str, template) -> None:
     text, spans = assistant_spans(template(name), odd)
     said = [text[start:end] for start, end in spans]
     for turn, content in zip(said, ("", "assistant\n<think>", "again"), strict=True):
-        for extra in (*SPECIAL, "<think>\n\n</think>\n\n"):
+        for extra in (FINAL, *SPECIAL, "<think>\n\n</think>\n\n"):
             turn = turn.replace(extra, "")
         assert turn.strip("\n") == content
 

@@ -23,8 +23,6 @@ from moe_dtensor.verbs import tokenize
 from tests.data.chat_templates import END, TEMPLATES, save_tokenizer
 from tests.data.test_assistant import SAID, TALK
 
-NAMES = ["chatml", "instructions", "thinking", "plain", "tagged"]
-
 
 def write(path: Path, records: list[dict]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -82,7 +80,7 @@ def pieces(batch: Batch) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_transformers_and_targets_what_the_assistant_says(make, tmp_path: Path, name: str) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -101,14 +101,24 @@ def cases_on(mesh: str, cases: Iterable[Keys]) -> list[Keys]:
     return [mesh_keys | keys for keys in cases]
 
 
+GROUPS: list[Keys] = [
+    {"mesh.dp_replicate": 2, "training.global_batch_size": 16, "fsdp.accumulate": "sharded"},
+    {"mesh.experts": "dp", "mesh.expert_ranks": 2},
+    {"mesh.experts": "dp", "mesh.expert_ranks": 2, "mesh.expert_weights": "sharded", "mesh.dispatch": "all_to_all"},
+    {"mesh.experts": "dp", "mesh.expert_ranks": 1, "mesh.expert_weights": "sharded", "mesh.dp_replicate": 2},
+]
+"""Two levels of dp, and groups of dp ranks that share experts."""
 EVERYWHERE = [{"mesh.experts": at} | way for at in PLACES for way in WAYS if at != "tp_hidden" or way not in WAYS[4:]]
 MESHES = {
     "2x1x2": [*EVERYWHERE, *MORE],
-    "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])] + MORE[4:],
+    "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])]
+    + MORE[4:]
+    + GROUPS,
     "1x1x4": [{"mesh.experts": at} | way for at in ("dp", "dp_tp") for way in WAYS[2:7]] + MORE[:4],
     "2x2x1": [
         *({"mesh.experts": at, "model.num_layers": 2} | way for at in ("dp", "dp_tp") for way in (WAYS[3], WAYS[6])),
         {"model.num_layers": 2, "fsdp.accumulate": "sharded", "training.global_batch_size": 16},
+        {"model.num_layers": 2, "mesh.dp_replicate": 2, "mesh.experts": "dp"},
     ],
 }
 

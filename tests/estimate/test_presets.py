@@ -24,6 +24,7 @@ PUBLISHED = {
     "ernie_4_5_21b_a3b": 21.8,
     "dots_llm1": 142.8,
     "qwen3_30b_a3b": 30.5,
+    "qwen3_235b_a22b": 235.1,
     "mixtral_8x7b": 46.7,
     "olmoe_1b_7b": 6.92,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moe_dtensor.config.schema import Config, Optimizer
 from moe_dtensor.testing.ranks import run_on_ranks
+from moe_dtensor.train import narrow_moments
 from moe_dtensor.train.optimizer import build_optimizers, is_decayed
 
 CONFIG = Config(optimizer=Optimizer(lr=0.01, weight_decay=0.5))
@@ -125,3 +128,50 @@ def test_zero_eps_survives_saving() -> None:
     optimizers = build_optimizers([part], Config(optimizer=Optimizer(eps=0.0)))
     optimizers.load_state_dict(optimizers.state_dict())
     assert torch.equal(part.wq.weight, before)
+
+
+def _updated(training: str, state: str, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    config = replace(
+        CONFIG,
+        optimizer=replace(CONFIG.optimizer, state_dtype=state),
+        training=replace(CONFIG.training, dtype=training),
+    )
+    part = Part(getattr(torch, training))
+    optimizers = build_optimizers([part], config)
+    for step in range(steps):
+        for seed, parameter in enumerate(part.parameters()):
+            parameter.grad = gradient(parameter, 100 * step + seed)
+        optimizers.step()
+    return {name: p.detach() for name, p in part.named_parameters()}, optimizers.state_dict()
+
+
+def test_moments_in_bfloat16_are_rounded_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step from zero moments is the exact one; many steps stay within bfloat16's digits. In several pieces too."""
+    monkeypatch.setattr(narrow_moments, "PIECE", 5)
+    exact, _ = _updated("float32", "auto", 1)
+    narrow, state = _updated("float32", "bfloat16", 1)
+    assert all(torch.equal(exact[name], narrow[name]) for name in exact)
+    moments = [value for key, value in state.items() if "exp_avg" in key]
+    assert len(moments) == 6
+    assert {value.dtype for value in moments} == {torch.bfloat16}
+    assert {float(value) for key, value in state.items() if key.endswith("step")} == {1.0}
+    (exact, _), (narrow, _) = _updated("float32", "auto", 20), _updated("float32", "bfloat16", 20)
+    for name in exact:
+        assert 0 < (exact[name] - narrow[name]).abs().max() < 2**-7 * 20 * CONFIG.optimizer.lr
+
+
+def test_weights_in_bfloat16_may_have_moments_in_float32() -> None:
+    _, state = _updated("bfloat16", "float32", 3)
+    assert {value.dtype for key, value in state.items() if "exp_avg" in key} == {torch.float32}
+
+
+def test_a_loaded_state_keeps_the_dtype_that_is_asked_for() -> None:
+    for saved, wanted in (("auto", "bfloat16"), ("bfloat16", "float32")):
+        _, state = _updated("float32", saved, 3)
+        config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, state_dtype=wanted))
+        optimizers = build_optimizers([Part(torch.float32)], config)
+        optimizers.load_state_dict(state)
+        loaded = optimizers.state_dict()
+        for key in (key for key in state if "exp_avg" in key):
+            assert loaded[key].dtype == getattr(torch, wanted)
+            assert torch.equal(loaded[key].float(), state[key].to(getattr(torch, wanted)).float())

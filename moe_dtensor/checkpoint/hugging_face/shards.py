@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moe_dtensor.checkpoint.hugging_face.mxfp4 import BLOCKS, SCALES, packed_tensors, read_packed
 from moe_dtensor.checkpoint.hugging_face.safetensors_file import DTYPES, Entry, SafetensorsFile
 from moe_dtensor.config.errors import ConfigError
 
@@ -37,6 +38,8 @@ class Shards:
                 "Fetch index and shards again; they are not of one model.",
             )
         self.file_of = found
+        self.packed = packed_tensors({name: self._shard(file).entries[name] for name, file in found.items()})
+        """Experts in MXFP4, read as the numbers that they stand for."""
 
     def _index(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
@@ -62,24 +65,29 @@ class Shards:
         return self._open[file]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.file_of
+        return name in self.file_of or name in self.packed
 
     def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self.file_of)
+        """Of all tensors; packed ones without their parts."""
+        parts = {base + part for base in self.packed for part in (BLOCKS, SCALES)}
+        return [name for name in self.file_of if name not in parts] + list(self.packed)
 
     def entry(self, name: str) -> Entry:
         """Shape and dtype."""
+        if name in self.packed:
+            return self.packed[name]
         return self._shard(self.file_of[name]).entries[name]
 
     def read(self, name: str, ranges: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """A tensor or a part of it."""
+        if name in self.packed:
+            return read_packed(name, self.packed[name], ranges, self.read)
         return self._shard(self.file_of[name]).read(name, ranges)
 
     def refuse_quantized(self) -> None:
-        """Raise for weights that are codes, not numbers: FP8, MXFP4 and other packed types."""
-        packed = [n for n in self.file_of if n.endswith(("_blocks", "_scales", "weight_scale_inv", "weight_scale"))]
-        odd = [n for n in self.file_of if self.entry(n).dtype not in DTYPES or self.entry(n).dtype == "U8"]
+        """Raise for weights that are codes, not numbers: FP8 and other packed types, but for experts in MXFP4."""
+        packed = [n for n in self.names() if n.endswith(("_blocks", "_scales", "weight_scale_inv", "weight_scale"))]
+        odd = [n for n in self.names() if self.entry(n).dtype not in DTYPES or self.entry(n).dtype == "U8"]
         kind = "MXFP4" if any(n.endswith("_blocks") for n in packed) else "quantised"
         if odd:
             kind = "FP8" if self.entry(odd[0]).dtype.startswith("F8") else kind

@@ -61,6 +61,8 @@ class Family:
     granted, so nothing else is exported."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says beside, in export."""
+    packed_as: tuple[str, ...] = ()
+    """Kinds of ``quantization_config`` that are read as the numbers that they stand for."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Our tensors of which a block beyond the last (multi-token prediction) has a copy: its name in the files."""
     extras: tuple[str, ...] = ()

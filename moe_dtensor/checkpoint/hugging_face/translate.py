@@ -58,13 +58,15 @@ def describe(content: Mapping[str, Any], where: str) -> Described:
             f"{where}: model_type = {model_type!r} has no table.", f"There are tables for {', '.join(FAMILIES)}."
         )
     quantized = content.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", quantized) if isinstance(quantized, Mapping) else quantized
+    family = FAMILIES[model_type]
+    method = quantized.get("quant_method", quantized) if isinstance(quantized, Mapping) else quantized
+    if method in family.packed_as:
+        content = {key: value for key, value in content.items() if key != "quantization_config"}
+    elif quantized:
         raise ConfigError(
             f"{where}: quantization_config says {method}; quantised weights are not read as numbers.",
             "Dequantise the folder to bfloat16 first.",
         )
-    family = FAMILIES[model_type]
     raw, function = Raw(content, where), neutral_function()
     for key in family.keys:
         key.read(raw, function)

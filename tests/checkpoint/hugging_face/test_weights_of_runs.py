@@ -24,7 +24,14 @@ assert spec.loader
 tiny_models = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_models)
 
-MESHES = {"1x1x1": (1, 1, 1, "tp"), "1x1x2": (1, 1, 2, "tp"), "2x1x2": (2, 1, 2, "dp"), "1x2x2": (1, 2, 2, "tp_hidden")}
+MESHES = {
+    "1x1x1": (1, 1, 1, "tp"),
+    "1x1x2": (1, 1, 2, "tp"),
+    "2x1x2": (2, 1, 2, "dp"),
+    "1x2x2": (1, 2, 2, "tp_hidden"),
+    "8x1x1": (8, 1, 1, "tp"),
+    "2x1x2, over both": (2, 1, 2, "dp_tp"),
+}
 
 
 def placed(config: Config, mesh: str) -> Config:
@@ -44,15 +51,21 @@ def initial_parameters(config: Config) -> tuple[dict[str, torch.Tensor], torch.T
     return found, trainer.balance.bias_LE
 
 
-@pytest.mark.parametrize("case", ["ernie4_5_moe", "sarvam_moe"])
-def test_every_mesh_starts_from_the_same_weights(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "meshes"),
+    [
+        ("ernie4_5_moe", ["1x1x1", "1x1x2", "2x1x2", "1x2x2"]),
+        ("sarvam_moe", ["1x1x2"]),
+        pytest.param("sarvam_moe", ["8x1x1", "2x1x2, over both"], marks=pytest.mark.full),
+    ],
+)
+def test_every_mesh_starts_from_the_same_weights(case: str, meshes: list[str], tmp_path: Path) -> None:
     folder = tiny_models.save_model(case, tmp_path / "hf")
     assert main(["convert", "--from", "hf", "--to", "native", "--input", str(folder), "--output", f"{tmp_path}/n"]) == 0
     config_only(folder, tmp_path / "own.toml")
     config = load(tmp_path / "own.toml")
     expected, bias_LE = run_on_ranks(initial_parameters, 1, placed(config, "1x1x1"))[0]
     assert bias_LE.abs().min() > 0
-    meshes = list(MESHES) if case == "ernie4_5_moe" else ["1x1x2"]
     for initial in (str(folder), str(tmp_path / "n")):
         for mesh in meshes:
             placed_config = placed(override(config, {"checkpoint.initial": initial}), mesh)

@@ -340,6 +340,7 @@ GPT_OSS = Family(
         Tensor("layers.{i}.moe.down_bias", "e d", "model.layers.{i}.mlp.experts.down_proj_bias"),
         *pieces.FINAL_NORM,
     ),
+    packed_as=("mxfp4",),
 )
 
 FAMILIES = (QWEN2_MOE, GLM4_MOE, MINIMAX_M2, EXAONE_MOE, MELLUM, FLINT, AFMOE, HUNYUAN_V1_MOE, GPT_OSS)

@@ -1,0 +1,211 @@
+"""How long a step would take, by arithmetic from a few measured speeds. Loads no torch.
+
+A sum of what a rank computes, of what it sends and nothing hides, of what each collective takes however small it is,
+and of the optimizer, over one minus the pipeline's bubble. It ranks meshes; it does not replace ``bench train``.
+``plan --search`` prints how far it is from what was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from typing import Literal
+
+from moe_dtensor.config.resolve import (
+    GATED,
+    block_config,
+    expert_dp_ranks,
+    expert_ranks,
+    expert_shards,
+    microbatches,
+    moe_layers,
+    rank_stages,
+    shard_ranks,
+    stage_layers,
+)
+from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.counts import flops_per_token
+from moe_dtensor.estimate.dispatch import LATENCY, READ, dispatch_costs
+from moe_dtensor.estimate.schedule import bubble
+from moe_dtensor.estimate.shards import stage_shares
+from moe_dtensor.estimate.sizes import BYTES
+from moe_dtensor.estimate.traffic import activation_bytes, fsdp_bytes, pp_bytes, replicated_gradient_bytes
+
+Routing = Literal["balanced", "learned", "skewed"]
+ROUTINGS: tuple[Routing, ...] = ("balanced", "learned", "skewed")
+BUSIEST = {"balanced": 1.3, "free": 2.6}
+"""Load of the busiest expert over the mean, as learned: with something that balances (sinkhorn, a loss, a bias), and
+with nothing (``docs/study.md``)."""
+HIDDEN = 0.5
+"""Share of the tokens' way that compiled blocks hide: 45 to 59 % on two H100 (``docs/several_gpus.md``)."""
+MEMORY_BANDWIDTH = 3.0e12
+"""Bytes a second that AdamW reads and writes at, on a Hopper card."""
+
+
+THIN = 100.0
+"""Products of experts F hidden units wide take 1 + THIN / F times as long as very wide ones: on two H100 half of 512
+cost 8 % of a step (``docs/several_gpus.md``)."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What the machines do."""
+
+    flops: float = 340e12
+    """FLOP/s that a device makes of a training step's products: 34.4 % of an H100's peak, measured at olmoe_small."""
+    inside: float = 450e9
+    """Bytes/s that a rank sends to others in its host."""
+    between: float = 50e9
+    """Bytes/s that a rank sends to other hosts: 400 Gbit/s a device."""
+    host: int = 8
+    """Devices in a host."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the rank that takes longest."""
+
+    computing: float
+    """Products, recomputation and uneven stages included."""
+    uneven: float
+    """What the busiest rank's experts take longer than the average's."""
+    weights: float
+    """FSDP's gathers and reductions, as far as computing does not hide them."""
+    tokens: float
+    """Tokens on their way to experts and over tp, as far as nothing hides them."""
+    stages: float
+    """Between pipeline stages."""
+    waiting: float
+    """Collectives however small, and reads of the device."""
+    updating: float
+    """The optimizer."""
+    bubble: float
+    """Idle in the pipeline."""
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(vars(self).values())
+
+
+@functools.lru_cache(maxsize=65536)
+def step_time(config: Config, speeds: Speeds, routing: Routing) -> StepTime:
+    """Of a resolved config that knows its vocabulary, ``mesh.dispatch`` and ``fsdp.accumulate`` settled."""
+    training, mesh = config.training, config.mesh
+    dense, experts = _flops(config)
+    tokens = training.global_batch_size * training.seq_len
+    each = tokens / (mesh.dp * mesh.pp * mesh.tp) / speeds.flops * _fullest_stage(config)
+    computing, on_experts = each * (dense + experts), each * experts
+    more = busiest_rank(config, routing) - 1
+    tp, inner, sharded, pipeline = _links(config, speeds)
+    within = [activation_bytes(config, rank_stages(config, rank)) for rank in range(mesh.pp)]
+    summed = max(replicated_gradient_bytes(config, rank_stages(config, rank)) for rank in range(mesh.pp))
+    over_tp = max(sent["tp"] for sent in within) / tp + summed / tp
+    to_experts = max(sent["dp"] + sent["dp_tp"] for sent in within) / inner * (1 + more)
+    hidden = HIDDEN if config.compile.enable else 0.0
+    fsdp = max(fsdp_bytes(config, rank_stages(config, rank)) for rank in range(mesh.pp)) / sharded
+    busy = computing + on_experts * more
+    through = max(pp_bytes(config, rank_stages(config, rank)) for rank in range(mesh.pp)) / pipeline
+    stored = max(_stored(config, rank) for rank in range(mesh.pp))
+    waiting = _waiting(config)
+    in_pipeline = busy + (over_tp + to_experts) * (1 - hidden) + through + waiting
+    idle = bubble(config)
+    return StepTime(
+        computing=computing,
+        uneven=on_experts * more,
+        weights=max(0.0, fsdp - busy),
+        tokens=(over_tp + to_experts) * (1 - hidden),
+        stages=through,
+        waiting=waiting,
+        # Weight, gradient and two moments: four reads, three writes.
+        updating=7 * stored * BYTES[training.dtype] / MEMORY_BANDWIDTH,
+        bubble=in_pipeline * idle / (1 - idle),
+    )
+
+
+def tokens_per_second(config: Config, time: StepTime) -> float:
+    """Of all ranks together."""
+    return config.training.global_batch_size * config.training.seq_len / time.total
+
+
+def busiest_rank(config: Config, routing: Routing) -> float:
+    """Load of the busiest rank's experts over the average's, in a block.
+
+    Learned: experts' loads spread around the mean so that the busiest of E has :data:`BUSIEST`; a rank's load is the
+    mean of its experts'. Skewed: an expert's popularity falls as 1 over its number, and the first rank has the first.
+    """
+    moe, ranks = config.moe, expert_ranks(config)
+    if not moe_layers(config) or ranks == 1 or routing == "balanced":
+        return 1.0
+    if routing == "learned":
+        balanced = moe.router != "topk" or moe.balance_loss > 0 or moe.bias_rate > 0
+        most = BUSIEST["balanced" if balanced else "free"] - 1
+        return 1 + most * sqrt(ranks / moe.num_experts * log(ranks) / log(max(2, moe.num_experts)))
+    chosen = _zipf(moe.num_experts, moe.top_k)
+    return sum(chosen[: moe.num_experts // ranks]) / moe.top_k * ranks
+
+
+def _zipf(experts: int, top_k: int) -> list[float]:
+    """How often a token chooses each expert, K different ones: ``1 - exp(-c / i)``, with c so that they sum to K."""
+    if top_k >= experts:
+        return [1.0] * experts
+    low, high = 0.0, 1.0
+    while sum(1 - exp(-high / i) for i in range(1, experts + 1)) < top_k:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(1 - exp(-middle / i) for i in range(1, experts + 1)) < top_k:
+            low = middle
+        else:
+            high = middle
+    return [1 - exp(-high / i) for i in range(1, experts + 1)]
+
+
+def _flops(config: Config) -> tuple[float, float]:
+    """Of one token, recomputation included: outside of the experts, and in them, where thin products count as more."""
+    model, moe = config.model, config.moe
+    weights = (2 + (model.activation in GATED)) * moe.hidden_dim * model.dim if moe.num_experts else 0
+    experts = 6.0 * weights * sum(block_config(config, layer).moe.top_k for layer in moe_layers(config))
+    dense = flops_per_token(config) - experts
+    hidden = moe.hidden_dim / (config.mesh.tp if config.mesh.experts == "tp_hidden" else 1)
+    experts *= (1 + THIN / hidden) / (1 + THIN / 512)
+    # A forward is a third of both passes. Selective recomputation keeps what experts and attention gave.
+    again = {"none": (0.0, 0.0), "selective": (1 / 3, 0.0), "full": (1 / 3, 1 / 3)}[config.activation_checkpoint.mode]
+    return dense * (1 + again[0]), experts * (1 + again[1])
+
+
+def _fullest_stage(config: Config) -> float:
+    """Blocks of the pipeline rank that has most, over the average."""
+    pp = config.mesh.pp
+    counts = [sum(len(stage_layers(config, stage)) for stage in rank_stages(config, rank)) for rank in range(pp)]
+    return max(counts) * pp / sum(counts)
+
+
+def _links(config: Config, speeds: Speeds) -> tuple[float, float, float, float]:
+    """Bytes/s of tp, of ranks that share experts, of FSDP, of pipeline neighbours: tp is innermost, dp outermost."""
+    mesh = config.mesh
+    block = mesh.pp * mesh.tp
+
+    def speed(span: int) -> float:
+        return speeds.inside if span <= speeds.host else speeds.between
+
+    sharing = mesh.tp if mesh.experts in ("tp", "tp_hidden") else expert_dp_ranks(config) * block
+    sharded = shard_ranks(config) if expert_shards(config) == 1 else mesh.dp
+    return speed(mesh.tp), speed(sharing), speed(sharded * block), speed(block)
+
+
+def _stored(config: Config, pp_rank: int) -> int:
+    """Elements that a rank updates."""
+    return sum(s.local_size for stage in rank_stages(config, pp_rank) for s in stage_shares(config, stage))
+
+
+def _waiting(config: Config) -> float:
+    """Seconds of a step's collectives and reads, however little they move, on the rank with most blocks."""
+    mesh, blocks = config.mesh, config.model.num_layers / config.mesh.pp
+    borders = 4 if mesh.tp > 1 else 0
+    each = blocks * borders * LATENCY
+    if moe_layers(config) and expert_ranks(config) > 1:
+        each += len(moe_layers(config)) / mesh.pp * dispatch_costs(config)[mesh.dispatch].waiting  # type: ignore[index]
+    once = (2 if config.fsdp.reshard_after_forward == "always" else 0) * blocks if mesh.dp > 1 else 0
+    return microbatches(config) * (each + once * LATENCY) + READ
