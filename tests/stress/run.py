@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
 import torch  # noqa: E402
 
 from tests.stress.faults import ALONE, DECK, PATIENCE, Scene, full_disk, kill, kill_launcher  # noqa: E402
-from tests.stress.runs import CORPORA, MESHES, Expected, ranks_of, records, saved, write_texts  # noqa: E402
+from tests.stress.runs import CORPORA, MESHES, STEPS, Expected, ranks_of, records, saved, write_texts  # noqa: E402
 
 Fault = Callable[[Scene], None]
 DISK = "48m"
@@ -91,6 +91,8 @@ def play(
             if index == changes_at and other != mesh:
                 meshes = changed(meshes, max(saved(folder), default=0), other)
             scene = Scene(place, folder, texts, meshes[-1][1], corpus, background, chance)
+            if fault is not None and records(folder)[-1:] and saved(folder)[-1:] == [STEPS]:
+                continue  # the run has ended already
             if fault is not None:
                 told["faults"].append(scene.told)
                 scene.told |= {"kind": fault.__name__, "mesh": scene.mesh}
