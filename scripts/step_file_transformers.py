@@ -14,9 +14,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
 
 from moe_dtensor.verify.step_file import Name, write_step_file
 
-E, K, F, D, HEADS, HEAD = 8, 2, 16, 32, 4, 8
+E, K, F, D, HEADS, HEAD, VOCAB = 8, 2, 16, 32, 4, 8, 64
 COEFFICIENT = 0.05
-LR = 1e-2
+LR, BETAS, EPS = 1e-2, (0.9, 0.95), 1e-8
 
 
 def export(path: Path, double_softmax: bool = False) -> None:
@@ -38,9 +38,34 @@ def export(path: Path, double_softmax: bool = False) -> None:
 
 
 def _export(path: Path) -> None:
+    model = build()
+    tokens, labels = torch.randint(0, VOCAB, (2, 2, 12)).unbind()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+    out = model(input_ids=tokens, labels=labels, shift_labels=labels)
+    out.loss.backward()
+    optimizer.step()
+    write_step_file(
+        path,
+        trainer=f"transformers {transformers.__version__} Qwen3MoeForCausalLM",
+        dtype="float32",
+        loss=float((out.loss - COEFFICIENT * out.aux_loss).detach()),
+        config=tables(model.config),
+        batch={"tokens": tokens, "labels": labels},
+        tensors={
+            "weights": before,
+            "gradients": {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()},
+            "after": dict(model.named_parameters()),
+        },
+        names=names(),
+    )
+
+
+def build() -> qwen.Qwen3MoeForCausalLM:
+    """The model, with weights that hide nothing."""
     torch.manual_seed(0)
     config = qwen.Qwen3MoeConfig(
-        vocab_size=64,
+        vocab_size=VOCAB,
         hidden_size=D,
         intermediate_size=24,
         moe_intermediate_size=F,
@@ -59,55 +84,41 @@ def _export(path: Path) -> None:
     model = qwen.Qwen3MoeForCausalLM(config)
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.2)
-    tokens, labels = torch.randint(0, 64, (2, 2, 12)).unbind()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    out = model(input_ids=tokens, labels=labels, shift_labels=labels)
-    out.loss.backward()
-    optimizer.step()
+    return model
+
+
+def tables(config: qwen.Qwen3MoeConfig) -> dict[str, dict[str, Any]]:
+    """The same computation in the words of a TOML."""
     theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
-    write_step_file(
-        path,
-        trainer=f"transformers {transformers.__version__} Qwen3MoeForCausalLM",
-        dtype="float32",
-        loss=float((out.loss - COEFFICIENT * out.aux_loss).detach()),
-        config={
-            "model": {
-                "num_layers": 2,
-                "dim": D,
-                "num_heads": HEADS,
-                "num_kv_heads": 2,
-                "head_dim": HEAD,
-                "vocab_size": 64,
-                "hidden_dim": 24,
-                "activation": "swiglu",
-                "norm_eps": config.rms_norm_eps,
-                "qk_norm": "head",
-                "rope_theta": float(theta),
-            },
-            "moe": {
-                "num_experts": E,
-                "top_k": K,
-                "hidden_dim": F,
-                "layers": [1],
-                "router": "topk",
-                # Theirs sums the shares of all K choices, which is K times as much.
-                "normalize_gates": True,
-                "balance_loss": COEFFICIENT * K,
-                "balance_over": "group",
-            },
-            "training": {"microbatch_size": 2, "max_grad_norm": 0.0},
-            "optimizer": {"lr": LR, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0},
-            "lr_scheduler": {"warmup_steps": 0},
+    return {
+        "model": {
+            "num_layers": 2,
+            "dim": D,
+            "num_heads": HEADS,
+            "num_kv_heads": 2,
+            "head_dim": HEAD,
+            "vocab_size": VOCAB,
+            "hidden_dim": 24,
+            "activation": "swiglu",
+            "norm_eps": config.rms_norm_eps,
+            "qk_norm": "head",
+            "rope_theta": float(theta),
         },
-        batch={"tokens": tokens, "labels": labels},
-        tensors={
-            "weights": before,
-            "gradients": {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()},
-            "after": dict(model.named_parameters()),
+        "moe": {
+            "num_experts": E,
+            "top_k": K,
+            "hidden_dim": F,
+            "layers": [1],
+            "router": "topk",
+            # Theirs sums the shares of all K choices, which is K times as much.
+            "normalize_gates": True,
+            "balance_loss": COEFFICIENT * K,
+            "balance_over": "group",
         },
-        names=names(),
-    )
+        "training": {"microbatch_size": 2, "max_grad_norm": 0.0},
+        "optimizer": {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": 0.0},
+        "lr_scheduler": {"warmup_steps": 0},
+    }
 
 
 def names() -> dict[str, Name]:

@@ -10,7 +10,7 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -130,12 +130,15 @@ class CheckpointManager:
         self._plans.drop()
         self._parts, self._optimizers, self._schedule, self._balance = parts, optimizers, schedule, balance
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, beside: Mapping[str, str] | None = None) -> None:
         """Write the state after ``step`` steps; older checkpoints beyond ``keep_last`` go once it is whole.
 
         A write that fails (disk full, folder gone) is told and leaves the checkpoints before it as they are; the next
         save tries again. In the background (``async_save``) the state is copied before this returns, and the write's
         end is taken note of by the next ``save`` or ``wait``.
+
+        Args:
+            beside: name and text of small files that the checkpoint carries; rank 0's count.
 
         Raises:
             RunError: another process has taken the run over.
@@ -145,7 +148,7 @@ class CheckpointManager:
         values = {"schedule": self._schedule.state_dict(), "loader": self._loader.state_dict()}
         manifest = Manifest(identity.run_id, identity.data, step, values)
         partial = partial_folder(self.folder, step, identity.run_id, identity.start_id)
-        writer = Writer(self.folder, partial, manifest, identity.check_owner)
+        writer = Writer(self.folder, partial, manifest, identity.check_owner, beside=beside)
         state = {**self._tensors(), "rng": {_rng_key(): _rng()}}
         if self._options.async_save:
             self._finish(step, lambda: self._start_writing(step, state, writer), written=False)

@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, Manifest, partial_folder, step_folder
-from moe_dtensor.checkpoint.small_files import sync_folder
+from moe_dtensor.checkpoint.small_files import sync_folder, write_small
 
 _FILES = "files of a rank"
 _ADMITTED = {
@@ -103,6 +103,7 @@ class Writer(FileSystemWriter):
         partial: folder to write in.
         manifest: without files.
         before_rename: called on rank 0 before the checkpoint appears; raises where it must not.
+        beside: name and text of small files that the checkpoint carries, on rank 0.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class Writer(FileSystemWriter):
         manifest: Manifest,
         before_rename: Callable[[], None],
         file_per_tensor: bool = False,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(partial, single_file_per_rank=not file_per_tensor, overwrite=False)
         self.fs = _CountingFiles()
         self._folder, self._manifest, self._before_rename = folder, manifest, before_rename
+        self._beside = dict(beside or {})
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's file; its checksum travels to rank 0 with the results."""
@@ -133,6 +136,9 @@ class Writer(FileSystemWriter):
         super().finish(metadata, own)
         files[INDEX] = counting.written[f"{INDEX}.tmp"]
         partial, manifest = Path(self.path), self._manifest
+        for name, text in self._beside.items():
+            write_small(partial / name, text)
+            files[name] = len(text.encode()), zlib.crc32(text.encode())
         Manifest(manifest.run_id, manifest.data, manifest.step, manifest.values, files).write(partial)
         self._before_rename()
         place = step_folder(self._folder, manifest.step)

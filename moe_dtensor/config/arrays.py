@@ -1,8 +1,9 @@
-"""Arrays of tables: ``[[data.sources]]`` and ``[[stages]]``, from a TOML and from the command line."""
+"""Arrays of tables (``[[data.sources]]``, ``[[stages]]``): from a TOML and from the command line."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,14 +17,14 @@ from moe_dtensor.config.values import parse_text, show_value, typed_value
 
 def get_array(config: Config, name: str) -> tuple[Any, ...]:
     """The tables of an array."""
-    return config.data.sources if name == "data.sources" else config.stages
+    return functools.reduce(getattr, name.split("."), config)  # type: ignore[arg-type]
 
 
 def set_array(config: Config, name: str, entries: tuple[Any, ...]) -> Config:
     """``config`` with the tables of an array replaced."""
-    if name == "data.sources":
-        return replace(config, data=replace(config.data, sources=entries))
-    return replace(config, stages=entries)
+    outer, _, inner = name.rpartition(".")
+    changed: dict[str, Any] = {inner: entries}
+    return replace(config, **({outer: replace(getattr(config, outer), **changed)} if outer else changed))
 
 
 def take_arrays(config: Config, values: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
@@ -68,14 +69,14 @@ def find_key(name: str, key: str) -> Field:
 
 
 def override_array(config: Config, key: str, value: Any) -> Config:
-    """Replace an array (``--stages '[{from_step = 9, lr = 1e-4}]'``), or a key of one of its tables: a source's by
-    its name (``--data.sources.web.weight 0.5``), a stage's by its number (``--stages.1.lr 1e-4``)."""
+    """Replace an array (``--stages '[{from_step = 9, lr = 1e-4}]'``), or a key of one of its tables: by
+    its name where it has one (``--data.sources.web.weight 0.5``), a stage's by its number (``--stages.1.lr 1e-4``)."""
     name = next(name for name in arrays() if key == name or key.startswith(f"{name}."))
     entries = get_array(config, name)
     if key == name:
         return set_array(config, name, build_entries(name, parse_array(name, value)))
     which, _, member = key[len(name) + 1 :].rpartition(".")
-    names = [entry.name for entry in entries] if name == "data.sources" else [str(i + 1) for i in range(len(entries))]
+    names = [getattr(entry, "name", str(number)) for number, entry in enumerate(entries, 1)]
     if which not in names:
         raise ConfigError(
             f"{key}: [[{name}]] has no {which!r}.",

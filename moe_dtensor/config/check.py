@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_attention, check_experts, check_sources
+from moe_dtensor.config import check_attention, check_evaluation, check_experts, check_sources
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
@@ -74,6 +74,7 @@ def _broken(config: Config, world_size: int) -> Broken:
         yield from _moments(config)
     yield from _drift(config)
     yield from _ends(config_as_given)
+    yield from check_evaluation.broken(config)
 
 
 def _names(config: Config) -> Broken:

@@ -40,6 +40,13 @@ def check_files(config: Config) -> None:
                 sized = part.corpus != "conversations"  # a template adds what the files do not have
                 if sized and where == "data" and (key == "path" or config.training.validation_interval):
                     _check_size(config, f"{where}.{key}", files)
+    for one in config.eval.sets:
+        place = os.path.expanduser(one.path)
+        if not os.path.exists(place) and not glob.glob(place, recursive=True):
+            raise ConfigError(
+                f"eval.sets.{one.name}.path = {one.path!r} matches no file (from {os.getcwd()!r}).",
+                "Set it to a file, a folder or a glob of texts.",
+            )
     _check_own_parts(config)
     _check_initial(config)
     _check_run_folder(config)

@@ -25,7 +25,7 @@ def help_text() -> str:
             lines.append(f"  --{field.key} {field.metavar}  [{show(field.default)}]")
             lines += textwrap.wrap(field.help.replace("``", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for table in arrays().values():
-        which = "NAME" if table.name == "data.sources" else "N"
+        which = "NAME" if "name" in table.fields else "N"
         lines += ["", f"[[{table.name}]] {table.help}"]
         for field in table.fields.values():
             lines.append(f"  --{table.name}.{which}.{field.name} {field.metavar}  [{show(field.default)}]")

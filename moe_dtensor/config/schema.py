@@ -156,6 +156,28 @@ class Data:
 
 
 @dataclass(frozen=True)
+class EvalSet:
+    """A text measured during training, all of it each time: documents whole, every token once."""
+
+    name: str = ""
+    """What metrics call it."""
+    path: str = ""
+    """A file, a folder or a glob, as data.path of data.corpus = "files"."""
+    text_key: str = ""
+    """As data.text_key. Empty: that one."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Texts measured during training, each a curve of loss and of bits per byte: ``[[eval.sets]]``."""
+
+    interval: int = 0
+    """Steps between measurements. 0: never."""
+    sets: tuple[EvalSet, ...] = ()
+    """The texts: ``[[eval.sets]]``."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """What changes from a step on. Keys that are left out stay as they were."""
 
@@ -218,6 +240,12 @@ class Training:
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
     """Sequences in one measurement. 0: one global batch."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that are continued at each validation and evaluation, for the metrics. Needs mesh.pp = 1."""
+    sample_tokens: int = 32
+    """New tokens of each."""
+    sample_temperature: float = 0.0
+    """How they are drawn. 0: always the likeliest."""
 
 
 @dataclass(frozen=True)
@@ -357,4 +385,5 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
+    eval: Eval = field(default_factory=Eval)
     stages: tuple[Stage, ...] = ()

@@ -15,7 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moe_dtensor.config import schema
 
-ARRAYS: dict[str, type] = {"data.sources": schema.Source, "stages": schema.Stage}
+ARRAYS: dict[str, type] = {
+    "data.sources": schema.Source,
+    "eval.sets": schema.EvalSet,
+    "stages": schema.Stage,
+}
 SHARES = tuple[tuple[str, float], ...]
 """Type of a field that a TOML writes as a table of numbers."""
 

@@ -226,6 +226,12 @@ def read_end_token(file: Path) -> str | None:
     return token
 
 
+def files_beside(name: str) -> Path:
+    """The folder of the files beside the tokenizer that ``data.tokenizer`` names; of ``bytes`` one that has none."""
+    named = Path(name).expanduser()
+    return named if named.is_dir() else named.parent
+
+
 def build_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that ``data.tokenizer`` names: ``bytes`` or a path."""
     return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)

@@ -6,11 +6,12 @@ T tokens, E experts, K choices, R ranks that share whole experts. ``mesh.dispatc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from math import comb
 
 from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks, expert_takes
-from moe_dtensor.config.schema import Config
+from moe_dtensor.config.schema import Config, Moe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -124,7 +125,7 @@ def distinct_ranks(config: Config) -> float:
         return ranks * (1 - (1 - (expert_takes(config) or 0) / size) ** held)
     if not moe.expert_groups:
         return ranks * (1 - _none_of(held, moe.num_experts, moe.top_k))
-    return sum(1 - _none_in_groups(config, rank * held, held) for rank in range(ranks))
+    return sum(1 - _none_in_groups(moe, rank * held, held) for rank in range(ranks))
 
 
 def _none_of(held: int, experts: int, chosen: int) -> float:
@@ -132,13 +133,13 @@ def _none_of(held: int, experts: int, chosen: int) -> float:
     return comb(experts - held, chosen) / comb(experts, chosen)
 
 
-def _none_in_groups(config: Config, first: int, held: int) -> float:
+@functools.lru_cache(maxsize=4096)
+def _none_in_groups(moe: Moe, first: int, held: int) -> float:
     """The same for experts ``first`` to ``first + held - 1``, where a few groups are chosen first.
 
     A rank's experts lie in groups as (how many groups, how many of its experts in each); ways to keep some of them are
     counted one group after the other.
     """
-    moe = config.moe
     size = moe.num_experts // moe.expert_groups
     overlaps = [
         max(0, min(first + held, (group + 1) * size) - max(first, group * size)) for group in range(moe.expert_groups)

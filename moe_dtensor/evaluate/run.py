@@ -65,7 +65,9 @@ def prepare(wanted: Wanted, source: Source, max_length: int, stride: int) -> Pre
     tokenizer, _ = load_tokenizer(source)
     encoder, data = Encoder(tokenizer, tokenizer_folder(source)), source.config.data
     texts = {
-        name: prepare_text(read_text(name, path, data.text_key, data.max_bad_records), encoder, max_length, stride)
+        name: prepare_text(
+            read_text(f"--data {name}", path, data.text_key, data.max_bad_records), encoder, max_length, stride
+        )
         for name, path in wanted.data.items()
     }
     asked = {name: choices.prepare_questions(q, encoder, max_length) for name, q in questions.items()}

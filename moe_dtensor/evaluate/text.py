@@ -51,13 +51,19 @@ class TextResult:
         return -self.log_likelihood / (self.bytes * math.log(2))
 
 
-def read_text(name: str, path: str, text_key: str, max_bad: float) -> list[str]:
+def read_text(key: str, path: str, text_key: str, max_bad: float) -> list[str]:
     """Documents of a file, a folder or a glob, as ``data.corpus = "files"`` reads them; empty ones are left out.
+
+    Args:
+        key: what names the path, for errors.
+        path: see :func:`moe_dtensor.data.files.find_files`.
+        text_key: field of the text in JSON lines and tables.
+        max_bad: share of records that may be skipped.
 
     Raises:
         ConfigError: no such file, a record without text, or nothing at all.
     """
-    files = find_files(f"--data {name}", path)
+    files = find_files(key, path)
     bad = BadRecords(max_bad)
     texts = []
     for file in files.taken:
@@ -67,7 +73,7 @@ def read_text(name: str, path: str, text_key: str, max_bad: float) -> list[str]:
                 texts.append(text)
     bad.judge()
     if not texts:
-        raise ConfigError(f"--data {name}={path} has no text.", "Give a file with at least one document.")
+        raise ConfigError(f"{key}: {path!r} has no text.", "Give a file with at least one document.")
     return texts
 
 

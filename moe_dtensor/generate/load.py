@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer
+from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer, files_beside
 from moe_dtensor.generate.batch import Model
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
@@ -88,6 +87,11 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "activation_checkpoint.mode": "none",
         "training.microbatch_size": 1,
         "training.loss": "cross_entropy",
+        "training.validation_interval": 0,
+        "training.sample_prompts": (),
+        "eval.interval": 0,
+        "eval.sets": (),
+        "stages": (),
         "training.global_batch_size": world_size,
         "training.dtype": computed,
         "training.reduce_dtype": computed,
@@ -118,5 +122,5 @@ def load_tokenizer(source: Source) -> tuple[Tokenizer, set[int]]:
 
 def tokenizer_folder(source: Source) -> Path:
     """Where the files of the model's tokenizer are, its chat template among them."""
-    named = Path(os.path.expanduser(source.config.data.tokenizer))
-    return named if named.is_dir() else named.parent if named.is_file() else source.path
+    named = Path(source.config.data.tokenizer).expanduser()
+    return files_beside(source.config.data.tokenizer) if named.exists() else source.path

@@ -63,6 +63,8 @@ class Transformer(nn.Module):
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
         self.mtp_loss_K: Tensor | None = None
         """Summed loss of each depth of multi-token prediction since the last :meth:`take_mtp_loss`."""
+        self.records_evaluation = False
+        """Whether forward passes of evaluation add to the record too."""
         self.sequence_losses: list[tuple[Tensor, Tensor]] | None = None
         """(sequence_B, loss_B) of every microbatch, for who sets it to a list."""
 
@@ -166,7 +168,7 @@ class Transformer(nn.Module):
     def _keep(self, records: list[Tensor | None]) -> None:
         """Add a forward pass's records to those of the step so far."""
         of_moe = [record_R for record_R in records if record_R is not None]
-        if of_moe and self.training:
+        if of_moe and (self.training or self.records_evaluation):
             record_LR = torch.stack(of_moe)
             self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
 

@@ -109,6 +109,14 @@ def _is_share(grad: DTensor) -> bool:
     return any(place.is_partial() and grad.device_mesh.size(i) > 1 for i, place in enumerate(grad.placements))
 
 
+def reshard(part: nn.Module) -> None:
+    """Give gathered weights back after forward passes without a backward, so that a part's parameters are its shards
+    again."""
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def next_microbatch(part: nn.Module, config: Config, last: bool) -> None:
     """Whether the next backward gives gathered weights back, and reduces gradients over dp or only accumulates them.
 

@@ -139,6 +139,11 @@ def _build_stage(
     from torch.distributed.pipelining import PipelineStage
 
     if settle_accumulate(config).fsdp.accumulate == "sharded":
+        if not hasattr(PipelineStage, "perform_reduce_grad"):  # what ends a step's reductions
+            raise ConfigError(
+                f"fsdp.accumulate = sharded under a pipeline needs a newer torch than {torch.__version__}.",
+                "Set fsdp.accumulate = whole, or mesh.pp = 1.",
+            )
         from moe_dtensor.parallel.reducing_stage import ReducingStage as PipelineStage
 
     training = config.training

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import Batch, Loader
 from moe_dtensor.layers.router import Router, Routing
+from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.step import read_batch
 
@@ -71,6 +72,7 @@ def choices(trainer: Trainer, batch: Batch) -> dict[int, Tensor]:
             if forward is not None:
                 block.forward = forward
         for part in trainer.parts:
+            reshard(part)
             part.train()
     return {layer: torch.cat(kept) for layer, kept in chosen.items() if kept}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -22,9 +22,11 @@ from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.drift import RoutingDrift
 from moe_dtensor.train.flags import DelayedFlag, Skips
+from moe_dtensor.train.held_out import HeldOut, build_held_out
 from moe_dtensor.train.metrics import Meter, Value
-from moe_dtensor.train.opened import Loaders, Opened, build_loaders
+from moe_dtensor.train.opened import Opened
 from moe_dtensor.train.profile import Profiler
+from moe_dtensor.train.proof import carried_files
 from moe_dtensor.train.ranks import Ranks, end_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.routing import routing_metrics, routing_notice
@@ -32,7 +34,7 @@ from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder
 from moe_dtensor.train.signals import EndRequest
 from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
-from moe_dtensor.train.step import StepResult, evaluate, read_batch, to_device, train_step
+from moe_dtensor.train.step import StepResult, to_device, train_step
 from moe_dtensor.train.watch import Watch
 from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
@@ -50,13 +52,19 @@ def train(opened: Opened, ranks: Ranks, request: EndRequest) -> int:
             _say(folder.message)
         else:
             check_weights(config)
-            run = ranks.agree(lambda: Run(config, opened.device, opened.corpus, folder, request, opened.loaders, watch))
+            loaders = ranks.agree(lambda: build_loaders(config, opened.corpus, opened.loader))
+            run = ranks.agree(lambda: Run(config, opened.device, opened.corpus, folder, request, loaders, watch))
             status = run.to_the_end()
         watch.now("end", config.training.steps)
         end_ranks()
     finally:
         opened.close()
     return status
+
+
+def build_loaders(config: Config, corpus: Corpus, loader: Loader | None = None) -> tuple[Loader, HeldOut]:
+    """Of training, and of what is measured beside it; a split that is too small is told at once."""
+    return loader or Loader(config, corpus), build_held_out(config, corpus)
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Run:
     corpus: Corpus
     folder: RunFolder
     request: EndRequest = field(default_factory=EndRequest)
-    loaders: Loaders | None = None
+    loaders: tuple[Loader, HeldOut] | None = None
     watch: Watch | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +84,7 @@ class Run:
         self.told = describe(config, self.corpus)
         self.exported = plan_export(config, self.folder.checkpoints)
         self.trainer: Trainer = build(config, self.device)
-        self.loader, self.validation = self.loaders or build_loaders(config, self.corpus)
+        self.loader, self.held_out = self.loaders or build_loaders(config, self.corpus)
         self.batches = Prefetcher(self.loader, self.trainer.mesh["dp"].get_local_rank(), config.mesh.dp)
         self.checkpoints = CheckpointManager(
             folder.checkpoints,
@@ -111,8 +119,9 @@ class Run:
             world_size=dist.get_world_size(),
             flops_per_token=flops_per_token(config),
             layers=sorted(moe_layers(config)),
-            names={key: [s.name for s in config.data.sources] for key in ("source_loss", "source_tokens")},
+            names=names_of_entries(config),
         )
+        self.routing: dict[str, Value] = {}
         self.begun = False
         self.unfinite: Tensor = torch.zeros((), dtype=torch.bool, device=self.device)
         self.skips = Skips(self.device)
@@ -217,8 +226,7 @@ class Run:
             give(self.trainer, kept)
             trainer = self.trainer
             self.checkpoints.replace(list(trainer.parts), trainer.optimizers, trainer.schedule, trainer.balance)
-            if self.validation is not None:
-                self.validation = Loader(replace(config, stages=()), self.corpus, "validation")
+            self.held_out.enter_stage(config)
         self.meter.enter_stage(flops_per_token(config))
         training = config.training
         _say(
@@ -243,26 +251,17 @@ class Run:
             values["source_loss"] = result.source_loss_N
             values["source_tokens"] = torch.tensor([*self.batches.tokens_by_source.values()], dtype=torch.float64)
         if len(result.churn_L):
-            values |= routing_metrics(self.config, result)
+            self.routing = routing_metrics(self.config, result)
+            values |= self.routing
         if self.config.training.nonfinite == "skip":
             values["skipped"] = (~result.finite).to(torch.float64)
         if self.drift is not None and self.step % self.config.training.routing_drift_interval == 0:
             with self.meter.paused():
                 values["routing_drift"] = self.drift.measure(self.trainer)
-        interval = self.config.training.validation_interval
-        if self.validation is not None and self.step % interval == 0:
+        if self.held_out.is_due(self.step):
             with self.meter.paused():
-                values["validation_loss"] = self._validate(self.validation)
+                values |= self.held_out.measure(self.trainer, self.step)
         self.meter.add(self.step, values)
-
-    def _validate(self, loader: Loader) -> Tensor:
-        """Mean loss of the targets in ``training.validation_sequences`` held-out sequences, the same every time."""
-        start = loader.state_dict()
-        training = self.trainer.config.training
-        batches = training.validation_sequences // training.global_batch_size
-        loss = evaluate(self.trainer, (read_batch(self.trainer, loader) for _ in range(batches)))
-        loader.load_state_dict(start)
-        return loss
 
     def _must_stop(self, result: StepResult) -> bool:
         """Whether a step since the last look was not finite, or too many in a row were skipped.
@@ -309,8 +308,13 @@ class Run:
         self.meter.flush()
         with self.meter.paused():
             self._now("saving")
-            self.checkpoints.save(self.step)
+            self.checkpoints.save(self.step, self._carried())
         self._note_saved()
+
+    def _carried(self) -> dict[str, str]:
+        if not self.is_rank_0:
+            return {}
+        return carried_files(self.folder, self.trainer.config, self.device, self.step, self.routing, self._warn)
 
     def _note_saved(self) -> None:
         if self.is_rank_0 and self.checkpoints.saved_step is not None:
@@ -334,6 +338,12 @@ class Run:
 
     def _warn(self, text: str) -> None:
         say_aside(text)
+
+
+def names_of_entries(config: Config) -> dict[str, list[str]]:
+    """Of values with an entry for each source or text."""
+    sources, sets = [s.name for s in config.data.sources], [s.name for s in config.eval.sets]
+    return {"source_loss": sources, "source_tokens": sources, "eval_loss": sets, "eval_bits_per_byte": sets}
 
 
 def _say(message: str) -> None:

@@ -34,9 +34,9 @@ _PEAK_FLOPS = (
 )
 
 
-Value = Tensor | float | str
+Value = Tensor | float | str | dict[str, str]
 """What a step hands over."""
-Read = float | str | list[float]
+Read = float | str | list[float] | dict[str, str]
 """The same on the host."""
 
 
@@ -90,8 +90,8 @@ class Meter:
 
         Args:
             step: its number, from 1.
-            values: by name; numbers, texts, tensors of one element, or vectors with one entry for each of ``layers``.
-                Tensors must not be written to later.
+            values: by name; numbers, texts (one, or several by name), tensors of one element, or vectors with one entry
+                for each of ``layers``. Tensors must not be written to later.
         """
         if not self._sinks:
             return

@@ -16,9 +16,6 @@ from moe_dtensor.train.ranks import Ranks, start_ranks
 from moe_dtensor.train.run_folder import RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.watch import Watch
 
-Loaders = tuple[Loader, Loader | None]
-"""Of training and, where it is measured, of validation."""
-
 
 @dataclass
 class Opened:
@@ -29,8 +26,8 @@ class Opened:
     device: torch.device
     corpus: Corpus
     folder: RunFolder
-    loaders: Loaders | None
-    """None where the run is finished."""
+    loader: Loader | None
+    """Of training; None where the run is finished."""
     watch: Watch
 
     def close(self) -> None:
@@ -65,14 +62,9 @@ def open_run(given: Config, ranks: Ranks) -> Opened:
     opened = Opened(config, device, corpus, folder, None, watch)
     try:
         if folder.state != "finished":
-            opened.loaders = ranks.agree(lambda: build_loaders(config, corpus))
+            # A split that is too small, or has a record that is no text, is told here.
+            opened.loader = ranks.agree(lambda: Loader(config, corpus))
     except BaseException:
         opened.close()
         raise
     return opened
-
-
-def build_loaders(config: Config, corpus: Corpus) -> Loaders:
-    """A split that is too small, or has a record that is no text, is told here."""
-    held_out = Loader(config, corpus, "validation") if config.training.validation_interval else None
-    return Loader(config, corpus), held_out

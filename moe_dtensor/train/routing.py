@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from moe_dtensor.config.resolve import FORCED, moe_kinds
 from moe_dtensor.config.schema import Config
 from moe_dtensor.train.metrics import Value
@@ -41,9 +43,18 @@ def routing_metrics(config: Config, result: StepResult) -> dict[str, Value]:
     }
     label: dict[str, Value] = {"forced_router": ", ".join(forced)} if forced else {}
     return label | {
-        "expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
-        "expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
-        "experts_without_tokens": (load_LE == 0).sum(1),
+        **load_metrics("", load_LE),
         "expert_load_churn": result.churn_L,
         **{name: mean_L for name, mean_L in means.items() if not off.get(name)},
+    }
+
+
+def load_metrics(prefix: str, load_LE: Tensor) -> dict[str, Value]:
+    """How evenly tokens were sent to the experts of each MoE block, ``(L,)`` each; nothing without experts."""
+    if not len(load_LE):
+        return {}
+    return {
+        f"{prefix}expert_load_max_over_mean": load_LE.amax(1) / load_LE.mean(1),
+        f"{prefix}expert_load_cv": load_LE.std(1, correction=0) / load_LE.mean(1),
+        f"{prefix}experts_without_tokens": (load_LE == 0).sum(1),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps
+from moe_dtensor.checkpoint.proof import STAMP_FILE
 from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.checkpoint.small_files import write_small
 from moe_dtensor.config.errors import ConfigError, RunError
@@ -146,7 +147,7 @@ def open_run_folder(config: Config, fingerprint: str, given: Config | None = Non
 def _open(config: Config, fingerprint: str, kept: Config) -> RunFolder:
     path = Path(config.run.folder)
     checkpoints = path / config.checkpoint.folder
-    if path.is_dir() and not (path / RUN_FILE).is_file() and any(not p.name.startswith(".") for p in path.iterdir()):
+    if path.is_dir() and not (path / RUN_FILE).is_file() and any(map(_is_foreign, path.iterdir())):
         raise ConfigError(
             f"run.folder = {str(path)!r} is not empty and holds no run of this program (no {RUN_FILE}).",
             "Set run.folder to an empty or a new folder.",
@@ -178,6 +179,11 @@ def _open(config: Config, fingerprint: str, kept: Config) -> RunFolder:
         folder.close()
         raise
     return folder
+
+
+def _is_foreign(entry: Path) -> bool:
+    """Whether what lies in a folder that is no run's yet keeps it from becoming one: all but a stamp, made before."""
+    return not entry.name.startswith(".") and entry.name != STAMP_FILE
 
 
 def read_run(path: Path) -> dict[str, Any] | None:

@@ -70,6 +70,7 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
         for name, table in tables().items()
     }
     known["data"] |= {"sources": values.get("data", {}).get("sources", ())}
+    known["eval"] |= {"sets": values.get("eval", {}).get("sets", ())}
     return asdict(resolve(build({**known, "stages": values.get("stages", ())}), 1))
 
 

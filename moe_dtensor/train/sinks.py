@@ -1,7 +1,7 @@
 """Where records go: the terminal, a JSON-lines file, TensorBoard, Weights & Biases.
 
-A record is a dict with ``step``, scalars, texts, and per-layer values as ``{name: {layer: value}}``. One process
-(rank 0) owns the sinks.
+A record is a dict with ``step``, scalars, texts, per-layer values as ``{name: {layer: value}}``, those of sources and
+evaluated texts by their names, and samples as ``{prompt: continuation}``. One process (rank 0) owns the sinks.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def say_aside(text: str) -> None:
 
 
 class TensorBoard:
-    """TensorBoard events; per-layer values are ``<name>/layer_<i>``, a text is written when it changes.
+    """TensorBoard events; per-layer values are ``<name>/layer_<i>``, those of sources ``<name>/<source>``, a text is
+    written when it changes.
 
     Args:
         folder: of the event files.
@@ -227,8 +228,11 @@ def build_sinks(config: Config, folder: Path, run_id: str, start_step: int) -> l
 def _flat(record: Record) -> Iterator[tuple[str, float | str]]:
     for name, value in record.items():
         if isinstance(value, dict):
-            for layer, entry in value.items():
-                yield f"{name}/layer_{layer}", entry
+            for number, (key, entry) in enumerate(value.items(), 1):
+                if isinstance(entry, str):  # what was written after a prompt
+                    yield f"{name}/{number}", key + entry
+                else:
+                    yield f"{name}/layer_{key}" if key.isdigit() else f"{name}/{key}", entry
         elif name != "step":
             yield name, value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
+from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
 
 
@@ -110,25 +112,48 @@ def _top_k(trainer: Trainer) -> int | Tensor:
     return torch.tensor([block_config(config, i).moe.top_k for i in sorted(moe_layers(config))], device=trainer.device)
 
 
-@torch.no_grad()
+class Evaluated(NamedTuple):
+    """What batches gave in evaluation, over all ranks."""
+
+    loss: Tensor
+    """Summed over all targets, in nats; float64 scalar."""
+    targets: Tensor
+    load_LE: Tensor
+    """Copies sent to each expert of each MoE block."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Loss of a target."""
+        return self.loss / self.targets
+
+
 def evaluate(trainer: Trainer, batches: Iterable[Batch]) -> Tensor:
-    """Mean loss of the target tokens of all ``batches``, routed as in evaluation; float64.
+    """Mean loss of the target tokens of all ``batches``, see :func:`evaluate_batches`; float64."""
+    return evaluate_batches(trainer, batches).mean
+
+
+@torch.no_grad()
+def evaluate_batches(trainer: Trainer, batches: Iterable[Batch]) -> Evaluated:
+    """Forward only, under every schedule, routed as in evaluation.
 
     Args:
         batches: of each global batch this dp rank's share.
     """
     for part in trainer.parts:
         part.eval()
+        part.records_evaluation = True
     loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
     targets = torch.zeros_like(loss)
     for batch in batches:
         loss += trainer.runner.evaluate(batch)
         targets += count_targets(trainer, batch)
     for part in trainer.parts:
+        reshard(part)
         part.train()
+        part.records_evaluation = False
     none_2N = torch.zeros(2, 0, dtype=torch.float64, device=trainer.device)
-    total = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)[0]
-    return total / targets
+    total, record_LR, *_ = sum_over_ranks(trainer, loss, take_record(trainer), take_mtp_loss(trainer), none_2N)
+    return Evaluated(total, targets, record_LR[:, : trainer.config.moe.num_experts])
 
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from moe_dtensor.config.build import override
 from moe_dtensor.config.command_line import Parser
@@ -50,7 +50,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
     parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
-    options, config = parser.load(argv)
+    parser.add_argument(
+        "--stamp",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="leave the verdict in a run's folder, for its checkpoints to carry; default: the config's run.folder",
+    )
+    options, config = parser.load(with_config_of_run(argv))
+    if options.stamp is not None and (options.fuzz is not None or options.variants):
+        raise ConfigError("--stamp is the verdict on one config.", "Leave out --fuzz and --variants.")
     if options.fuzz is not None:
         return _fuzz(options, config)
     variants = load_variants(options.variants, config) if options.variants else {"": config}
@@ -83,7 +92,34 @@ def main(argv: list[str]) -> int:
     print(f"{sum(v.ok for v in verdicts)} of {len(verdicts)} distinct computations agree with the oracle")
     if options.json:
         write_record(options.json, verdicts, cases, options.compiled)
+    if options.stamp is not None:
+        _stamp(options, config, verdicts, cases[0][1].config)
     return 0 if all(v.ok for v in verdicts) else 1
+
+
+def with_config_of_run(argv: list[str]) -> list[str]:
+    """The command line, with the run's own config where ``--stamp RUN`` names the run and nothing the config."""
+    if any(word.partition("=")[0] == "--config" for word in argv):
+        return argv
+    for i, word in enumerate(argv):
+        name, _, run = word.partition("=")
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        run = run or ("" if following.startswith("--") else following)
+        if name == "--stamp" and run:
+            if not (Path(run) / "config.toml").is_file():
+                raise ConfigError(
+                    f"--stamp {run}: the folder holds no config.toml of a run.", "Name the config with --config F."
+                )
+            return [*argv, "--config", str(Path(run) / "config.toml")]
+    return argv
+
+
+def _stamp(options: argparse.Namespace, config: Config, verdicts: Sequence[Verdict], judged: Config) -> None:
+    from moe_dtensor.verify.stamp import write_stamp
+
+    how = {"dtype": options.dtype, "backend": judged.moe.backend, "compiled": options.compiled, "exact": options.exact}
+    folder = Path(options.stamp) if options.stamp else Path(config.run.folder)
+    print(f"stamp: {write_stamp(folder, config, verdicts, how)}; checkpoints saved from now on carry it")
 
 
 def _verify_folder(argv: list[str]) -> int:
@@ -145,12 +181,18 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
     from moe_dtensor.bench.measure import provenance
     from moe_dtensor.verify.fuzz_loop import fuzz
 
-    result = fuzz(options.fuzz, options.seed, options.config, config, lambda line: print(line, flush=True))
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(rests_on | result, indent=1) + "\n", encoding="utf-8")
+
+    rests_on = provenance()
+    result = fuzz(options.fuzz, options.seed, options.config, config, say, keep)
     kinds = dict(Counter(f["kind"] for f in result["failures"]))
     print(f"{result['cases']} cases, {result['distinct']} distinct, {result['failed']} failed {kinds or ''}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(provenance() | result, indent=1) + "\n", encoding="utf-8")
     return 1 if result["failed"] else 0
 
 

@@ -36,7 +36,8 @@ def judge_step(step: StepFile) -> Verdict:
     if lost := sorted(set(expected) - set(step.weights)):
         raise ConfigError(f"The step file names no {', '.join(lost[:4])}.", "Map every parameter of the config.")
     size = config.training.microbatch_size
-    batch = [Microbatch(step.tokens[i : i + size], step.labels[i : i + size]) for i in range(0, len(step.tokens), size)]
+    rows = (range(i, min(i + size, len(step.tokens))) for i in range(0, len(step.tokens), size))
+    batch = [Microbatch(step.tokens[r.start : r.stop], step.labels[r.start : r.stop], numbers=r) for r in rows]
     answer = one_step(config, step.weights, batch)
     return Verdict(step.trainer, "none", tuple(_compare(step, config, answer)))
 

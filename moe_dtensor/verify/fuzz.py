@@ -46,7 +46,6 @@ OTHER_TABLES = ("run", "mesh", "data", "compile", "checkpoint", "metrics", "prof
 LEFT_OUT = (
     *(
         "model.init_std",
-        "model.vocab_size",
         "model.attention_backend",
         "moe.backend",
         "training.steps",
@@ -64,6 +63,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_kv_heads": (0, 1, 2, 4),
     "model.head_dim": (2, 4, 6, 8),
     "model.hidden_dim": (8, 12, 20),
+    "model.vocab_size": (5, 61, 64, 130),
     "model.norm_eps": (1e-6, 1e-3),
     "model.rope_theta": (100.0, 1e6),
     "moe.num_experts": (0, 1, 2, 3, 4, 6, 8, 16),
@@ -102,18 +102,38 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer.eps": (1e-8, 1e-4),
     "optimizer.weight_decay": (0.0, 0.1, 4.0),
     "optimizer.router_lr": (0.0, 0.1),
+    "moe.top_k_by_layer": ((), (1, 2), (3, 1, 2)),
+    "moe.router_by_layer": ((), ("topk", "sinkhorn"), ("hash", "topk"), ("sinkhorn", "zipf")),
     "lr_scheduler.warmup_steps": (0, 2, 4),
 }
-TOGETHER = (
-    ("moe.expert_groups", "moe.expert_groups_kept"),
-    ("moe.normalize_gates", "moe.top_k"),
-    ("moe.score_before_top_k", "moe.top_k"),
-    ("moe.group_sequences", "training.microbatch_size"),
-    ("model.num_heads", "model.num_kv_heads"),
-    ("moe.router", "moe.top_k", "moe.capacity_factor"),
-    ("mesh.experts", "mesh.expert_ranks", "mesh.expert_weights"),
+TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
+    {"moe.expert_groups": (2, 4), "moe.expert_groups_kept": (1, 2, 3), "moe.router": ("topk",)}
+    | {"moe.group_score": ("top2", "max"), "moe.num_experts": (4, 8, 16)},
+    {"moe.normalize_gates": (True,), "moe.top_k": (2, 3, 4)},
+    {"moe.score_before_top_k": (False,), "moe.top_k": (1, 2, 3), "moe.score": ("auto", "softmax", "sigmoid")},
+    {"moe.gate_on": ("input",), "moe.top_k": (1,)},
+    {"moe.shared_gate": (True,), "moe.num_shared_experts": (0, 1, 2), "moe.shared_hidden_dim": (4, 8, 20)},
+    {"moe.group_sequences": (1, 2), "training.microbatch_size": (2, 4)},
+    {"model.num_heads": (2, 4, 8), "model.num_kv_heads": (1, 2, 4)},
+    {"moe.router": ROUTERS, "moe.top_k": (1, 2, 3), "moe.capacity_factor": (0.0, 0.5, 1.1)},
+    {"moe.router": ("expert_choice",), "moe.capacity_factor": (0.5, 1.0, 2.0), "moe.top_k": (1, 2)},
+    {"model.kv_rank": (4, 8, 12), "model.q_rank": (0, 4, 8), "model.nope_dim": (2, 4, 6), "model.rope_dim": (2, 4)}
+    | {"model.v_dim": (2, 4, 6), "model.num_kv_heads": (0,)}
+    | {"model.qk_norm": ("none",), "model.attention_bias": ("none",), "model.clip_qkv": (0.0,)},
+    {"model.window": (1, 2, 3, 5), "model.window_layers": (("window", "full"), ("full", "window", "window"), ())}
+    | {"model.window_theta": (0.0, 50.0), "rope.scale_windows": (True, False)},
+    {"rope.scaling": ("linear",), "rope.factor": (2.0, 4.0), "rope.attention_factor": (0.0, 1.3)},
+    {"rope.scaling": ("llama3",), "rope.factor": (2.0, 8.0), "rope.original_length": (4, 32)}
+    | {"rope.low": (1.0, 0.5), "rope.high": (2.0, 4.0)},
+    {"rope.scaling": ("yarn",), "rope.factor": (2.0, 8.0), "rope.original_length": (4, 32)}
+    | {"rope.beta_fast": (2.0, 32.0), "rope.beta_slow": (0.5, 1.0), "rope.attention_factor": (0.0, 1.3)},
+    {"rope.scaling": ("longrope",), "rope.factor": (1.0, 4.0), "rope.original_length": (4, 32)}
+    | {"rope.short_factors": ((1.0, 1.5), (1.0,), (1.0, 1.5, 3.0)), "rope.long_factors": ((2.0, 3.0), (4.0,))},
+    {"mesh.experts": ("dp", "dp_tp"), "mesh.expert_ranks": (1, 2), "mesh.expert_weights": ("replicated", "sharded")},
 )
-"""Keys of which one alone is often refused."""
+"""What is drawn at once, since one key alone is refused, and the values that switch it on."""
+TRIES = 4
+"""Draws of keys that stand together before they are left."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +158,15 @@ def draw(layout: Layout, order: random.Random) -> Drawn:
     """One case: each of some keys in turn takes a value by chance, if the config stays legal on the layout."""
     config = smallest(layout)
     changes: dict[str, Any] = {}
-    groups = [(key,) for key in drawn_keys()] + list(TOGETHER)
-    for keys in order.sample(groups, order.randint(1, len(groups) // 2)):
-        wanted = {key: order.choice(values_of(all_fields()[key])) for key in keys}
-        if legal(changed := override(config, wanted), [layout]):
-            config = changed
-            changes |= wanted
+    fields = all_fields()
+    groups = [{key: values_of(fields[key])} for key in drawn_keys() if values_of(fields[key])] + list(TOGETHER)
+    for values in order.sample(groups, order.randint(1, len(groups) // 2)):
+        for _ in range(TRIES if len(values) > 1 else 1):
+            wanted = {key: order.choice(choices) for key, choices in values.items()}
+            if legal(changed := override(config, wanted), [layout]):
+                config = changed
+                changes |= wanted
+                break
     return Drawn(whole_case(layout, config), changes)
 
 
@@ -159,10 +182,12 @@ def smallest(layout: Layout) -> Config:
 
 def drawn_keys() -> list[str]:
     """Every key that the oracle's answer may depend on, or how it is computed: new ones of the schema too."""
+    together = {key for values in TOGETHER for key in values}
     return [
         key
         for key, field in all_fields().items()
-        if key not in LEFT_OUT and (key in VALUES or (field.table not in OTHER_TABLES and values_of(field)))
+        if key not in LEFT_OUT
+        and (key in VALUES or key in together or (field.table not in OTHER_TABLES and values_of(field)))
     ]
 
 
@@ -185,28 +210,36 @@ def values_of(field: Field) -> tuple[Any, ...]:
 
 
 def shrink_failure(drawn: Drawn, fails: Callable[[Case], bool], most: int = 60) -> Drawn:
-    """The smallest of the drawn changes that still fails: each is taken back where the failure stays.
+    """The smallest of the drawn changes that still fails: halves of them, then quarters, at last each by itself is
+    taken back where the failure stays.
 
     Args:
         drawn: a case that fails.
         fails: whether a case does.
         most: cases to try.
     """
-    layouts = [drawn.case.layout, *_simpler(drawn.case.layout)]
-    tried = 0
-    for layout in reversed(layouts):
-        case = whole_case(layout, override(smallest(layout), drawn.changes))
-        if layout == drawn.case.layout or (legal(case.config, [layout]) and fails(case)):
-            drawn = Drawn(case, drawn.changes)
-            break
-    for key in list(drawn.changes):
-        fewer = {k: v for k, v in drawn.changes.items() if k != key}
-        case = whole_case(drawn.case.layout, override(smallest(drawn.case.layout), fewer))
-        if tried < most and legal(case.config, [case.layout]):
-            tried += 1
-            if fails(case):
-                drawn = Drawn(case, fewer)
-    return drawn
+    layout, changes, tried = drawn.case.layout, drawn.changes, 0
+
+    def still(layout: Layout, changes: dict[str, Any]) -> bool:
+        nonlocal tried
+        config = override(smallest(layout), changes)
+        if tried >= most or not legal(config, [layout]):
+            return False
+        tried += 1
+        return fails(whole_case(layout, config))
+
+    layout = next((simpler for simpler in reversed(_simpler(layout)) if still(simpler, changes)), layout)
+    size = max(1, len(changes) // 2)
+    while size:
+        at = 0
+        while at < len(changes):
+            fewer = dict([*changes.items()][:at] + [*changes.items()][at + size :])
+            if still(layout, fewer):
+                changes = fewer
+            else:
+                at += size
+        size //= 2
+    return Drawn(whole_case(layout, override(smallest(layout), changes)), changes)
 
 
 def _simpler(layout: Layout) -> list[Layout]:

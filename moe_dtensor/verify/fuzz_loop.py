@@ -16,11 +16,18 @@ from moe_dtensor.verify.run import computation, prove
 
 TOGETHER = 8
 """Cases that share one start of their mesh's ranks."""
-TIMEOUT = 300.0
+TIMEOUT = 900.0
 """Seconds for the cases that share ranks; what takes longer hangs."""
 
 
-def fuzz(count: int, seed: int, config_file: str, base: Config, say: Callable[[str], None]) -> dict[str, Any]:
+def fuzz(
+    count: int,
+    seed: int,
+    config_file: str,
+    base: Config,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """Judge ``count`` cases.
 
     Args:
@@ -29,6 +36,7 @@ def fuzz(count: int, seed: int, config_file: str, base: Config, say: Callable[[s
         config_file: as the printed commands name it.
         base: the config in it, from which they differ.
         say: takes a line of progress, or a failure.
+        keep: takes what is known so far, every few cases: an hour's work is not lost with its last minute.
 
     Returns:
         For JSON: ``cases``, ``distinct`` computations, ``drawn`` (how often each key was), ``failures`` (each with the
@@ -38,6 +46,7 @@ def fuzz(count: int, seed: int, config_file: str, base: Config, say: Callable[[s
     keys: Counter[str] = Counter()
     computations: set[str] = set()
     failures: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     coming = draws(seed, TOGETHER)
     while done < count:
         chunk = list(itertools.islice(coming, min(TOGETHER, count - done)))
@@ -49,15 +58,17 @@ def fuzz(count: int, seed: int, config_file: str, base: Config, say: Callable[[s
                 failures.append(_failure(drawn, verdict, config_file, base, [f["kind"] for f in failures]))
                 say(_told(failures[-1]))
         say(f"{done} of {count} cases, {len(failures)} failed, {time.monotonic() - start:.0f} s")
-    return {
-        "seed": seed,
-        "cases": done,
-        "distinct": len(computations),
-        "failed": len(failures),
-        "failures": failures,
-        "drawn": dict(sorted(keys.items())),
-        "seconds": round(time.monotonic() - start),
-    }
+        result = {
+            "seed": seed,
+            "cases": done,
+            "distinct": len(computations),
+            "failed": len(failures),
+            "failures": failures,
+            "drawn": dict(sorted(keys.items())),
+            "seconds": round(time.monotonic() - start),
+        }
+        keep(result)
+    return result
 
 
 def _failure(drawn: Drawn, verdict: Verdict, file: str, base: Config, known: list[str]) -> dict[str, Any]:

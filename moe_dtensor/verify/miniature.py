@@ -9,7 +9,7 @@ smallest that every mesh and schedule asked for accepts, and the widths differ, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -17,8 +17,8 @@ from moe_dtensor.config.attention import block_rotates, block_window, is_latent
 from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import block_config, moe_layers, resolve
-from moe_dtensor.config.schema import Config
+from moe_dtensor.config.resolve import block_config, has_conversations, moe_layers, resolve
+from moe_dtensor.config.schema import Config, Data
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
         ConfigError: verify cannot judge it.
     """
     _refuse_unknown_parts(config)
+    # Of the data only the mask is kept: the batch is drawn here, and no source, path or stage has a part in it.
+    data = Data(corpus="random", document_mask=config.data.document_mask or has_conversations(config))
+    config = replace(config, data=data, stages=())
     wide = dtype if dtype in ("float64", "float32") else "float32"
     return override(
         config,
@@ -105,8 +108,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             # What is rounded on purpose is no error of a mesh.
             "optimizer.state_dtype": "auto",
             "checkpoint.enable": False,
-            "data.corpus": "random",
-            "data.tokenizer": "bytes",
+            "checkpoint.export_hf": False,
             "model.vocab_size": config.model.vocab_size or 261,
             # The oracle knows no way down.
             "lr_scheduler.decay": "constant",

@@ -79,7 +79,7 @@ def test_an_edited_module_is_tokenised_again(make_config, own_module: str, tmp_p
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("stdlb", r"data\.corpus must be one of stdlib, files, datasets, tokens, random"),
+        ("stdlb", r"data\.corpus must be one of stdlib, files, conversations, datasets, tokens, random"),
         ("no_such_module:Name", r"data\.corpus = 'no_such_module:Name'.*No module named"),
         ("own_corpus_module:Name", r"data\.corpus = 'own_corpus_module:Name'.*no attribute 'Name'"),
         ("own_corpus_module:Incomplete", r"missing: fingerprint, tokenizer, vocab_size"),

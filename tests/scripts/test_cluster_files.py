@@ -49,3 +49,11 @@ def test_skypilot_itself_reads_the_example() -> None:
     sky = pytest.importorskip("sky")
     task = sky.Task.from_yaml(str(DOCS / "skypilot.yaml"))
     assert task.num_nodes == 2
+
+
+def test_the_pods_of_the_kubernetes_example_are_pods() -> None:
+    """By Kubernetes' own schema; that of a PyTorchJob is with its operator."""
+    validate = pytest.importorskip("kubernetes_validate")
+    for spec in read("kubernetes.yaml")["spec"]["pytorchReplicaSpecs"].values():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rank"}, "spec": spec["template"]["spec"]}
+        validate.validate(pod, "1.30", strict=True)

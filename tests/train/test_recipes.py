@@ -15,6 +15,7 @@ from moe_dtensor.checkpoint.hugging_face.convert import config_only
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.tables import all_fields, show
+from moe_dtensor.verify.miniature import Layout, shrink
 from tests.data.chat_templates import save_tokenizer
 from tests.data.test_conversations import talks, write
 from tests.train.starts import Start
@@ -70,6 +71,15 @@ def sizes(recipe: Path, own: Path) -> list[str]:
                 assert isinstance(there, int | float), (key, here, there)
                 words += [f"--{key}", show(there)]
     return words
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_can_be_proven(name: str) -> None:
+    """A path and an export in the TOML were refused by verify, whose miniature reads and saves nothing."""
+    config = load(Path("train_configs") / f"{name}.toml")
+    small = shrink(config, [Layout(1, 1, 1), Layout(2, 1, 2)])
+    assert small.data.document_mask == ("sft" in name)
+    assert small.optimizer.router_lr == config.optimizer.router_lr
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.full) for name in MODELS])

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from moe_dtensor.__main__ import main
+from moe_dtensor.config.load import load
 from moe_dtensor.verify.against import judge_step
+from moe_dtensor.verify.miniature import Layout
 from moe_dtensor.verify.step_file import read_step_file
+
+from . import mutations, mutations_update
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -37,6 +41,27 @@ def test_transformers_agrees_and_its_double_softmax_is_named(
     assert main(["verify", "--against", str(tmp_path / "bad.json"), "--json", str(tmp_path / "out.json")]) == 1
     assert "gradient of model.layers.1.mlp.gate.weight" in capsys.readouterr().out
     assert "moe.router.weight" in json.loads((tmp_path / "out.json").read_text())["worst_name"]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 2), pytest.param(Layout(2, 2, 1, "1F1B"), marks=pytest.mark.full)])
+def test_our_own_step_passes_and_a_planted_fault_is_named(
+    layout: Layout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = exporter("step_file_own")
+    own.export(tmp_path / "good.json", load(own.DEBUG), layout)
+    assert main(["verify", "--against", str(tmp_path / "good.json")]) == 0
+    with mutations_update.gradient_ascent():
+        own.export(tmp_path / "up.json", load(own.DEBUG), layout)
+    assert main(["verify", "--against", str(tmp_path / "up.json")]) == 1
+    assert "update of layers.0." in capsys.readouterr().out
+    if layout.tp > 1:
+        with mutations.experts_times_tp():
+            own.export(tmp_path / "twice.json", load(own.DEBUG), layout)
+        assert main(["verify", "--against", str(tmp_path / "twice.json")]) == 1
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0].startswith("gradient of layers.")
+        assert "moe.experts.w_" in printed[0]
+        assert "2 times the oracle's norm" in printed[0]
 
 
 def test_what_is_no_step_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.config.build import override
 from moe_dtensor.config.load import load
+from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.fuzz import Drawn, command, drawn_keys, draws, shrink_failure, smallest
 from moe_dtensor.verify.miniature import Layout, legal
 
 DEBUG = str(Path(__file__).parents[2] / "train_configs" / "debug.toml")
 
+REACHED: dict[str, Callable[[Config], bool]] = {
+    "latent attention": lambda c: c.model.kv_rank > 0,
+    "queries of a latent": lambda c: c.model.q_rank > 0,
+    "windows with a base of their own": lambda c: c.model.window_theta > 0,
+    "sinks": lambda c: c.model.sinks,
+    "a gate on what experts read": lambda c: c.moe.gate_on == "input",
+    "a gated shared expert": lambda c: c.moe.shared_gate,
+    "expert biases": lambda c: c.moe.expert_bias,
+    "groups of experts": lambda c: c.moe.expert_groups > 0,
+    "experts that choose": lambda c: c.moe.router == "expert_choice",
+    "documents": lambda c: c.data.document_mask,
+    "later tokens": lambda c: c.model.mtp_depth > 0,
+    "norms at the end": lambda c: c.model.norm_at == "post",
+    "scales": lambda c: c.model.residual_scale != 1,
+    **{f"scaling {kind}": lambda c, kind=kind: c.rope.scaling == kind for kind in ("llama3", "yarn", "longrope")},
+}
+"""What one key alone does not switch on, or seldom."""
+
 
 def test_draws_are_legal_repeat_and_reach_most_of_the_schema() -> None:
-    first, again = (list(itertools.islice(draws(3), 48)) for _ in range(2))
-    assert first == again
+    first = list(itertools.islice(draws(3), 96))
+    assert list(itertools.islice(draws(3), 16)) == first[:16]
     assert all(legal(drawn.case.config, [drawn.case.layout]) for drawn in first)
     assert len({repr(drawn.case) for drawn in first}) == len(first)
     assert len({key for drawn in first for key in drawn.changes}) > 0.8 * len(drawn_keys())
+    assert [what for what, is_in in REACHED.items() if not any(is_in(drawn.case.config) for drawn in first)] == []
 
 
 def test_a_failure_is_shrunk_to_the_key_that_makes_it() -> None:
@@ -34,6 +55,30 @@ def test_a_failure_is_shrunk_to_the_key_that_makes_it() -> None:
     shrunk = shrink_failure(drawn, fails)
     assert shrunk.changes == {"moe.gate_scale": 2.5}
     assert shrunk.case.layout == Layout(1, 1, 2)
+
+
+def test_a_failure_is_shrunk_by_halves() -> None:
+    layout = Layout(1, 1, 1)
+    kept = {"moe.top_k": 3, "optimizer.beta1": 0.5}
+    many = {
+        "training.seed": 3,
+        "model.norm_eps": 1e-3,
+        "optimizer.beta2": 0.5,
+        "optimizer.eps": 1e-4,
+        "moe.z_loss": 0.1,
+    }
+    many |= {"model.rope_theta": 100.0, "moe.gate_scale": 2.5, "model.sinks": True, "optimizer.weight_decay": 4.0}
+    changes = {**dict(list(many.items())[:5]), **kept, **dict(list(many.items())[5:])}
+    tried: list[Case] = []
+
+    def fails(case: Case) -> bool:
+        tried.append(case)
+        return case.config.moe.top_k == 3 and case.config.optimizer.beta1 == 0.5
+
+    drawn = Drawn(whole_case(layout, override(smallest(layout), changes)), changes)
+    assert shrink_failure(drawn, fails).changes == kept
+    assert len(tried) < 2 * len(changes)
+    assert shrink_failure(drawn, fails, most=0).changes == changes
 
 
 def test_the_command_makes_the_same_case(capsys: object) -> None:

@@ -18,6 +18,7 @@ from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer, write_tokenizer
 from moe_dtensor.checkpoint.hugging_face.translate import choose_family, holds_mtp, unpublished, write_config
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, find_native, write_native
+from moe_dtensor.checkpoint.proof import copy_proof
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump_changes
 from moe_dtensor.config.resolve import moe_layers
@@ -130,8 +131,9 @@ class Export:
         write_shards(self.plan, NativeWeights(self.checkpoint), folder, share, done)
 
     def write_rest(self, folder: Path) -> None:
-        """Index, tokenizer, config.json."""
+        """Index, tokenizer, config.json, and the checkpoint's proof."""
         self.plan.write_index(folder)
+        copy_proof(self.checkpoint, folder)
         tokens = write_tokenizer(self.config.data.tokenizer, self.config.model.vocab_size, folder)
         if self.config.data.chat_template:
             shutil.copyfile(Path(self.config.data.chat_template).expanduser(), folder / "chat_template.jinja")
