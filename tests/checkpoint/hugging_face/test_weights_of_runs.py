@@ -37,6 +37,7 @@ MESHES = {
 def placed(config: Config, mesh: str) -> Config:
     dp, pp, tp, experts = MESHES[mesh]
     keys = {"mesh.dp": dp, "mesh.pp": pp, "mesh.tp": tp, "mesh.experts": experts, "training.seq_len": 16}
+    keys["training.global_batch_size"] = 48  # for eight dp ranks too
     config = override(config, keys | ({"model.tie_embeddings": False} if pp > 1 else {}))
     return resolve(config, dp * pp * tp)
 
