@@ -20,5 +20,6 @@ step ruff check .
 step ruff format --check .
 step mypy moe_dtensor
 step lint-imports
-# Two workers: most tests keep one core busy, or none while ranks wait.
-step python -m pytest -n 2 --dist loadfile "$@"
+# Two workers: most tests keep one core busy, or none while ranks wait. In the order of collection, since few tests of a
+# file may be long ones.
+step python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

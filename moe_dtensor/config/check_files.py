@@ -48,6 +48,7 @@ def check_files(config: Config) -> None:
                 "Set it to a file, a folder or a glob of texts.",
             )
     _check_own_parts(config)
+    _check_initial(config)
     _check_run_folder(config)
     _check_sinks(config)
 
@@ -136,6 +137,20 @@ def _check_own_parts(config: Config) -> None:
                 f"{key} = {name!r}: there is no module {package!r} (from {os.getcwd()!r}).",
                 "Check the spelling, and that the module can be imported from here (PYTHONPATH).",
             )
+
+
+def _check_initial(config: Config) -> None:
+    """A new run's first weights lie in a Hugging Face folder, a run, or one of its checkpoints."""
+    folder = Path(config.checkpoint.initial)
+    if not config.checkpoint.initial or (Path(config.run.folder) / "run.json").is_file():
+        return
+    marks = [folder / "config.json", folder / "config.toml"]
+    if not (folder.is_dir() and (folder.name.startswith("step-") or any(mark.is_file() for mark in marks))):
+        raise ConfigError(
+            f"checkpoint.initial = {config.checkpoint.initial!r} must be a Hugging Face folder (with config.json), a "
+            f"run's, or one of its step-<step> folders (from {os.getcwd()!r}).",
+            "Set checkpoint.initial to one of these.",
+        )
 
 
 def _check_run_folder(config: Config) -> None:

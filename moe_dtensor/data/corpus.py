@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from moe_dtensor.config.errors import ConfigError
@@ -105,3 +106,10 @@ def build_own_corpus(name: str, config: Config) -> Corpus:
             "Add them: docs/data.md shows a whole class.",
         )
     return corpus
+
+
+def set_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """Fill in ``model.vocab_size`` from the tokenizer where the config leaves it open."""
+    if config.model.vocab_size:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dtensor.config.check import check
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data import Corpus
+from moe_dtensor.data.corpus import set_vocabulary as set_vocabulary
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
@@ -34,13 +34,6 @@ class Trainer:
     optimizers: Optimizers
     schedule: Schedule
     balance: BalanceState
-
-
-def set_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """Fill in ``model.vocab_size`` from the tokenizer where the config leaves it open."""
-    if config.model.vocab_size:
-        return config
-    return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
 def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) -> Trainer:

@@ -12,26 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager, Identity
-from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import AGAIN, DONE, FAILED, RunError
-from moe_dtensor.config.resolve import moe_layers, resolve
+from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
-from moe_dtensor.data import Corpus, Loader, build_corpus, describe
+from moe_dtensor.data import Corpus, Loader, describe
 from moe_dtensor.data.prefetch import Prefetcher
-from moe_dtensor.data.revisions import pin_revisions, reads_hub
 from moe_dtensor.estimate.counts import flops_per_token, parameters
-from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.drift import RoutingDrift
 from moe_dtensor.train.flags import DelayedFlag, Skips
 from moe_dtensor.train.held_out import HeldOut, build_held_out
 from moe_dtensor.train.metrics import Meter, Value
+from moe_dtensor.train.opened import Opened
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.proof import carried_files
-from moe_dtensor.train.ranks import Ranks, end_ranks, start_ranks
+from moe_dtensor.train.ranks import Ranks, end_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.routing import routing_metrics, routing_notice
-from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder, kept_revisions, open_run_folder
+from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder
 from moe_dtensor.train.signals import EndRequest
 from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.stages import give, keep, same_sizes
@@ -40,46 +39,32 @@ from moe_dtensor.train.watch import Watch
 from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
 
-def train(given: Config, ranks: Ranks, request: EndRequest) -> int:
-    """Run ``given`` (checked, not resolved) to its last step on this rank; returns the exit status.
+def train(opened: Opened, ranks: Ranks, request: EndRequest) -> int:
+    """Run what is opened to its last step on this rank; returns the exit status.
 
     Raises:
         Ended: the ranks agreed to end; all that one rank may meet before the first step is told once.
     """
-    config = resolve(given, ranks.world_size)
-    watch = Watch(ranks, config.comm.timeout_seconds)
-    device = start_ranks(config, ranks)
-
-    if reads_hub(config):
-        given = ranks.agree(lambda: on_rank_0(lambda: pin_revisions(given, kept_revisions(config))))
-        config = resolve(given, ranks.world_size)
-
-    def read() -> tuple[Corpus, Config, str]:
-        corpus = build_corpus(config)
-        return corpus, set_vocabulary(config, corpus), corpus.fingerprint()
-
-    corpus, config, fingerprint = ranks.agree(read)
-    check_weights(config)
-    folder = ranks.agree(lambda: open_run_folder(config, fingerprint, given))
+    config, folder, watch = opened.config, opened.folder, opened.watch
     try:
         status = DONE
         if folder.state == "finished":
             _say(folder.message)
         else:
-            loaders = ranks.agree(lambda: build_loaders(config, corpus))
-            run = ranks.agree(lambda: Run(config, device, corpus, folder, request, loaders, watch))
+            check_weights(config)
+            loaders = ranks.agree(lambda: build_loaders(config, opened.corpus, opened.loader))
+            run = ranks.agree(lambda: Run(config, opened.device, opened.corpus, folder, request, loaders, watch))
             status = run.to_the_end()
         watch.now("end", config.training.steps)
         end_ranks()
     finally:
-        watch.close()
-        folder.close()
+        opened.close()
     return status
 
 
-def build_loaders(config: Config, corpus: Corpus) -> tuple[Loader, HeldOut]:
+def build_loaders(config: Config, corpus: Corpus, loader: Loader | None = None) -> tuple[Loader, HeldOut]:
     """Of training, and of what is measured beside it; a split that is too small is told at once."""
-    return Loader(config, corpus), build_held_out(config, corpus)
+    return loader or Loader(config, corpus), build_held_out(config, corpus)
 
 
 @dataclass

@@ -40,10 +40,14 @@ def run_rank(config: Config | ConfigError) -> int:
         request.listen()
         checked = ranks.agree(lambda: given(config))
 
-        # Only now: a wrong config is told without waiting for the model's imports.
+        # Only now, step by step: a wrong config is told without waiting for the data, and these without the model.
+        from moe_dtensor.train.opened import open_run
+
+        opened = open_run(checked, ranks)
+
         from moe_dtensor.train.loop import train
 
-        return train(checked, ranks, request)
+        return train(opened, ranks, request)
 
     return status_of(run, ranks)
 

@@ -183,8 +183,9 @@ def _attention_widths(whole: Config, head: int, split: int) -> dict[str, Any]:
     if is_latent(whole):
         changes |= {"model.kv_rank": lcm(10, split), "model.q_rank": lcm(14, split) if model.q_rank else 0}
         changes |= {"model.nope_dim": head, "model.rope_dim": head // 2, "model.v_dim": head + head // 4}
-    elif model.rotary_dim < model.head_dim:
-        changes["model.rotary_dim"] = head // 2
+    else:
+        # A run's own config names what is rotated where all of a head is.
+        changes["model.rotary_dim"] = head // 2 if model.rotary_dim < model.head_dim else head
     if model.clip_qkv:
         changes["model.clip_qkv"] = 0.5
     if model.window:

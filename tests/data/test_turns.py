@@ -47,9 +47,9 @@ def test_weights_are_whole_numbers_of_their_decimals() -> None:
 
 def test_a_place_in_a_trillion_is_found_at_once() -> None:
     turns = Turns(whole_weights([0.7, 0.2, 0.05, 0.04999, 0.00001]))
-    start = time.perf_counter()
+    start = time.process_time()
     turns.seek(10**12 + 12345)
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     assert taken < 0.05
     assert sum(turns.counts) == 10**12 + 12345
     assert abs(turns.counts[3] - 0.04999 * (10**12 + 12345)) < 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_dtensor.train.sinks import last_step
 from tests.stress.runs import INTERVAL, STEPS, command, ranks_of, records, saved, start
 from tests.train.starts import Ended, Start
 from tests.train.test_launch import children, is_alive
@@ -35,6 +36,9 @@ class Scene:
     told: dict[str, Any] = field(default_factory=dict)
     """What happened, for the report."""
 
+    def __post_init__(self) -> None:
+        self.begun_before = number_of(self.folder / "run.json")
+
     def command(self, **more: str) -> list[str]:
         return command(self.folder, self.texts, self.mesh, self.corpus, self.background, **more)
 
@@ -48,14 +52,13 @@ class Scene:
         inside = self.chance.random() < 0.5
         if inside:  # while the checkpoint of the next interval is written
             wanted = min(-(-wanted // INTERVAL) * INTERVAL, STEPS)
-        for _ in poll(started):
-            seen = records(self.folder)
+        for _ in poll(started, 0.003):
+            if number_of(self.folder / "run.json") == self.begun_before:
+                continue  # not begun: the metrics are those of the start before
             if inside and any((self.folder / "checkpoints").glob(f".step-{wanted:08d}.*.partial")):
                 break
-            if seen and seen[-1][0] >= wanted and not inside:
+            if last_step(self.folder / "metrics.jsonl") >= wanted + inside:
                 time.sleep(self.chance.random() * 0.2)
-                break
-            if inside and seen and seen[-1][0] > wanted:
                 break
         else:
             return 0
@@ -63,11 +66,19 @@ class Scene:
         return wanted
 
 
-def poll(started: Callable[[], bool]) -> Iterator[None]:
+def number_of(path: Path) -> int:
+    """The inode of a file that each start replaces with its first step; 0 without one."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def poll(started: Callable[[], bool], seconds: float = 0.02) -> Iterator[None]:
     end = time.monotonic() + PATIENCE
     while started() and time.monotonic() < end:
         yield
-        time.sleep(0.002)
+        time.sleep(seconds)
 
 
 def runs(started: Start) -> Callable[[], bool]:
@@ -104,7 +115,7 @@ def preempt(scene: Scene) -> None:
     ended = started.wait(PATIENCE, grace=60)
     taken = len(records(scene.folder))
     scene.told |= {"rank": rank, "signal": name, "statuses": ended.statuses, "steps taken": taken}
-    wanted = 0 if taken == STEPS else 75
+    wanted = 0 if taken == STEPS else 75  # the last step leaves nothing to end early
     check(ended.statuses == [wanted] * ranks_of(scene.mesh), "statuses", ended)
     check(saved(scene.folder)[-1] == taken, f"step {taken} was taken, {saved(scene.folder)} are saved", ended)
 

@@ -109,10 +109,11 @@ class Expected:
         key = (meshes, corpus)
         if key in self._known:
             return self._known[key]
-        folder = self.place / f"expected-{len(self._known)}"
         *before, (step, mesh) = meshes
-        if before:  # another mesh: from that run's checkpoint of the step
-            shutil.copytree(self._folder(tuple(before), corpus), folder)
+        first = self._folder(tuple(before), corpus) if before else None
+        folder = self.place / f"expected-{len(self._known)}"
+        if first is not None:  # another mesh: from that run's checkpoint of the step
+            shutil.copytree(first, folder)
             for later in saved(folder):
                 if later > step:
                     shutil.rmtree(folder / "checkpoints" / f"step-{later:08d}")
