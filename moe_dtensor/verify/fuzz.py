@@ -98,7 +98,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "training.norm_type": (2.0, float("inf")),
     "training.seed": (1, 2, 3),
     "optimizer.beta1": (0.0, 0.5, 0.99),
-    "optimizer.beta2": (0.0, 0.5, 0.999),
+    # Without memory of squares (0) an update is a mean of gradients over the last one: without a bound.
+    "optimizer.beta2": (0.5, 0.9, 0.999),
     "optimizer.eps": (1e-8, 1e-4),
     "optimizer.weight_decay": (0.0, 0.1, 4.0),
     "optimizer.router_lr": (0.0, 0.1),

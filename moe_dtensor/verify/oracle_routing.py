@@ -271,6 +271,6 @@ def _shape_of_scores(fixed_TE: Tensor) -> dict[str, float]:
     p_TE = _scores(fixed_TE, "softmax")
     best = [sorted(row, reverse=True) for row in p_TE.tolist()]
     return {
-        "router_entropy": float(-(p_TE * p_TE.log()).sum()),
+        "router_entropy": float(-torch.xlogy(p_TE, p_TE).sum()),
         "router_margin": sum(row[0] - sum(row[1:2]) for row in best),
     }

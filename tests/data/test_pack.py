@@ -111,5 +111,6 @@ def test_edited_files_are_tokenised_again(make_config, tmp_path: Path) -> None:
 def test_an_unwritable_cache_falls_back_to_a_temporary_folder(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     assert pack.cache_folder().parent == tmp_path / "temporary"

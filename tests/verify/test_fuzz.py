@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from moe_dtensor.__main__ import main
 from moe_dtensor.config.build import override
 from moe_dtensor.config.load import load
@@ -87,5 +89,6 @@ def test_the_command_makes_the_same_case(capsys: object) -> None:
     assert main([word.strip("'") for word in words]) == 0
 
 
+@pytest.mark.full
 def test_some_cases_pass() -> None:
     assert main(["verify", "--config", DEBUG, "--fuzz", "4", "--seed", "11"]) == 0
