@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import statistics
 import sysconfig
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dtensor.bench.measure import measure_memory, provenance, several
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.kernels.attention.attend import attend, build_visible, uses_flex
 from moe_dtensor.kernels.attention.plain import plain_attention
 from moe_dtensor.kernels.attention.visible import Visible, build_blocks, first_visible
@@ -129,8 +129,7 @@ def bench_attention(names: list[str], out: str | None) -> list[Result]:
             results += _bench_shape(name, shape, device, dtype)
     if out:
         content = provenance() | {"results": [dataclasses.asdict(result) for result in results]}
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(out, content)
     return results
 
 

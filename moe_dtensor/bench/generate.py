@@ -6,7 +6,6 @@ The same weights and prompts, greedy, no end token: every prompt gets as many to
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.bench.measure import provenance
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.generate.batch import complete
 from moe_dtensor.generate.load import Source, find_source, load_model
 from moe_dtensor.generate.sampling import Sampling
@@ -88,8 +88,7 @@ def bench_generate(options: Options) -> list[Result]:
     if options.json:
         about = {**asdict(options), "json": None, "checkpoint": options.checkpoint.name}
         record = {"what": "generate, greedy"} | provenance() | {"options": about, "results": list(map(asdict, results))}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, record)
     return results
 
 

@@ -9,7 +9,6 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from moe_dtensor.bench.measure import (
 )
 from moe_dtensor.bench.peers import installed_peers
 from moe_dtensor.bench.shapes import Layer, parse_shape
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
 MAX_ERROR = 2e-2
@@ -212,5 +212,4 @@ def _line(result: Result) -> str:
 def _write_json(path: Path, results: list[Result]) -> None:
     what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
     record = what | provenance() | {"results": [asdict(result) for result in results]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)

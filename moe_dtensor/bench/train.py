@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,8 @@ from torch import Tensor
 from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
 from moe_dtensor.bench.measure import provenance
 from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
+from moe_dtensor.config.command_line import read_world_size
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.estimate.counts import flops_per_token, parameters
@@ -92,7 +92,7 @@ def bench_train(variants: dict[str, Config], options: Options) -> int:
     configs = list(variants.values())
     for name in options.peers:
         for config in configs:
-            check_peer(name, config, int(os.environ.get("WORLD_SIZE", "1")))
+            check_peer(name, config, read_world_size(1))
     device = start_ranks(configs[0])
     corpus = build_corpus(configs[0])
     records = []
@@ -123,8 +123,7 @@ def _write(records: list[dict[str, Any]], path: Path | None) -> None:
     if path is None:
         return
     content = {"variants": records} if records[0]["name"] else {k: v for k, v in records[0].items() if k != "name"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(provenance() | content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, provenance() | content)
 
 
 def _measure(

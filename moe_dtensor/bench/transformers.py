@@ -9,7 +9,6 @@ T tokens, D width, F expert hidden width, E experts, K choices. Experts' FLOPs: 
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dtensor.bench.measure import provenance, several, wait
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.integrations.transformers import NAME, register
 
 IMPLEMENTATIONS = (NAME, "grouped_mm", "eager")
@@ -225,5 +225,4 @@ def _write(options: Options, results: Sequence[Result], parameters: int) -> None
     what = {"what": "Qwen3-MoE of transformers, forward + backward, by experts_implementation; FLOPs = 18 T K D F"}
     about = {**asdict(options), "json": None, "sizes": WIDTHS[options.widths], "parameters": parameters}
     record = what | provenance() | {"options": about, "results": [asdict(result) for result in results]}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, record)

@@ -58,17 +58,10 @@ class Upcycling:
         return self.normalize and self.top_k % self.split == 0 and not self.noise and not self.reinit
 
 
-def upcycled_config(parent: Config, how: Upcycling) -> Config:
-    """The config of the mixture.
-
-    Args:
-        parent: resolved, dense.
-
-    Raises:
-        ConfigError: the parent is no dense model, or its sizes do not go with ``how``.
-    """
+def _rules(parent: Config, how: Upcycling) -> tuple[tuple[bool, str, str], ...]:
+    """Whether each is broken, the rule with its values, and the remedy."""
     hidden, blocks = parent.model.hidden_dim, parent.model.num_layers
-    for wrong, rule, remedy in (
+    return (
         (
             parent.moe.num_experts > 0,
             f"--upcycle wants a dense model; this one has moe.num_experts = {parent.moe.num_experts}.",
@@ -109,9 +102,22 @@ def upcycled_config(parent: Config, how: Upcycling) -> Config:
             "--upcycle-reinit and --upcycle-noise-share are shares from 0 to 1, --upcycle-noise is 0 or more.",
             "Give such numbers.",
         ),
-    ):
+    )
+
+
+def upcycled_config(parent: Config, how: Upcycling) -> Config:
+    """The config of the mixture.
+
+    Args:
+        parent: resolved, dense.
+
+    Raises:
+        ConfigError: the parent is no dense model, or its sizes do not go with ``how``.
+    """
+    for wrong, rule, remedy in _rules(parent, how):
         if wrong:
             raise ConfigError(rule, remedy)
+    hidden, blocks = parent.model.hidden_dim, parent.model.num_layers
     scale = float(how.split) if how.normalize else how.split * how.num_experts / how.top_k
     moe = replace(
         parent.moe,

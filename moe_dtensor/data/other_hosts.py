@@ -40,19 +40,30 @@ class OtherHosts:
 
     def offer(self, digest: str, tokens_N: np.ndarray) -> None:
         """Hand a chunk to the others; the oldest go when ``KEPT_BYTES`` are full."""
+        try:
+            self._offer(digest, tokens_N)
+        except RuntimeError as error:  # of the store; sharing saves work, and no run ends for it
+            self._give_up(str(error))
+
+    def find(self, digest: str) -> np.ndarray | None:
+        """The chunk, once its host has offered it; None if it is gone or does not come."""
+        try:
+            return self._find(digest)
+        except RuntimeError as error:
+            self._give_up(str(error))
+            return None
+
+    def _offer(self, digest: str, tokens_N: np.ndarray) -> None:
         self.store.set(digest, tokens_N.dtype.str.encode() + b" " + tokens_N.tobytes())  # type: ignore[arg-type]  # takes bytes too
         self._offered.append((digest, tokens_N.nbytes))
         while sum(size for _, size in self._offered) > KEPT_BYTES and len(self._offered) > 1:
             self.store.set(self._offered.popleft()[0], b"")  # type: ignore[arg-type]  # a host that comes late need not wait
 
-    def find(self, digest: str) -> np.ndarray | None:
-        """The chunk, once its host has offered it; None if it is gone or does not come."""
+    def _find(self, digest: str) -> np.ndarray | None:
         end = time.monotonic() + (0 if self._silent else PATIENCE)
         while not self.store.check([digest]):
             if time.monotonic() >= end:
-                if not self._silent:
-                    logger.warning("another host's tokens do not come; this one tokenises what it needs itself")
-                self._silent = True
+                self._give_up(f"none within {PATIENCE:g} s")
                 return None
             time.sleep(0.005)
         dtype, _, ids = bytes(self.store.get(digest)).partition(b" ")
@@ -60,6 +71,12 @@ class OtherHosts:
             return None
         self.found += 1
         return np.frombuffer(ids, dtype.decode())
+
+    def _give_up(self, why: str) -> None:
+        """Never wait for another host again; told once."""
+        if not self._silent:
+            logger.warning("another host's tokens do not come (%s); this one tokenises what it needs itself", why)
+        self._silent = True
 
 
 def other_hosts(name: str) -> OtherHosts | None:

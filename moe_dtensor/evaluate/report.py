@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.evaluate.text import TextResult
 
 
@@ -31,10 +30,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, asdict(self))
 
     def show(self) -> None:
         """Print a table of each kind."""

@@ -16,8 +16,10 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, Slots
 from moe_dtensor.generate.graph import Graphed
 from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.block import Block
+from moe_dtensor.layers.moe import Experts
 from moe_dtensor.layers.positions import Place, Positions, rotation
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
@@ -36,10 +38,12 @@ class Decoder:
     def __init__(self, model: Transformer, config: Config, tp: DeviceMesh, slots: Slots) -> None:
         self.model, self.config, self.tp, self.slots = model, config, tp, slots
         dtype = getattr(torch, config.training.param_dtype)
-        self.wide = torch.promote_types(dtype, torch.float32)
-        # A rank alone has no collectives, and nothing to gather: its steps are kernels only.
-        alone = slots.first_B.is_cuda and not isinstance(model, FSDPModule) and tp.size() == 1
-        self.next = Graphed(self._next) if alone else self._next
+        wide = torch.promote_types(dtype, torch.float32)
+        position_1N = torch.arange(slots.total, device=slots.first_B.device)[None]
+        self.rotations = [rotation(config, window, position_1N, slots.total, wide) for window in (False, True)]
+        """cos and sin of every position, of blocks without a window and of those with one."""
+        replays = slots.first_B.is_cuda and tp.size() == 1 and is_kernels_only(model, config)
+        self.next = Graphed(self._next) if replays else self._next
 
     @torch.no_grad()
     def __call__(self, tokens_BS: Tensor) -> Tensor:
@@ -57,11 +61,21 @@ class Decoder:
     def _read(self, tokens_BS: Tensor) -> Tensor:
         positions_BS = self.slots.positions_BS()
         full, window = (
-            Place(*rotation(self.config, has_window, positions_BS, self.slots.total, self.wide), Visible(None, None))
-            for has_window in (False, True)
+            Place(cos[0, positions_BS], sin[0, positions_BS], Visible(None, None)) for cos, sin in self.rotations
         )
         held_BSV = self.model(tokens_BS, positions=Positions(full, window))
         return whole_vocabulary(held_BSV, self.config, self.tp)[:, -1]
+
+
+def is_kernels_only(model: Transformer, config: Config) -> bool:
+    """Whether a forward pass of a rank alone launches kernels and nothing else, so that it can be replayed: without
+    FSDP, whose hooks use streams of their own, without a router of one's own, and with experts that never ask the
+    device how many rows they have."""
+    routers = (config.moe.router, *config.moe.router_by_layer)
+    if isinstance(model, FSDPModule) or any(":" in router for router in routers):
+        return False
+    experts = (module.local_weight("w_up") for module in model.modules() if isinstance(module, Experts))
+    return all(choose_backend(config.moe.backend, w_up, w_up) in ("torch", "triton") for w_up in experts)
 
 
 @contextmanager

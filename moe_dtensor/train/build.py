@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dtensor.config.check import check
+from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.corpus import set_vocabulary as set_vocabulary
 from moe_dtensor.mesh import build_mesh
@@ -34,6 +36,8 @@ class Trainer:
     optimizers: Optimizers
     schedule: Schedule
     balance: BalanceState
+    top_k: int | Tensor
+    """K of every MoE block, or of each ``(L,)`` where they differ; made once, since a copy to the device waits."""
 
 
 def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) -> Trainer:
@@ -61,7 +65,14 @@ def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) 
         optimizers=optimizers,
         schedule=build_schedulers(optimizers, config),
         balance=BalanceState(config, parts, device),
+        top_k=_top_k(config, device),
     )
+
+
+def _top_k(config: Config, device: torch.device) -> int | Tensor:
+    if not config.moe.top_k_by_layer:
+        return config.moe.top_k
+    return torch.tensor([block_config(config, layer).moe.top_k for layer in sorted(moe_layers(config))], device=device)
 
 
 def set_determinism(config: Config) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.config.resolve import block_config, moe_layers
+from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
 from moe_dtensor.layers.record import STATISTICS, Record, unpack
 from moe_dtensor.parallel import collectives, gradients
@@ -76,7 +76,7 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     """
     training = trainer.config.training
     trainer.optimizers.zero_grad()
-    targets = count_targets(trainer, batch)
+    targets, shares = count_tokens(trainer, batch)
     scale = 1.0 / targets
     keep_sequence_losses(trainer, batch)
     loss = trainer.runner.step(batch, scale)
@@ -93,23 +93,10 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
-    tokens = training.global_batch_size * training.seq_len
-    routing = unpack(record_LR, tokens, _top_k(trainer))
+    routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
-    shares: dict[str, Tensor] = {}
-    if batch.padding_B is not None:
-        padding = collectives.all_reduce(batch.padding_B.sum(), trainer.mesh["dp"])
-        shares = {"trained_share": targets / tokens, "padding_share": padding / tokens}
     return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N, shares)
-
-
-def _top_k(trainer: Trainer) -> int | Tensor:
-    """K of every MoE block, or of each ``(L,)`` where they differ."""
-    config = trainer.config
-    if not config.moe.top_k_by_layer:
-        return config.moe.top_k
-    return torch.tensor([block_config(config, i).moe.top_k for i in sorted(moe_layers(config))], device=trainer.device)
 
 
 class Evaluated(NamedTuple):
@@ -158,9 +145,21 @@ def evaluate_batches(trainer: Trainer, batches: Iterable[Batch]) -> Evaluated:
 
 def count_targets(trainer: Trainer, batch: Batch) -> Tensor:
     """Target tokens of the global batch, as a scalar of the loss's dtype (at least float32)."""
-    targets = collectives.all_reduce((batch.labels_BS != IGNORED).sum(), trainer.mesh["dp"])
-    dtype = getattr(torch, trainer.config.training.param_dtype)
-    return targets.clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+    return count_tokens(trainer, batch)[0]
+
+
+def count_tokens(trainer: Trainer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Targets, see :func:`count_targets`; and of conversations the ``token_shares`` of :class:`StepResult`. One
+    collective."""
+    counts = [(batch.labels_BS != IGNORED).sum()]
+    if batch.padding_B is not None:
+        counts.append(batch.padding_B.sum())
+    targets, *padding = collectives.all_reduce(torch.stack(counts), trainer.mesh["dp"]).unbind()
+    training = trainer.config.training
+    dtype = torch.promote_types(getattr(torch, training.param_dtype), torch.float32)
+    tokens = training.global_batch_size * training.seq_len
+    shares = {"trained_share": targets / tokens, "padding_share": padding[0] / tokens} if padding else {}
+    return targets.clamp(min=1).to(dtype), shares
 
 
 def take_record(trainer: Trainer) -> Tensor:

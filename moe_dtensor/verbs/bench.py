@@ -35,8 +35,10 @@ def main(argv: list[str]) -> int:
 
 
 def _layer(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_dtensor bench layer", description="one MoE layer, forward and backward, on one device"
+    parser = Parser(
+        "bench layer",
+        "one MoE layer, forward and backward, on one device",
+        needs_config=False,
     )
     shapes = ["mixtral", "olmoe", "qwen3_30b", "neox125m"]
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="NAME", help="or T,D,F,E,K,activation")
@@ -60,10 +62,11 @@ def _layer(argv: list[str]) -> int:
 
 
 def _attention(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_dtensor bench attention",
-        description="attention, forward and backward, on one device: documents, windows, sinks and latent heads, "
+    parser = Parser(
+        "bench attention",
+        "attention, forward and backward, on one device: documents, windows, sinks and latent heads, "
         "beside plain causal attention",
+        needs_config=False,
     )
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all but tiny")
     parser.add_argument("--json", metavar="OUT", help="also write the results to a file")
@@ -112,9 +115,10 @@ def _train(argv: list[str]) -> int:
 
 
 def _transformers(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_dtensor bench transformers",
-        description="a Qwen3-MoE of transformers with these experts and with its own, forward and backward, one device",
+    parser = Parser(
+        "bench transformers",
+        "a Qwen3-MoE of transformers with these experts and with its own, forward and backward, one device",
+        needs_config=False,
     )
     known = ("moe_dtensor", "grouped_mm", "batched_mm", "eager")
     parser.add_argument("--widths", choices=("qwen3_30b", "tiny"), help="default: qwen3_30b on a GPU, tiny without")
@@ -140,9 +144,10 @@ def _transformers(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_dtensor bench generate",
-        description="new tokens a second of a Hugging Face folder, here and by transformers' generate, on one device",
+    parser = Parser(
+        "bench generate",
+        "new tokens a second of a Hugging Face folder, here and by transformers' generate, on one device",
+        needs_config=False,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="HF_DIR", help="the model")
     parser.add_argument(

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.verbs import convert_experts
 
 HELP = "convert weights from or to a Hugging Face folder"
 DTYPES = ("bfloat16", "float32", "float64")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"convert: {message}.", "python -m moe_dtensor convert --help lists what there is.")
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser("python -m moe_dtensor convert", description=HELP, allow_abbrev=False)
+    parser = Parser("convert", HELP, needs_config=False)
     parser.add_argument("--from", dest="source", choices=("hf", "native"), help="kind of --input; default: what it is")
     parser.add_argument("--to", choices=("hf", "native"), help="kind of --output; default: native, from native hf")
     parser.add_argument(

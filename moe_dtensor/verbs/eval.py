@@ -6,17 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from moe_dtensor.config.command_line import split_overrides
+from moe_dtensor.config.command_line import Parser, read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 
 HELP = "score texts, multiple choice and lm-eval's tasks with a model (under torchrun for several ranks)"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"eval: {message}.", "python -m moe_dtensor eval --help lists what there is.")
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +23,7 @@ def main(argv: list[str]) -> int:
     from moe_dtensor.generate.load import find_source, load_model
     from moe_dtensor.train.ranks import end_ranks, start_ranks
 
-    source = find_source(options.checkpoint, overrides, int(os.environ.get("WORLD_SIZE", "1")))
+    source = find_source(options.checkpoint, overrides, read_world_size(1))
     max_length = options.max_length or source.max_length
     stride = options.stride or max_length
     if stride > max_length:
@@ -60,11 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        "python -m moe_dtensor eval",
-        description=f"{HELP}. --table.key value changes the config, such as --mesh.tp 4.",
-        allow_abbrev=False,
-    )
+    parser = Parser("eval", f"{HELP}. --table.key value changes the config, such as --mesh.tp 4.", needs_config=False)
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a run, a checkpoint, or a Hugging Face folder"
     )

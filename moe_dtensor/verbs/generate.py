@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from moe_dtensor.config.command_line import read_world_size, split_overrides
+from moe_dtensor.config.command_line import Parser, read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ class Prompt:
 
     text: str
     messages: tuple[dict[str, str], ...] = ()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"generate: {message}.", "python -m moe_dtensor generate --help lists what there is.")
 
 
 def main(argv: list[str]) -> int:
@@ -117,10 +112,8 @@ class Stream:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        "python -m moe_dtensor generate",
-        description=f"{HELP}. --table.key value changes the config, such as --mesh.tp 4.",
-        allow_abbrev=False,
+    parser = Parser(
+        "generate", f"{HELP}. --table.key value changes the config, such as --mesh.tp 4.", needs_config=False
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a run, a checkpoint, or a Hugging Face folder"

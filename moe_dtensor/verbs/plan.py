@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from rich.table import Table
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import flops_per_token, parameters
@@ -138,8 +138,7 @@ def main(argv: list[str]) -> int:
             show(plan, console)
             records.append(plan.to_json())
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, records)
     return 2 if any("refused" in record for record in records) else 0
 
 

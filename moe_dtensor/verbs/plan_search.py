@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import tables
@@ -88,8 +89,7 @@ def run_search(config: Config, options: argparse.Namespace, console: Console) ->
     measured = list(measurements())
     _show(found, measured, routing, options, console)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(_to_json(found, measured), indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, _to_json(found, measured))
     return 0 if found.best else 1
 
 

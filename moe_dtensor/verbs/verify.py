@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from moe_dtensor.config.build import override
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.load import load_variants
 from moe_dtensor.config.schema import Config, Schedule
 
@@ -35,29 +35,7 @@ def main(argv: list[str]) -> int:
         return _verify_folder(argv)
     if any(word.partition("=")[0] == "--against" for word in argv):
         return _against(argv)
-    parser = Parser("verify", HELP)
-    parser.add_argument("--against", metavar="FILE", help="judge a step file of any trainer; needs no --config")
-    parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help=f"default: {' '.join(DEFAULT_MESHES)}")
-    parser.add_argument("--schedules", nargs="+", metavar="NAME", help="for meshes with pp > 1; default: the config's")
-    parser.add_argument("--dtype", default="float64", choices=DTYPES, help="computation; default: float64")
-    parser.add_argument(
-        "--backend", choices=BACKENDS, help="expert kernels; default: the config's in bfloat16, else auto"
-    )
-    parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
-    parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
-    parser.add_argument("--hf", metavar="DIR", help="instead: the transformers model in a folder, without --config")
-    parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
-    parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
-    parser.add_argument(
-        "--stamp",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="leave the verdict in a run's folder, for its checkpoints to carry; default: the config's run.folder",
-    )
-    options, config = parser.load(with_config_of_run(argv))
+    options, config = _parser().load(with_config_of_run(argv))
     if options.stamp is not None and (options.fuzz is not None or options.variants):
         raise ConfigError("--stamp is the verdict on one config.", "Leave out --fuzz and --variants.")
     if options.fuzz is not None:
@@ -95,6 +73,32 @@ def main(argv: list[str]) -> int:
     if options.stamp is not None:
         _stamp(options, config, verdicts, cases[0][1].config)
     return 0 if all(v.ok for v in verdicts) else 1
+
+
+def _parser() -> Parser:
+    parser = Parser("verify", HELP)
+    parser.add_argument("--against", metavar="FILE", help="judge a step file of any trainer; needs no --config")
+    parser.add_argument("--meshes", nargs="+", metavar="DPxPPxTP", help=f"default: {' '.join(DEFAULT_MESHES)}")
+    parser.add_argument("--schedules", nargs="+", metavar="NAME", help="for meshes with pp > 1; default: the config's")
+    parser.add_argument("--dtype", default="float64", choices=DTYPES, help="computation; default: float64")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="expert kernels; default: the config's in bfloat16, else auto"
+    )
+    parser.add_argument("--compiled", action="store_true", help="compile blocks first, which takes long on CPUs")
+    parser.add_argument("--variants", type=Path, metavar="F", help="a TOML: a table of changed keys for each variant")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
+    parser.add_argument("--hf", metavar="DIR", help="instead: the transformers model in a folder, without --config")
+    parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
+    parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
+    parser.add_argument(
+        "--stamp",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="leave the verdict in a run's folder, for its checkpoints to carry; default: the config's run.folder",
+    )
+    return parser
 
 
 def with_config_of_run(argv: list[str]) -> list[str]:
@@ -152,7 +156,7 @@ def _distinct(
 
 def _against(argv: list[str]) -> int:
     """Say whether the step in a file is the oracle's; 1 if not."""
-    parser = argparse.ArgumentParser("python -m moe_dtensor verify", description=HELP)
+    parser = Parser("verify", HELP, needs_config=False)
     parser.add_argument("--against", type=Path, required=True, metavar="FILE", help="a step file")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdict to a file")
     options = parser.parse_args(argv)
@@ -169,8 +173,7 @@ def _against(argv: list[str]) -> int:
     outcome = f"{len(worst)} of {len(verdict.deviations)} quantities differ" if worst else "agrees with the oracle"
     print(f"{step.trainer}, {step.dtype}: {outcome}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(verdict.to_json() | {"differ": worst}, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, verdict.to_json() | {"differ": worst})
     return 0 if verdict.ok else 1
 
 
@@ -186,8 +189,7 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
 
     def keep(result: dict[str, Any]) -> None:
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rests_on | result, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, rests_on | result)
 
     rests_on = provenance()
     result = fuzz(options.fuzz, options.seed, options.config, config, say, keep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.verify.compare import Deviation, Verdict
 from moe_dtensor.verify.hugging_face import explain, prove_folder
 
@@ -42,8 +42,7 @@ def report(folder: Path, dtypes: Sequence[str], json_file: Path | None = None) -
             for line in explain(verdict, source):
                 console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([v.to_json() for v in verdicts], indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, [v.to_json() for v in verdicts])
     return 0 if all(v.ok for v in verdicts) else 1
 
 

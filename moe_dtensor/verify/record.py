@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_dtensor.bench.measure import provenance
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
 
@@ -28,5 +28,4 @@ def write_record(path: Path, verdicts: Sequence[Verdict], cases: Sequence[tuple[
         }
         for verdict, (name, case) in zip(verdicts, cases, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(path, rows)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.schema import Config
 
 FORMAT = 1
@@ -77,7 +78,7 @@ def write_step_file(
         "config": config,
         "names": names,
     }
-    path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    write_json(path, text)
 
 
 def read_step_file(path: Path) -> StepFile:

@@ -8,28 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_dtensor.__main__ import main
+from tests.checkpoint.hugging_face.tiny_models import save_model
 
 
 def test_the_same_tokens_as_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.OlmoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.5,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_model("olmoe", tmp_path / "model")
     # In a process of its own: it makes the process groups of a rank.
     command = ["bench", "generate", "--checkpoint", str(tmp_path / "model"), "--batches", "1", "3", "--prompt", "5"]
     command += ["--tokens", "6", "--json", str(tmp_path / "out.json")]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import DistNetworkError, HashStore, TCPStore
 
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.data import Loader, build_corpus, hub
@@ -148,7 +148,7 @@ def test_a_chunk_that_never_comes_is_made_by_who_needs_it(monkeypatch: pytest.Mo
 
 
 def test_hosts_share_the_work() -> None:
-    """Each of two hosts tokenises about a half, and both have all; a host that is alone waits once."""
+    """Each of two hosts tokenises about a half, and both have all."""
     store = HashStore()
     made: dict[int, int] = {}
 
@@ -198,4 +198,19 @@ def test_what_another_host_no_longer_holds_is_made(monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(second.find("2"), np.arange(3))
     assert second.find("3") is None
     assert second.find("4") is None
-    assert caplog.messages == ["another host's tokens do not come; this one tokenises what it needs itself"]
+    told = "another host's tokens do not come (none within 0.05 s); this one tokenises what it needs itself"
+    assert caplog.messages == [told]
+
+
+class Broken(HashStore):
+    def check(self, *unused: object) -> bool:
+        raise DistNetworkError("the connection was reset")
+
+    set = check
+
+
+def test_a_store_that_is_gone_ends_no_run(caplog) -> None:
+    chunks = HostChunks(0, 1, f"{os.getpid()}-gone", lambda: OtherHosts(Broken(), 0, 2))
+    assert [int(chunks.get(f"{i}", lambda i=i: np.array([i]))[0]) for i in range(20)] == list(range(20))
+    (told,) = caplog.messages
+    assert "the connection was reset" in told

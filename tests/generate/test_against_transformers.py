@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,7 @@ from moe_dtensor.generate.batch import complete
 from moe_dtensor.generate.load import find_source, load_model
 from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.testing.ranks import run_on_ranks
-
-place = Path(__file__).parents[1] / "checkpoint" / "hugging_face" / "tiny_models.py"
-spec = importlib.util.spec_from_file_location("tiny_models", place)
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 PROMPTS = [[5, 9, 2, 77, 31, 8, 8, 1, 99, 40], [130, 4], [17, 3, 3, 60, 12]]
 COUNT = 9

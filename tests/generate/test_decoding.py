@@ -13,9 +13,11 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.batch import Completion, Model, complete
+from moe_dtensor.generate.decoder import is_kernels_only
 from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
+from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.testing.ranks import run_on_ranks
 
@@ -120,3 +122,20 @@ def with_end(end: int, max_tokens: int) -> list[tuple[list[Completion], float]]:
     balance = BalanceState(resolved, [part], device)
     balance.bias_LE.copy_(torch.randn(balance.bias_LE.shape, generator=torch.Generator().manual_seed(0)) / 10)
     return [complete(Model(part.eval(), resolved, mesh, device), PROMPTS, max_tokens, Sampling(), [end])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "replays"),
+    [
+        ({"moe.backend": "torch"}, True),
+        ({"moe.backend": "reference"}, False),
+        ({"moe.backend": "auto"}, False),  # reference, off CUDA
+        ({"moe.backend": "torch", "moe.router": "own:Router"}, False),
+        ({"moe.backend": "torch", "moe.num_experts": 0, "moe.layers": ()}, True),
+    ],
+)
+def test_what_may_ask_the_device_is_not_replayed(changes: dict[str, Any], replays: bool) -> None:
+    config = resolve(override(BASE, {k: v for k, v in changes.items() if k != "moe.router"}), 1)
+    model = Transformer(config, range(config.model.num_layers), first=True, last=True)
+    named = override(config, {"moe.router": changes.get("moe.router", "topk")})
+    assert is_kernels_only(model, named) == replays

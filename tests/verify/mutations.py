@@ -156,13 +156,13 @@ def second_ranks_experts_stale() -> Iterator[None]:
 @contextmanager
 def loss_over_own_targets() -> Iterator[None]:
     """Each dp rank divides by its own targets and thinks it is done when it halves that."""
-    right = step.count_targets
+    right = step.count_tokens
 
-    def wrong(trainer: Any, batch: Any) -> Tensor:
+    def wrong(trainer: Any, batch: Any) -> Any:
         with mock.patch.object(collectives, "all_reduce", lambda x, _mesh: x * 2):
             return right(trainer, batch)
 
-    with mock.patch.object(step, "count_targets", wrong):
+    with mock.patch.object(step, "count_tokens", wrong):
         yield
 
 

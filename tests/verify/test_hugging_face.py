@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections.abc import Callable
@@ -18,13 +17,7 @@ from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
 from moe_dtensor.checkpoint.hugging_face.table import Family
 from moe_dtensor.verify.hugging_face import prove_folder
-
-FILE = Path(__file__).parents[1] / "checkpoint" / "hugging_face" / "tiny_models.py"
-spec = importlib.util.spec_from_file_location("tiny_models", FILE)
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)

@@ -6,7 +6,6 @@ In float64, in which transformers' norms, softmax, positions and routers still c
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,7 @@ from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.model.transformer import Transformer
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 LENGTH = 48
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,12 +12,7 @@ from safetensors.torch import load_file, save_file
 from moe_dtensor.__main__ import main
 from moe_dtensor.checkpoint.hugging_face.mxfp4 import unpack
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 WIDTH = 64
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,12 +18,7 @@ from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.config.load import load
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 PROMPT = [5, 77, 130, 8]
 READER = """

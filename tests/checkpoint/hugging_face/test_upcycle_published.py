@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,7 @@ from moe_dtensor.checkpoint.native import NativeWeights, find_native
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.model.transformer import Transformer
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 
 @pytest.mark.parametrize(("case", "split"), [("qwen3", 1), ("llama", 2)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
 from moe_dtensor.train.weights import load_initial
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec
-assert spec.loader
-tiny_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+from tests.checkpoint.hugging_face import tiny_models
 
 MESHES = {
     "1x1x1": (1, 1, 1, "tp"),
