@@ -31,7 +31,7 @@ from moe_dtensor.bench.measure import (
 )
 from moe_dtensor.bench.peers import installed_peers
 from moe_dtensor.bench.shapes import Layer, parse_shape
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
 MAX_ERROR = 2e-2

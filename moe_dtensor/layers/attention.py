@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.attention import block_rotates, block_window, head_widths
+from moe_dtensor.config.resolve import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import attend
 from moe_dtensor.layers.norm import HeadsNorm, RMSNorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.attention import is_latent
+from moe_dtensor.config.resolve import is_latent
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.norm import RMSNorm

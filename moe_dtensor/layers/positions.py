@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.attention import block_window, head_widths
+from moe_dtensor.config.resolve import block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import build_visible, uses_flex
 from moe_dtensor.kernels.attention.visible import Visible

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from moe_dtensor.config.build import build
+from moe_dtensor.config.load import build
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.tables import tables
 

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import flops_per_token, parameters

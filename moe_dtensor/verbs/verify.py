@@ -11,11 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
-from moe_dtensor.config.load import load_variants
+from moe_dtensor.config.load import load_variants, override
 from moe_dtensor.config.schema import Config, Schedule
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import padded_vocab, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.compare import FLOOR, Deviation, Verdict, deviate, deviate_scalar, missing

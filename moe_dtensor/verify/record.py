@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_dtensor.bench.measure import provenance
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_dtensor.config.build import build
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.load import build
 from moe_dtensor.config.schema import Config
 
 FORMAT = 1

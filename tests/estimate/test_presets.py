@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.estimate.counts import parameters
 from moe_dtensor.verify.cases import Case

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.convert import config_only
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus

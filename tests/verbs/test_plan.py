@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from moe_dtensor.config.build import build, override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import build, load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.counts import flops_per_token, parameters
