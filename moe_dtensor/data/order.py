@@ -6,8 +6,8 @@ Arbitrary Finite Domains, 2002).
 
 Turns meet their sources' shares at every n. Job j of a source of share w may take place n from
 ``floor((j - 1) / w) + 1`` to ``ceil(j / w)``; each place takes the open job whose last place comes first. Then after
-any n places every source has had less than one more or less than ``w n`` (Baruah, Cohen, Plaxton and Varvel, Proportionate
-Progress, 1996).
+any n places every source has had less than one more or less than ``w n`` (Baruah, Cohen, Plaxton and Varvel,
+Proportionate Progress, 1996).
 """
 
 from __future__ import annotations
