@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_dtensor.checkpoint.save_plan import PlanKeeper, writes
+from moe_dtensor.checkpoint.storage import PlanKeeper, writes
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
-from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
-from moe_dtensor.layers.norm import build_norm
+from moe_dtensor.layers.block import AlsoMinimize, Block, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.positions import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
-from moe_dtensor.layers.weights import Embedding, Linear
+from moe_dtensor.layers.weights import Embedding, Linear, build_norm
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100. V are the held

@@ -18,7 +18,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, describe
 from moe_dtensor.data.loader import Prefetcher
-from moe_dtensor.estimate.counts import flops_per_token, parameters
+from moe_dtensor.estimate.shards import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.drift import RoutingDrift
 from moe_dtensor.train.flags import DelayedFlag, Skips
