@@ -14,7 +14,7 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import build, dump, load
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import all_fields
-from moe_dtensor.train.same_run import comparable, with_defaults
+from moe_dtensor.train.kept_config import comparable, with_defaults
 
 CONFIG_FILE = "config.toml"
 NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profiling", "comm")

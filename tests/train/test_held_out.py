@@ -16,7 +16,7 @@ from moe_dtensor.config.load import dump, load, override
 from moe_dtensor.config.schema import Config, Eval, EvalSet
 from moe_dtensor.data.loader import IGNORED
 from moe_dtensor.evaluate.score import Request
-from moe_dtensor.train.evaluation import pack
+from moe_dtensor.train.held_out import pack
 from tests.train.starts import Start, tiny
 
 TEXTS = {"short": ["one two three", "four", "a" * 9, "zwölf"], "long": ["the whole of a longer text " * 4, "and one"]}
