@@ -1,7 +1,7 @@
 """Triton kernels of :mod:`.heads`: each tensor is read once and written once.
 
-A row is what one norm spans: a head, or all heads of a position. It is held as the first halves of its heads, ``a``, and
-the second halves, ``b``: the pairs that a rotation turns.
+A row is what one norm spans: a head, or all heads of a position. It is held in two tiles, ``a`` the first halves of its
+heads and ``b`` the second ones: the pairs that a rotation turns.
 """
 
 from __future__ import annotations
