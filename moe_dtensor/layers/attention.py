@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dtensor.config.attention import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import attend
+from moe_dtensor.kernels.heads import norm_and_rotate, takes
 from moe_dtensor.layers.norm import HeadsNorm, RMSNorm
 from moe_dtensor.layers.positions import Place, Positions
 from moe_dtensor.layers.rope import rotate
@@ -95,6 +96,9 @@ class Attention(Layer):
     def project(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, ``(B, S, heads, C)`` each, rotated."""
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        if self._in_one_pass(q, place):
+            q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+            return self._norm_and_rotate(q, "q_norm", place), self._norm_and_rotate(k, "k_norm", place), v
         if self.qk_norm == "full":
             q, k = HeadsNorm.widen(q), HeadsNorm.widen(k)
             q_squares, k_squares = self.sum_heads(HeadsNorm.squares(q), HeadsNorm.squares(k))
@@ -109,6 +113,18 @@ class Attention(Layer):
         if self.qk_norm == "head_after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _in_one_pass(self, q: Tensor, place: Place) -> bool:
+        """Whether a kernel does all that is done to queries and keys: heads are turned last, and nothing of them is
+        with other ranks."""
+        alone = self.to_sequences is _as_they_are and (self.qk_norm != "full" or self.sum_heads is _all_here)
+        plain = self.rotates and not self.clip_qkv and self.qk_norm != "head_after_rope"
+        return alone and plain and takes(q, self.head_dim, place.cos)
+
+    def _norm_and_rotate(self, x_BSHC: Tensor, norm: str, place: Place) -> Tensor:
+        layer = getattr(self, norm) if self.qk_norm != "none" else None
+        weight_W, eps = (None, 0.0) if layer is None else (layer.local_weight("weight"), layer.eps)
+        return norm_and_rotate(x_BSHC, weight_W, eps, place.cos, place.sin)
 
 
 def _as_they_are(x: Tensor) -> Tensor:
