@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moe_dtensor.kernels.library import launches_triton, triton_kernels
 
-
 WORTH = 1 << 22
 """Elements from which on a kernel of ours saves more of the GPU's time than its launch takes of the host's."""
 
