@@ -66,22 +66,32 @@ class Attention(Layer):
         """Attend to what each position sees of its sequence; ``(B, S, D)`` in and out, if need be in the order that
         ``from_sequences`` gives."""
         place = positions.window if self.has_window else positions.full
-        q, k, v = self.project(x_BSD, place)
-        y_BHSC = self.attend(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            place.visible,
-            scale=self.scale,
-            sink_H=None if self.sinks is None else self.local_weight("sinks"),
-            backend=self.backend,
-        )
-        y = self.from_sequences(y_BHSC.transpose(1, 2).flatten(2))
+        y = self.from_sequences(self.attend_heads(x_BSD, place).flatten(2))
         if self.gate is not None:
             y = y * self.gate(x_BSD).sigmoid()
         y_BSD = self.sum_output(self.wo(y))
         # After the sum over parts of the heads, so that it is added once.
         return y_BSD if self.output_bias is None else y_BSD + self.local_weight("output_bias")
+
+    def attend_heads(self, x_BSD: Tensor, place: Place) -> Tensor:
+        """What each head reads of whole sequences, ``(B, S, H, C)``."""
+        return self._attend(*self.project(x_BSD, place), place)
+
+    def _attend(self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGV: Tensor, place: Place) -> Tensor:
+        y_BHSV = self.attend(
+            q_BSHC.transpose(1, 2),
+            k_BSGC.transpose(1, 2),
+            v_BSGV.transpose(1, 2),
+            place.visible,
+            scale=self.scale,
+            sink_H=self.own_sinks(),
+            backend=self.backend,
+        )
+        return y_BHSV.transpose(1, 2)
+
+    def own_sinks(self) -> Tensor | None:
+        """The sink of each head, if there are any."""
+        return None if self.sinks is None else self.local_weight("sinks")
 
     def project(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, ``(B, S, heads, C)`` each, rotated."""
