@@ -1,7 +1,7 @@
 """What a training step's GPU time goes to, by kind of kernel, as a Markdown table.
 
-    python -m moe_dtensor bench train --config F --breakdown --json OUT
-    python scripts/kernels_by_kind.py OUT [--variant NAME]
+python -m moe_dtensor bench train --config F --breakdown --json OUT
+python scripts/kernels_by_kind.py OUT [--variant NAME]
 """
 
 from __future__ import annotations
