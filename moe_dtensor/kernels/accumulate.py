@@ -7,6 +7,9 @@ from torch import Tensor
 
 from moe_dtensor.kernels.library import launches_triton, triton_kernels
 
+WORTH = 1 << 22
+"""Elements from which on a kernel of ours saves more of the GPU's time than its launch takes of the host's."""
+
 
 def widened(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of ``grad`` in ``dtype``."""
@@ -27,4 +30,4 @@ def add_narrow(total: Tensor, grad: Tensor) -> None:
 
 def _has_kernel(grad: Tensor, dtype: torch.dtype) -> bool:
     narrow = grad.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-    return launches_triton(grad) and narrow and grad.is_contiguous() and grad.numel() > 0
+    return launches_triton(grad) and narrow and grad.is_contiguous() and grad.numel() >= WORTH
