@@ -66,7 +66,8 @@ class Ranks:
                 f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT = {place}: {str(error).splitlines()[0]}",
                 "Set both to a host and a free port that all of them reach, or start with ./run_train.sh.",
             ) from None
-        return store
+        # A launcher that starts the ranks again keeps its store: what those before them left there is not for these.
+        return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     @property
     def where(self) -> str:

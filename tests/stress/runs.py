@@ -95,7 +95,10 @@ def saved(folder: Path) -> list[int]:
 
 
 class Expected:
-    """Losses of runs that were left alone, kept by mesh and corpus; of each a checkpoint at every interval is kept."""
+    """Losses of runs that were left alone, kept by mesh and corpus; of each the checkpoint of every step is kept.
+
+    Of every step: a run that is asked to end saves between two intervals, and may go on from there on another mesh.
+    """
 
     def __init__(self, place: Path, texts: Path) -> None:
         self.place, self.texts = place, texts
@@ -117,9 +120,11 @@ class Expected:
             for later in saved(folder):
                 if later > step:
                     shutil.rmtree(folder / "checkpoints" / f"step-{later:08d}")
+            assert saved(folder)[-1:] == [step]
             run = json.loads((folder / "run.json").read_text())
             (folder / "run.json").write_text(json.dumps({**run, "finished_step": None, "saved_step": step}))
-        argv = command(folder, self.texts, mesh, corpus, False, checkpoint__keep_last="0")
+        every = {"checkpoint__interval": "1", "checkpoint__keep_last": "0"}
+        argv = command(folder, self.texts, mesh, corpus, False, **every)
         ended: Ended = Start(self.place, argv, ranks_of(mesh)).wait(600)
         assert ended.statuses == [0] * ranks_of(mesh), ended.text
         self._known[key] = folder

@@ -19,6 +19,7 @@ import moe_dtensor.train.loop
 import moe_dtensor.train.rank  # noqa: F401  (imported here, so that no rank has to)
 from moe_dtensor.__main__ import leave, main
 
+_PATIENCE = timedelta(seconds=60)
 _STORES: list[dist.TCPStore] = []
 """Kept: one that is collected in a forked rank waits for a thread that this rank does not have."""
 
@@ -52,6 +53,7 @@ class Start:
         more: words that only some ranks get on their command line.
         environment: variables of all ranks.
         before: called in each rank first, with its number.
+        again: ranks that ended; these are started in their place, as ``--max-restarts`` does, and get their store.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class Start:
         more: Mapping[int, Sequence[str]] | None = None,
         environment: Mapping[str, str] | None = None,
         before: Callable[[int], None] | None = None,
+        again: Start | None = None,
     ) -> None:
         self.begin = time.monotonic()
+        self.restarts = again.restarts + 1 if again else 0
         # Of this process, as torchrun's agent hosts it.
-        self.store = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+        self.store = again.store if again else dist.TCPStore("localhost", 0, None, True, _PATIENCE, False)
         _STORES.append(self.store)
-        self.files = [folder / f"rank-{rank}-{self.store.port}.txt" for rank in range(world_size)]
+        self.files = [folder / f"rank-{rank}-{self.store.port}-{self.restarts}.txt" for rank in range(world_size)]
         self.pids: list[int] = []
         for rank in range(world_size):
             pid = os.fork()
@@ -78,7 +82,7 @@ class Start:
                 os.environ.update(environment or {})
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
                 os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(self.store.port))
-                os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+                os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(self.restarts))
                 output = os.open(self.files[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)

@@ -157,6 +157,33 @@ def test_a_killed_rank_is_no_riddle(tmp_path: Path) -> None:
     assert "lost contact with another rank" in ended.errors[0]
 
 
+def test_ranks_that_are_started_again_resume(tmp_path: Path) -> None:
+    """They found the addresses of the ranks before them in the launcher's store, which stays, and met nobody; and with
+    ``--run.fresh true`` each restart deleted the run's own checkpoints."""
+    alone = Start(tmp_path, tiny(tmp_path / "alone", mesh__pp="2"), 2).wait()
+    assert alone.statuses == [0, 0], alone.text
+    argv = [*tiny(tmp_path / "run", mesh__pp="2"), "--run.fresh", "true"]
+
+    def die(rank: int) -> None:
+        from moe_dtensor.train import loop
+
+        take, steps = loop.train_step, iter(range(1, 7))
+
+        def step(*args):  # type: ignore[no-untyped-def]
+            if next(steps) == 4 and rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(*args)
+
+        loop.train_step = step
+
+    first = Start(tmp_path, argv, 2, before=die)
+    assert first.wait().statuses[0] == -signal.SIGKILL
+    again = Start(tmp_path, argv, 2, again=first).wait()
+    assert again.statuses == [0, 0], again.text
+    assert f"Resuming the run in {tmp_path / 'run'} after step 2" in again.text
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+
+
 def test_a_replica_that_differs_is_named(tmp_path: Path) -> None:
     """A rank that computed garbage went unnoticed."""
 
