@@ -14,6 +14,8 @@ Span = tuple[float, float]
 
 STEPS = 2
 """Steps that are recorded."""
+NAME = 120
+"""Characters of a kernel's name that are kept."""
 NCCL = {
     "AllGather": "all_gather",
     "ReduceScatter": "reduce_scatter",
@@ -40,6 +42,8 @@ class Breakdown:
     """All of their time, by kind."""
     exposed_collectives: dict[str, float]
     """Their time while nothing else computes, by kind."""
+    kernels: dict[str, float]
+    """All of the time of each kernel, copy and fill, by name, longest first."""
 
 
 def measure_breakdown(step: Callable[[], object]) -> list[Breakdown]:
@@ -68,8 +72,10 @@ def break_down(kernels: Iterable[tuple[str, Span]], steps: int) -> Breakdown:
         steps: recorded from the first span's start to the last one's end.
     """
     by_kind: dict[str, list[Span]] = {}
+    by_name: dict[str, list[Span]] = {}
     computing: list[Span] = []
     for name, span in kernels:
+        by_name.setdefault(name[:NAME], []).append(span)
         kind = kind_of(name)
         (computing if kind is None else by_kind.setdefault(kind, [])).append(span)
     busy = union(computing)
@@ -82,6 +88,7 @@ def break_down(kernels: Iterable[tuple[str, Span]], steps: int) -> Breakdown:
     kinds = {kind: union(spans) for kind, spans in sorted(by_kind.items())}
     whole = milliseconds([(both[0][0], both[-1][1])]) if both else 0.0
     computed, active = milliseconds(busy), milliseconds(both)
+    names = sorted(((name, milliseconds(spans)) for name, spans in by_name.items()), key=lambda item: -item[1])
     return Breakdown(
         step=whole,
         computing=computed,
@@ -89,6 +96,7 @@ def break_down(kernels: Iterable[tuple[str, Span]], steps: int) -> Breakdown:
         idle=whole - active,
         collectives={kind: milliseconds(spans) for kind, spans in kinds.items()},
         exposed_collectives={kind: milliseconds(union([*busy, *spans])) - computed for kind, spans in kinds.items()},
+        kernels={name: round(time, 4) for name, time in names},
     )
 
 

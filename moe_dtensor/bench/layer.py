@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moe_dtensor.bench.measure import (
+    dense_products,
     graph_milliseconds,
     kernel_times,
     measure_memory,
@@ -54,6 +55,8 @@ class Result:
     """Median of a forward and backward; None if the answer was wrong or the backend failed."""
     milliseconds_spread: tuple[float, float] | None = None
     tflops: float | None = None
+    dense_tflops: float | None = None
+    """FLOPs of the experts' products by one weight for all rows, in the same rounds: a bound."""
     graph_tflops: float | None = None
     """The same step captured in a CUDA graph and replayed: without the host's part."""
     kept_mib: float = 0.0
@@ -179,7 +182,10 @@ def _check(layer: Layer, name: str, expected: dict[str, Any], result: Result) ->
 def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: Layer, cuda: bool) -> None:
     """Alternate between the runs; medians into the results, and where a step's time goes."""
     times: dict[str, list[float]] = {name: [] for name in runs if not found[name].failure}
+    dense, dense_times = dense_products(layer), list[float]()
     for _ in range(_ROUNDS):
+        dense()
+        dense_times += several(dense, cuda)
         for name in times:
             runs[name]()
             times[name] += several(runs[name], cuda)
@@ -189,6 +195,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.milliseconds = statistics.median(taken)
         result.milliseconds_spread = (min(taken), max(taken))
         result.tflops = layer.shape.flops / result.milliseconds / 1e9
+        result.dense_tflops = layer.shape.expert_flops / statistics.median(dense_times) / 1e9
         if cuda:
             result.kernels = kernel_times(runs[name])
         if cuda and name in ("torch", "triton"):
@@ -202,8 +209,11 @@ def _line(result: Result) -> str:
         return f"{head}  {result.failure}"
     worst = f"{max(result.error.values()):.1e}" if result.error else "not checked"
     graph = f" ({result.graph_tflops:.1f} as a CUDA graph)" if result.graph_tflops else ""
+    assert result.tflops is not None
+    assert result.dense_tflops is not None
     return (
-        f"{head} {result.milliseconds:9.3f} ms {result.tflops:7.1f} TFLOP/s{graph}  error {worst}  "
+        f"{head} {result.milliseconds:9.3f} ms {result.tflops:7.1f} TFLOP/s{graph}, "
+        f"{result.tflops / result.dense_tflops:.2f} of dense {result.dense_tflops:.1f}  error {worst}  "
         f"kept {result.kept_mib:7.1f} MiB  peak {result.peak_mib:8.1f} MiB  first {result.first_call_seconds:5.1f} s  "
         f"load {result.load_max_over_mean:4.2f}"
     )

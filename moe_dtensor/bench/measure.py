@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_dtensor.bench.shapes import Layer
+from moe_dtensor.kernels.experts.activation import num_up_projections
 
 STEPS = 6
 """Steps that are issued together."""
@@ -93,6 +94,26 @@ def graph_milliseconds(layer: Layer, backend: str) -> float:
     with torch.cuda.graph(graph):
         step()
     return statistics.median(several(graph.replay, True) + several(graph.replay, True))
+
+
+def dense_products(layer: Layer) -> Callable[[], None]:
+    """Run the matrix products of a layer's experts and their gradients with one weight for all rows: what a card does
+    with the same FLOPs where nothing is routed."""
+    shape = layer.shape
+    rows, up = shape.tokens * shape.top_k, num_up_projections(shape.activation) * shape.hidden
+    sizes = [(rows, shape.dim, up), (rows, shape.hidden, shape.dim)]
+    operands = [
+        tuple(torch.randn(size, device=layer.x_TD.device, dtype=layer.x_TD.dtype) for size in ((n, d), (f, d), (n, f)))
+        for n, d, f in sizes
+    ]
+
+    def run() -> None:
+        for x, w, dy in operands:
+            x @ w.T
+            dy @ w
+            dy.T @ x
+
+    return run
 
 
 def kernel_times(run: Callable[[], None]) -> dict[str, float]:

@@ -30,9 +30,13 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of a forward and backward; see the top of this file."""
-        experts = self.tokens * self.top_k * (num_up_projections(self.activation) + 1) * self.dim * self.hidden
-        return 6 * (experts + self.tokens * self.dim * self.experts)
+        """Floating-point operations of a forward and backward: the experts' and the router's products."""
+        return self.expert_flops + 6 * self.tokens * self.dim * self.experts
+
+    @property
+    def expert_flops(self) -> int:
+        """Those of the experts' products."""
+        return 6 * self.tokens * self.top_k * (num_up_projections(self.activation) + 1) * self.dim * self.hidden
 
     @property
     def kept_bytes(self) -> int:

@@ -29,16 +29,19 @@ def load_weights(
         _load_native(balance, params, source)
         return
     for name, param in params.items():
-        local = param.to_local() if isinstance(param, DTensor) else param
-        held = [(part.start, part.stop) for part in held_slices(param)]
-        # By way of host memory: one tensor of this rank's share beyond the share itself.
-        part = torch.empty(local.shape, dtype=local.dtype)
-        source.read(name, held, part)
-        local.copy_(part)
+        _read_share(source, name, param)
     for row, layer in enumerate(sorted(moe_layers(config))):
         bias_E = torch.zeros(config.moe.num_experts)
         source.read(f"layers.{layer}.moe.router.bias", [(0, len(bias_E))], bias_E)
         balance.bias_LE[row].copy_(bias_E)
+
+
+def _read_share(source: HuggingFaceSource, name: str, param: Tensor) -> None:
+    """By way of host memory: one tensor of this rank's share beyond the share itself, gone before the next."""
+    local = param.to_local() if isinstance(param, DTensor) else param
+    part = torch.empty(local.shape, dtype=local.dtype)
+    source.read(name, [(held.start, held.stop) for held in held_slices(param)], part)
+    local.copy_(part)
 
 
 def _load_native(balance: BalanceState, params: Mapping[str, Tensor], source: NativeFolder) -> None:

@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dtensor.config.attention import block_window
 from moe_dtensor.config.resolve import padded_vocab
 from moe_dtensor.config.schema import Config
-from moe_dtensor.generate.cache import KeyValueCache, Slots
+from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
 from moe_dtensor.generate.graph import Graphed
 from moe_dtensor.kernels.attention.visible import Visible
 from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.block import Block
+from moe_dtensor.layers.latent_attention import LatentAttention
 from moe_dtensor.layers.moe import Experts
 from moe_dtensor.layers.positions import Place, Positions, rotation
 from moe_dtensor.model.transformer import Transformer
@@ -47,12 +48,15 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, tokens_BS: Tensor) -> Tensor:
-        """Read the next ``(B, S)`` tokens; the logits after the last of them, ``(B, V)``, the same on all tp ranks."""
-        if tokens_BS.shape[1] == 1 and self.slots.count == 1:
-            self.slots.filled += 1
-            return self.next(tokens_BS)
-        self.slots.take(tokens_BS.shape[1])
-        return self._read(tokens_BS)
+        """Read the prompts ``(B, S)``, then, call by call, one token more ``(B, 1)``; the logits after the last of
+        them, ``(B, V)``, the same on all tp ranks."""
+        slots = self.slots
+        if not len(slots.new_S):
+            slots.take_prompts(tokens_BS.shape[1])
+            return self._read(tokens_BS)
+        if slots.is_prompt:
+            slots.end_prompts()
+        return self.next(tokens_BS)
 
     def _next(self, tokens_B1: Tensor) -> Tensor:
         self.slots.take_next()
@@ -81,23 +85,28 @@ def is_kernels_only(model: Transformer, config: Config) -> bool:
 @contextmanager
 def open_decoder(model: Transformer, config: Config, tp: DeviceMesh, slots: Slots) -> Iterator[Decoder]:
     """While it is open the model's attention remembers, and its head sees the last position alone."""
-    layers: list[tuple[Attention, KeyValueCache]] = []
+    layers: list[tuple[Attention, KeyValueCache | LatentCache]] = []
     for index, block in model.layers.items():
         # Blocks of multi-token prediction are for training.
         if int(index) < config.model.num_layers:
             assert isinstance(block, Block)
-            layers.append((block.attention, KeyValueCache(slots, block_window(config, int(index)))))
+            kind = LatentCache if isinstance(block.attention, LatentAttention) else KeyValueCache
+            layers.append((block.attention, kind(slots, block_window(config, int(index)))))
     before_head = model.before_head
     right = [attention.attend for attention, _ in layers]
     try:
         for attention, cache in layers:
             attention.attend = cache
+            if isinstance(attention, LatentAttention) and isinstance(cache, LatentCache):
+                attention.recall = cache.recall
         model.before_head = lambda x: before_head(x[:, -1:])
         yield Decoder(model, config, tp, slots)
     finally:
         model.before_head = before_head
         for (attention, _), attend in zip(layers, right, strict=True):
             attention.attend = attend
+            if isinstance(attention, LatentAttention):
+                attention.recall = None
 
 
 def whole_vocabulary(held_BSV: Tensor, config: Config, tp: DeviceMesh) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dtensor.config.attention import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import attend
+from moe_dtensor.kernels.heads import norm_and_rotate, takes
 from moe_dtensor.layers.norm import HeadsNorm, RMSNorm
 from moe_dtensor.layers.positions import Place, Positions
 from moe_dtensor.layers.rope import rotate
@@ -65,26 +66,39 @@ class Attention(Layer):
         """Attend to what each position sees of its sequence; ``(B, S, D)`` in and out, if need be in the order that
         ``from_sequences`` gives."""
         place = positions.window if self.has_window else positions.full
-        q, k, v = self.project(x_BSD, place)
-        y_BHSC = self.attend(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            place.visible,
-            scale=self.scale,
-            sink_H=None if self.sinks is None else self.local_weight("sinks"),
-            backend=self.backend,
-        )
-        y = self.from_sequences(y_BHSC.transpose(1, 2).flatten(2))
+        y = self.from_sequences(self.attend_heads(x_BSD, place).flatten(2))
         if self.gate is not None:
             y = y * self.gate(x_BSD).sigmoid()
         y_BSD = self.sum_output(self.wo(y))
         # After the sum over parts of the heads, so that it is added once.
         return y_BSD if self.output_bias is None else y_BSD + self.local_weight("output_bias")
 
+    def attend_heads(self, x_BSD: Tensor, place: Place) -> Tensor:
+        """What each head reads of whole sequences, ``(B, S, H, C)``."""
+        return self._attend(*self.project(x_BSD, place), place)
+
+    def _attend(self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGV: Tensor, place: Place) -> Tensor:
+        y_BHSV = self.attend(
+            q_BSHC.transpose(1, 2),
+            k_BSGC.transpose(1, 2),
+            v_BSGV.transpose(1, 2),
+            place.visible,
+            scale=self.scale,
+            sink_H=self.own_sinks(),
+            backend=self.backend,
+        )
+        return y_BHSV.transpose(1, 2)
+
+    def own_sinks(self) -> Tensor | None:
+        """The sink of each head, if there are any."""
+        return None if self.sinks is None else self.local_weight("sinks")
+
     def project(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, ``(B, S, heads, C)`` each, rotated."""
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        if self._in_one_pass(q, place):
+            q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+            return self._norm_and_rotate(q, "q_norm", place), self._norm_and_rotate(k, "k_norm", place), v
         if self.qk_norm == "full":
             q, k = HeadsNorm.widen(q), HeadsNorm.widen(k)
             q_squares, k_squares = self.sum_heads(HeadsNorm.squares(q), HeadsNorm.squares(k))
@@ -99,6 +113,18 @@ class Attention(Layer):
         if self.qk_norm == "head_after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _in_one_pass(self, q: Tensor, place: Place) -> bool:
+        """Whether a kernel does all that is done to queries and keys: heads are turned last, and nothing of them is
+        with other ranks."""
+        alone = self.to_sequences is _as_they_are and (self.qk_norm != "full" or self.sum_heads is _all_here)
+        plain = self.rotates and not self.clip_qkv and self.qk_norm != "head_after_rope"
+        return alone and plain and takes(q, self.head_dim, place.cos)
+
+    def _norm_and_rotate(self, x_BSHC: Tensor, norm: str, place: Place) -> Tensor:
+        layer = getattr(self, norm) if self.qk_norm != "none" else None
+        weight_W, eps = (None, 0.0) if layer is None else (layer.local_weight("weight"), layer.eps)
+        return norm_and_rotate(x_BSHC, weight_W, eps, place.cos, place.sin)
 
 
 def _as_they_are(x: Tensor) -> Tensor:

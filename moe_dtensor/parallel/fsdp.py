@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.accumulate import add_narrow, widened
 from moe_dtensor.mesh import expert_fsdp_mesh, fsdp_mesh
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.placement import Row, build_table, find_row
@@ -52,7 +53,12 @@ def apply_fsdp(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             for group in _groups(module):
-                _sum_over_tp_in_reduce_dtype(group)
+                for param in group.fsdp_params:
+                    _add_up_fast(param)
+                if _sends_nothing(group):
+                    _hand_over_gradients(group)
+                else:
+                    _sum_over_tp_in_reduce_dtype(group)
 
 
 def _shard_placement(config: Config, mesh: DeviceMesh) -> Callable[[Row], Any]:
@@ -84,6 +90,75 @@ def _groups(module: FSDPModule) -> list[Any]:
     # torch 2.11 has one group or None in a module.
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return [group for group in groups if group is not None]
+
+
+def _add_up_fast(param: Any) -> None:
+    """Have FSDP add a parameter's gradients up over microbatches by our kernels."""
+
+    def begin() -> None:
+        grad = param._unsharded_param.grad
+        if param.reduce_dtype is None or grad is None or grad.dtype == param.reduce_dtype:
+            return
+        param._unsharded_param.grad = None
+        param.unsharded_accumulated_grad = _like(grad, widened(_local(grad), param.reduce_dtype))
+
+    def add() -> None:
+        total = param.unsharded_accumulated_grad
+        if total is None or param.unsharded_param.grad is None:
+            return
+        grad, param.unsharded_param.grad = param.unsharded_param.grad, None
+        assert not isinstance(grad, DTensor) or grad.placements == total.placements
+        add_narrow(_local(total), _local(grad))
+
+    param.to_accumulated_grad_if_needed, param.accumulate_unsharded_grad_if_needed = begin, add
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _like(grad: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(grad, DTensor):
+        return local
+    return DTensor.from_local(
+        local, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+    )
+
+
+def _sends_nothing(group: Any) -> bool:
+    """Whether a group's shards are whole, on their device, and not summed with copies elsewhere."""
+    mesh = group.mesh_info
+    moves = any(param.offload_to_cpu for param in group.fsdp_params)
+    return getattr(mesh, "replicate_mesh_dim", None) is None and mesh.shard_mesh_size == 1 and not moves
+
+
+def _hand_over_gradients(group: Any) -> None:
+    """Make the gradients of whole parameters those of their shards as they are.
+
+    FSDP would copy them three times: side by side, divided by 1, and out again.
+    """
+    accumulate = group.post_backward
+
+    def accumulate_and_hand_over(*unused: Any) -> None:
+        reduces, group.reduce_grads = group.reduce_grads, False
+        accumulate(*unused)
+        group.reduce_grads = reduces
+        for param in group.fsdp_params if reduces else ():
+            if not hasattr(param, "_unsharded_param"):
+                continue
+            summed = param.unsharded_accumulated_grad
+            grad = param._unsharded_param.grad if summed is None else summed
+            if grad is None:
+                continue
+            param.unsharded_accumulated_grad = param._unsharded_param.grad = None
+            # Sums over tp, if gradients are shares of it.
+            whole = param._get_grad_inner_tensor(grad).to(group._orig_dtype).contiguous()
+            if param.sharded_param.grad is None:
+                param.sharded_param.grad = param.to_sharded_dtensor(whole)
+            else:
+                param.sharded_param.grad._local_tensor += whole
+
+    group.post_backward = accumulate_and_hand_over
 
 
 def _sum_over_tp_in_reduce_dtype(group: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     tokenizer, ends = load_tokenizer(source)
     template = ChatTemplate(tokenizer_folder(source), source.config.data.chat_template) if options.chat else None
     ids = [_encode(prompt, template, tokenizer) for prompt in prompts]
+    _check_lengths(ids, options.max_tokens, source.max_length)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = start_ranks(source.config)
     model = load_model(source, device)
@@ -142,7 +144,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, wrong, remedy in (
         ("--max-tokens", options.max_tokens < 1, "Give 1 or more."),
         ("--batch-size", options.batch_size < 1, "Give 1 or more."),
-        ("--temperature", options.temperature < 0, "Give 0 or more."),
+        ("--temperature", not 0 <= options.temperature < math.inf, "Give 0 or more."),
         ("--top-k", options.top_k < 0, "Give 0 or more."),
         ("--top-p", not 0 < options.top_p <= 1, "Give a share above 0, up to 1."),
     ):
@@ -187,6 +189,23 @@ def _encode(prompt: Prompt, template: ChatTemplate | None, tokenizer: Tokenizer)
         text = template.render(prompt.messages or ({"role": "user", "content": prompt.text},))
     (ids,) = tokenizer.encode_batch([text])
     return [int(i) for i in ids] or [tokenizer.end_id]
+
+
+def _check_lengths(ids: Sequence[Sequence[int]], max_tokens: int, positions: int) -> None:
+    """Refuse a prompt that leaves no position to continue at; say so if a completion may leave them."""
+    longest = max(map(len, ids))
+    if longest >= positions:
+        number = next(n for n, prompt in enumerate(ids, start=1) if len(prompt) == longest)
+        raise ConfigError(
+            f"prompt {number} has {longest} tokens, and the model was made for {positions} positions.",
+            f"Give one of {positions - 1} tokens at most.",
+        )
+    if longest + max_tokens > positions and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: with --max-tokens {max_tokens} a text may be longer than the {positions} positions that the model "
+            "was made for",
+            file=sys.stderr,
+        )
 
 
 def _print_line(prompt: Prompt, text: str, tokens: int, ended: bool) -> None:

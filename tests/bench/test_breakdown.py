@@ -28,6 +28,7 @@ def test_what_hides_behind_computing_is_not_exposed() -> None:
     assert (found.step, found.computing, found.exposed, found.idle) == (5.0, 3.0, 1.5, 0.5)
     assert found.collectives == {"all_gather": 1.5, "send_receive": 1.0}
     assert found.exposed_collectives == {"all_gather": 1.0, "send_receive": 1.0}
+    assert found.kernels == {"gemm": 3.0, "ncclDevKernel_AllGather_RING_LL": 1.5, "ncclDevKernel_SendRecv": 1.0}
 
 
 def test_kinds() -> None:

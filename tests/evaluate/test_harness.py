@@ -48,8 +48,15 @@ TASKS = {
     ),
     "reading": ("loglikelihood_rolling", "''", "doc_to_target: '{{text}}'", "byte_perplexity bits_per_byte"),
     "last_word": ("loglikelihood", "'{{context}}'", "doc_to_target: '{{text}}'", "perplexity acc"),
+    # One stops at a text, one when there are enough; of one the beginning does not fit.
+    "answer": (
+        "generate_until",
+        "'{{context}}'",
+        "doc_to_target: '{{text}}'\ngeneration_kwargs: {until: [e, q], max_gen_toks: 12, do_sample: false}",
+        "exact_match",
+    ),
 }
-Scores = dict[str, list[float]]
+Scores = dict[str, list[float | str]]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "reading": [{"text": text(40)} for _ in range(3)],
         "last_word": [{"context": "" if i == 0 else text(8), "text": draw.choice(words)} for i in range(4)],
+        "answer": [{"context": context, "text": "?"} for context in ("an", "routes the", "mesh? été", "expert, " * 20)],
     }
     (folder / "tasks").mkdir()
     for name, (kind, of_text, more, metrics) in TASKS.items():
@@ -105,10 +113,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(results: dict[str, Any]) -> tuple[Scores, Scores]:
-    """Log-likelihoods by task, and its metrics."""
+    """Log-likelihoods or answers by task, and its metrics."""
+    answers = {name: [r[0] for s in found for r in s["resps"]] for name, found in results["samples"].items()}
     samples = {
-        name: [float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for s in found for r in s["resps"]]
-        for name, found in results["samples"].items()
+        name: [a if isinstance(a, str) else float(a[0] if isinstance(a, list | tuple) else a) for a in of_task]
+        for name, of_task in answers.items()
     }
     metrics = {
         name: [v for k, v in sorted(found.items()) if isinstance(v, float) and "stderr" not in k]

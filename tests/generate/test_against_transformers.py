@@ -14,7 +14,7 @@ from moe_dtensor.testing.ranks import run_on_ranks
 from tests.checkpoint.hugging_face import tiny_models
 
 PROMPTS = [[5, 9, 2, 77, 31, 8, 8, 1, 99, 40], [130, 4], [17, 3, 3, 60, 12]]
-COUNT = 9
+COUNT = 20
 DEFAULT = ("olmoe", "deepseek_v3")
 WIDE = {f"training.{key}": "float64" for key in ("dtype", "param_dtype", "reduce_dtype")}
 

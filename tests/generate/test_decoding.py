@@ -13,7 +13,8 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.batch import Completion, Model, complete
-from moe_dtensor.generate.decoder import is_kernels_only
+from moe_dtensor.generate.cache import Cache, Slots
+from moe_dtensor.generate.decoder import is_kernels_only, open_decoder
 from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
@@ -52,6 +53,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.v_dim": 10,
         "model.num_kv_heads": 0,
     },
+    "latent window": {
+        "model.kv_rank": 12,
+        "model.q_rank": 9,
+        "model.nope_dim": 8,
+        "model.rope_dim": 4,
+        "model.v_dim": 10,
+        "model.num_kv_heads": 0,
+        "model.window": 4,
+        "model.sinks": True,
+    },
     "window": {"model.window": 5, "model.window_layers": ("window", "full"), "model.window_theta": 500.0},
     "window and sinks": {"model.window": 4, "model.sinks": True},
     "multi-token": {"model.mtp_depth": 1, "model.qk_norm": "head"},
@@ -86,6 +97,37 @@ def test_every_kind_of_attention_on_one_rank() -> None:
         assert error < 1e-12, name
         assert all(len(c.ids) == 9 or c.ended for c in completions)
         assert len({tuple(c.ids) for c in completions}) > 1
+
+
+def cache_sizes(config: Config) -> list[list[tuple[int, ...]]]:
+    """Shapes of what each layer keeps of two sequences, after 7 + 1 of 12 slots; then none keeps anything."""
+    resolved, device = resolve(override(config, {"mesh.dp": 1}), 1), torch.device("cpu")
+    mesh = build_mesh(resolved, device)
+    (part,) = build_parts(resolved, mesh, device, trains=False)
+    with open_decoder(part.eval(), resolved, mesh["tp"], Slots(torch.tensor([0, 3]), 12)) as decode:
+        decode(torch.arange(14).reshape(2, 7))
+        decode(torch.tensor([[1], [2]]))
+        caches: list[Any] = [part.layers[str(layer)].attention.attend for layer in range(3)]  # type: ignore[union-attr]
+        assert all(isinstance(cache, Cache) for cache in caches)
+        sizes = [[tuple(held.shape) for held in cache.held] for cache in caches]
+    assert not any(isinstance(part.layers[str(layer)].attention.attend, Cache) for layer in range(3))  # type: ignore[union-attr]
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("grouped", [[(2, 2, 12, 8)] * 2] * 3),
+        ("window", [[(2, 2, rows, 8)] * 2 for rows in (5, 12, 5)]),
+        # Of 4 heads of 12 and 10 the latent of 12 and a shared key of 4.
+        ("latent", [[(2, 1, 12, 16)]] * 3),
+        ("latent window", [[(2, 1, 4, 16)]] * 3),
+    ],
+)
+def test_a_cache_keeps_what_can_still_be_seen(kind: str, expected: list[list[tuple[int, ...]]]) -> None:
+    """Every layer kept keys and values of all heads at every position, whatever its window or latent."""
+    (sizes,) = run_on_ranks(cache_sizes, 1, override(BASE, KINDS[kind]))
+    assert sizes == expected
 
 
 MESHES = [((1, 1, 4), "tp"), ((2, 1, 2), "tp"), ((2, 1, 2), "dp")]

@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=8,
         num_experts=4,
         num_experts_per_tok=2,
+        max_position_embeddings=64,
         initializer_range=0.2,
         eos_token_id=256,
         bos_token_id=None,
@@ -84,6 +85,8 @@ def test_one_prompt_streams_and_ranks_speak_once(folder: Path) -> None:
     [
         (("--prompt", "a", "--mesh.pp", "2"), "have no pipeline"),
         (("--prompt", "a", "--top-p", "0"), "--top-p 0.0 makes no sense"),
+        (("--prompt", "a", "--temperature", "nan"), "--temperature nan makes no sense"),
+        (("--prompt", "a" * 64), "prompt 1 has 64 tokens, and the model was made for 64 positions"),
         (("--prompts", "/no/such.jsonl"), "cannot be read"),
         ((), "one of the arguments --prompt --prompts is required"),
     ],

@@ -26,6 +26,7 @@ class Rope:
         alpha: a ``dynamic`` kind with an ``alpha`` is another theta, whatever the length (Hunyuan).
         part_name: where the older style keeps that share.
         by_kind: ``rope_parameters`` has an entry for full attention and one for windows.
+        in_4: with ``by_kind``, transformers 4 has the class, whose ``rope_scaling`` is that of full attention.
     """
 
     default: float = 10000.0
@@ -33,6 +34,7 @@ class Rope:
     part: float = 1.0
     part_name: str = "partial_rotary_factor"
     by_kind: bool = False
+    in_4: bool = False
     alpha: bool = False
 
     def read(self, raw: Raw, function: Function) -> None:
@@ -126,8 +128,10 @@ class Rope:
         new = {"rope_theta": theta, **(scaling or {"rope_type": "default"}), **part}
         if self.by_kind:
             windows = {"rope_theta": function["model.window_theta"] or theta, "rope_type": "default", **part}
-            # Not the older style beside it: transformers 5 takes a rope_scaling of null for the whole of it.
             put(raw, "rope_parameters", {FULL: new, WINDOW: windows})
+            # No null: transformers 5 takes it for both kinds.
+            if scaling and self.in_4:
+                put(raw, "rope_scaling", scaling)
         else:
             put(raw, "rope_scaling", scaling and scaling | {"type": scaling["rope_type"]})
             put(raw, "rope_parameters", new)

@@ -38,10 +38,10 @@ def write_tokenizer(name: str, vocab_size: int, folder: Path) -> dict[str, Any]:
     """The tokenizer files of ``data.tokenizer`` and a generation_config.json; none for a vocabulary smaller than bytes.
 
     Returns:
-        What config.json says of special tokens.
+        What config.json says of special tokens: null where there is none, for a class may have defaults of its own.
     """
     if name == "bytes" and vocab_size < ByteTokenizer.vocab_size:
-        return {}
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if name == "bytes":
         _write_bytes(folder)
         tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ByteTokenizer.end_id, "pad_token_id": None}

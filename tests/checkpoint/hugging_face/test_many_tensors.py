@@ -12,6 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dtensor.checkpoint.weights import load_weights
+from moe_dtensor.config.resolve import resolve
+from moe_dtensor.generate.load import find_source
+from moe_dtensor.mesh import build_mesh
+from moe_dtensor.model.balance_state import BalanceState
+from moe_dtensor.parallel.apply import build_parts
+from moe_dtensor.testing.ranks import run_on_ranks
 
 DIM, HIDDEN, LAYERS, EXPERTS, HEADS, VOCAB = 320, 336, 48, 128, 4, 512
 CONFIG = {
@@ -40,10 +50,10 @@ sys.exit(status)
 """
 
 
-def tensors() -> Iterator[tuple[str, list[int]]]:
+def tensors(layers: int) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor."""
     yield "model.embed_tokens.weight", [VOCAB, DIM]
-    for i in range(LAYERS):
+    for i in range(layers):
         block = f"model.layers.{i}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{block}{name}.weight", [DIM]
@@ -59,12 +69,11 @@ def tensors() -> Iterator[tuple[str, list[int]]]:
     yield "lm_head.weight", [VOCAB, DIM]
 
 
-def write(folder: Path) -> None:
-    """Shards whose tensors are holes; experts of a block straddle two of them."""
+def write(folder: Path, layers: int = LAYERS) -> int:
+    """Shards whose tensors are holes; experts of a block straddle two of them. Their bytes."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    everything = list(tensors())
-    assert sum(".experts." in name for name, _ in everything) == 18432
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    everything = list(tensors(layers))
     each, index, total = -(-len(everything) // SHARDS), {}, 0
     for number in range(SHARDS):
         file, at, header = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors", 0, {}
@@ -77,9 +86,9 @@ def write(folder: Path) -> None:
             out.write(len(text).to_bytes(8, "little") + text)
             out.truncate(8 + len(text) + at)
         total += at
-    assert total > 3.9e9
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return total
 
 
 def convert(source: Path, output: Path) -> subprocess.CompletedProcess[str]:
@@ -90,7 +99,8 @@ def convert(source: Path, output: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("many") / "hf"
-    write(path)
+    assert sum(".experts." in name for name, _ in tensors(LAYERS)) == 18432
+    assert write(path) > 3.9e9
     return path
 
 
@@ -103,6 +113,36 @@ def test_it_converts_in_little_memory(folder: Path, tmp_path: Path) -> None:
     assert peak < 1.5e9
     assert "Reading" in result.stderr  # the bar
     assert (tmp_path / "native" / "config.toml").is_file()
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process that are resident now (``VmRSS``), or were at most (``VmHWM``)."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+
+def beyond_the_share(folder: Path) -> tuple[int, int]:
+    """How much more memory than its share of the model a rank takes while it loads it, and its largest tensor."""
+    source = find_source(folder, {"training.param_dtype": "bfloat16"}, dist.get_world_size())
+    config = resolve(source.config, dist.get_world_size())
+    device = torch.device("cpu")
+    (part,) = build_parts(config, build_mesh(config, device), device, trains=False)
+    balance = BalanceState(config, [part], device)
+    shards = [param.detach().to_local() for param in part.parameters()]  # type: ignore[attr-defined]
+    for shard in shards:
+        shard.fill_(1)  # memory that was never written is none yet
+    Path("/proc/self/clear_refs").write_text("5")  # the most is counted from here
+    before = memory("VmRSS")
+    load_weights([part], balance, config, source.weights)
+    assert not any(shard.any() for shard in shards)
+    return memory("VmHWM") - before, max(shard.nbytes for shard in shards)
+
+
+def test_a_rank_holds_one_tensor_beyond_its_share(tmp_path: Path) -> None:
+    """Of four blocks on two ranks, 28 MB of 166 MB. The tensor before was still held, 41 MB in all."""
+    total = write(tmp_path / "hf", layers=4)
+    for beyond, largest in run_on_ranks(beyond_the_share, 2, tmp_path / "hf"):
+        assert largest < total / 12
+        assert beyond < 1.25 * largest
 
 
 def cut_short(folder: Path) -> None:

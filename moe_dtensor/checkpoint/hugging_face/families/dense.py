@@ -101,7 +101,7 @@ OLMO3 = Family(
         EvenHeads(),
         KeyValueHeads(),
         Windows(kinds=True, default=4096, full_every=4),
-        Rope(5e5, by_kind=True),
+        Rope(5e5, by_kind=True, in_4=True),
         pieces.TIED,
         Implied("model.qk_norm", "full"),
         Implied("model.norm_at", "post"),
