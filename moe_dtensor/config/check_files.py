@@ -101,7 +101,8 @@ def size_of_files(config: Config) -> int | None:
     sizes = []
     for _, part in data_parts(config.data):
         for path in filter(None, (part.path, part.validation_path)):
-            if part.corpus not in ("files", "conversations", "tokens"):
+            here = os.path.exists(os.path.expanduser(path))  # else a stream's path is a name on the hub
+            if part.corpus not in ("files", "conversations", "tokens") and not (part.corpus == "datasets" and here):
                 return None
             sizes += [os.path.getsize(file) for file in _named_files(part.corpus, "path", path)]
     return sum(sizes) if sizes else None

@@ -51,6 +51,9 @@ def read_small_data(config: Config) -> None:
     corpus = build_corpus(config)
     set_vocabulary(config, corpus)
     corpus.fingerprint()
+    if config.data.corpus == "datasets" and not config.data.sources:
+        for _ in corpus.documents("train"):
+            pass
 
 
 def _check_checkpoint(argv: list[str]) -> int:
