@@ -11,6 +11,8 @@
 #
 # Exit status: 0 done, 1 failed, 2 wrong config or data, 75 ended by a signal and saved (the same command goes on).
 set -euo pipefail
+# Until the launcher is there, which passes signals on, nothing can be lost.
+trap 'exit 75' TERM HUP USR1 INT
 
 started_in="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"

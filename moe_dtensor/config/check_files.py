@@ -96,6 +96,18 @@ def _named_files(corpus: str, key: str, path: str) -> list[str]:
     return files
 
 
+def size_of_files(config: Config) -> int | None:
+    """Bytes of the files that the corpora read; None where there are none, or not all are known by name."""
+    sizes = []
+    for _, part in data_parts(config.data):
+        for path in filter(None, (part.path, part.validation_path)):
+            here = os.path.exists(os.path.expanduser(path))  # else a stream's path is a name on the hub
+            if part.corpus not in ("files", "conversations", "tokens") and not (part.corpus == "datasets" and here):
+                return None
+            sizes += [os.path.getsize(file) for file in _named_files(part.corpus, "path", path)]
+    return sum(sizes) if sizes else None
+
+
 def _check_readable(key: str, file: str) -> None:
     if not os.access(file, os.R_OK):
         raise ConfigError(f"{key}: {file!r} may not be read.", "Mend its permissions.")
@@ -156,7 +168,13 @@ def _check_initial(config: Config) -> None:
 def _check_run_folder(config: Config) -> None:
     """The nearest folder that exists has to be one, and one may write there."""
     place = Path(config.run.folder)
-    existing = next(folder for folder in (place, *place.parents) if folder.exists() or folder == folder.parent)
+    try:
+        existing = next(folder for folder in (place, *place.parents) if folder.exists() or folder == folder.parent)
+    except PermissionError:
+        raise ConfigError(
+            f"run.folder = {config.run.folder!r} cannot be used: a folder above it may not be entered.",
+            "Set run.folder to a folder that can be written.",
+        ) from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "may not be written" if existing.is_dir() else "is no folder"
         raise ConfigError(

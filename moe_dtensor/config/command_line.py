@@ -106,3 +106,12 @@ def read_world_size(default: int) -> int:
             "Unset both, or start with ./run_train.sh.",
         )
     return default if world_size is None else world_size
+
+
+def check_meeting(world_size: int) -> None:
+    """Raise ConfigError where several ranks are told of no place to meet at."""
+    if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size}, but MASTER_ADDR and MASTER_PORT are not set: the ranks cannot meet.",
+            "Start with ./run_train.sh or torchrun, or unset WORLD_SIZE for one rank.",
+        )

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from moe_dtensor.config.errors import AGAIN, FAILED, PEER_LOST, WRONG, words
+from moe_dtensor.orphans import ASKING, on_asking
 
 START_VARIABLE = "MOE_DTENSOR_START"
 """Set for the ranks: names this start, and says that a launcher tells what killed a rank."""
@@ -60,11 +61,16 @@ def launch(argv: list[str]) -> int:
 
 def status_of(failures: dict[int, ProcessFailure]) -> int:
     """The status of the whole from those of the ranks; ranks that were lost in another's fall do not count."""
-    codes = {failure.exitcode for failure in failures.values()} - {PEER_LOST}
+    codes = {code_of(failure) for failure in failures.values()} - {PEER_LOST}
     for status in (WRONG, FAILED):
         if status in codes:
             return status
     return AGAIN if codes == {AGAIN} else FAILED
+
+
+def code_of(failure: ProcessFailure) -> int:
+    """A rank's status; one that a passed-on signal ended, since Python had not yet begun in it, has lost nothing."""
+    return AGAIN if Agent.asked_to_end and -failure.exitcode in ASKING else failure.exitcode
 
 
 class Agent(LocalElasticAgent):
@@ -81,8 +87,7 @@ class Agent(LocalElasticAgent):
     @classmethod
     def pass_signals_on(cls) -> None:
         """Handle the signals that ask for an end."""
-        for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, cls._on_signal)
+        on_asking(cls._on_signal)
 
     @classmethod
     def _on_signal(cls, number: int, frame: FrameType | None) -> None:
@@ -138,7 +143,7 @@ def tell(failures: dict[int, ProcessFailure], ended_here: set[int], rank_of: dic
     host = socket.gethostname()
     mine = {rank_of[local]: failure for local, failure in failures.items() if local not in ended_here}
     for rank, failure in sorted(mine.items()):
-        if failure.exitcode < 0:
+        if code_of(failure) < 0:
             name = signal.Signals(-failure.exitcode).name
             cause = " The system's memory may be full (dmesg tells)." if name == "SIGKILL" else ""
             say(words(f"was killed by {name}.{cause}", where=f"rank {rank} on {host} "))

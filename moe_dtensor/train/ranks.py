@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moe_dtensor.config.command_line import check_meeting
 from moe_dtensor.config.errors import FAILED, WRONG, ConfigError, RunError, words
 from moe_dtensor.config.schema import Config
 
@@ -47,13 +48,9 @@ class Ranks:
         self.store: Any
         if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
             self.store = self._meet()
-        elif self.world_size == 1:
-            self.store = dist.HashStore()
         else:
-            raise ConfigError(
-                f"WORLD_SIZE = {self.world_size}, but MASTER_ADDR and MASTER_PORT are not set: the ranks cannot meet.",
-                "Start with ./run_train.sh or torchrun, or unset WORLD_SIZE for one rank.",
-            )
+            check_meeting(self.world_size)
+            self.store = dist.HashStore()
         self.lost_after = 120.0
         """Seconds without a sign of life after which a rank that is waited for counts as lost."""
 

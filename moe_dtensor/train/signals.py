@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from types import FrameType
 
 from moe_dtensor.config.errors import AGAIN
+from moe_dtensor.orphans import on_asking
 from moe_dtensor.train.ranks import Ended
-
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class EndRequest:
@@ -26,10 +24,8 @@ class EndRequest:
         self._saves = False
 
     def listen(self) -> None:
-        """Handle the signals of ``ASKING``; in a thread other than the main one there is nothing to handle."""
-        with contextlib.suppress(ValueError):
-            for number in ASKING:
-                signal.signal(number, self._on_signal)
+        """Handle the signals that ask for an end."""
+        on_asking(self._on_signal)
 
     def from_now_on_save(self) -> None:
         """From here on a signal is noted only."""

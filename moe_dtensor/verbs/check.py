@@ -1,18 +1,22 @@
-"""``check``: is this config fit to run on so many ranks? Loads no torch. And: does a checkpoint's proof still hold?"""
+"""``check``: may config and data run on so many ranks? Loads no torch. And: does a checkpoint's proof still hold?"""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.check_files import check_files
+from moe_dtensor.config.check_files import check_files, size_of_files
 from moe_dtensor.config.command_line import Parser, read_world_size, split_overrides
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import microbatches, resolve
 from moe_dtensor.config.schema import Config
 
-HELP = "check a config without starting anything (no torch, under a second)"
+HELP = "check a config without starting anything (no torch, a second or two)"
+
+SMALL = 2 * 2**20
+"""Bytes of data that are read here; a rank reads more."""
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +30,30 @@ def main(argv: list[str]) -> int:
     world_size = options.world if options.world is not None else read_world_size(_own_size(config))
     check(config, world_size)
     check_files(config)
-    print(f"{options.config}: {describe(resolve(config, world_size), world_size)}")
+    read_small_data(resolve(config, world_size))
+    line = f"{options.config}: {describe(resolve(config, world_size), world_size)}"
+    with contextlib.suppress(OSError):  # a full output says nothing of the config
+        print(line, flush=True)
     return 0
+
+
+def read_small_data(config: Config) -> None:
+    """Read data that takes a moment as each rank will: what is wrong with it is told before torch is loaded.
+
+    Raises:
+        ConfigError: a file, a record, an id or the tokenizer is not what it must be.
+    """
+    size = size_of_files(config)
+    if size is None or size > SMALL:
+        return
+    from moe_dtensor.data.corpus import build_corpus, set_vocabulary
+
+    corpus = build_corpus(config)
+    set_vocabulary(config, corpus)
+    corpus.fingerprint()
+    if config.data.corpus == "datasets" and not config.data.sources:
+        for _ in corpus.documents("train"):
+            pass
 
 
 def _check_checkpoint(argv: list[str]) -> int:

@@ -6,9 +6,10 @@ import os
 
 from moe_dtensor.config.check import check
 from moe_dtensor.config.check_files import check_files
-from moe_dtensor.config.command_line import Parser, read_world_size
+from moe_dtensor.config.command_line import Parser, check_meeting, read_world_size
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
+from moe_dtensor.orphans import end_when_asked
 
 HELP = "train a model (./run_train.sh starts it on several ranks)"
 
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> int:
     """Load and check the config, then train; 0 when the run has finished."""
     if any(word in argv for word in ("-h", "--help")):
         Parser("train", HELP).parse_args(["--help"])
+    end_when_asked()
     world_size = read_world_size(1)
     try:
         config: Config | ConfigError = read_config(argv, world_size)
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> int:
         if world_size == 1 or "MASTER_ADDR" not in os.environ:
             raise
         config = error
+    check_meeting(world_size)
 
     from moe_dtensor.train.rank import run_rank
 

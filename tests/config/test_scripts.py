@@ -23,6 +23,9 @@ def run_train(*words: str, folder: str | Path = ".", **variables: str) -> subpro
     )
 
 
+CHECK = ["check", "--config", "tests/config/plain.toml"]
+
+
 @pytest.mark.parametrize(
     ("words", "variables", "problem"),
     [
@@ -41,6 +44,15 @@ def test_a_wrong_config_stops_before_any_rank_starts(words: list[str], variables
     assert problem in done.stderr
     assert len(done.stderr.splitlines()) == 2
     assert not done.stdout
+
+
+def test_a_full_output_is_no_wrong_config() -> None:
+    """`check` ended with a traceback, so no rank started."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_dtensor", *CHECK], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_several_machines_need_a_meeting_place() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,6 +92,9 @@ class Start:
                 if before is not None:
                     before(rank)
                 leave(main([*argv, *(more or {}).get(rank, ())]))
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
                 os._exit(99)
 

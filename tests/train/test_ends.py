@@ -99,6 +99,19 @@ def test_a_signal_saves_and_ends(tmp_path: Path, name: str) -> None:
     assert len(losses(folder)) == len(taken) + 2
 
 
+def test_data_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    """A rank that tokenised for longer than ``comm.timeout_seconds`` failed the others, which had met before."""
+
+    def be_slow(rank: int) -> None:
+        from moe_dtensor.train import opened
+
+        build = opened.build_corpus
+        opened.build_corpus = lambda config: (time.sleep(12 * rank), build(config))[1]
+
+    ended = Start(tmp_path, tiny(tmp_path / "run", comm__timeout_seconds="10"), 2, before=be_slow).wait()
+    assert ended.statuses == [0, 0], ended.text
+
+
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     """It ended the others after their timeout, with a trace that named nobody."""
     folder = tmp_path / "run"

@@ -47,6 +47,58 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def wait_for_children(process: subprocess.Popen[str], number: int) -> None:
+    end = time.monotonic() + 120
+    while len(children(process.pid)) < number and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds", "name"),
+    [
+        (2, 0.5, "SIGTERM"),
+        pytest.param(0, 0.0, "SIGTERM", marks=pytest.mark.full),
+        pytest.param(2, 0.3, "SIGUSR1", marks=pytest.mark.full),
+        pytest.param(2, 2.0, "SIGINT", marks=pytest.mark.full),
+        pytest.param(2, 4.0, "SIGHUP", marks=pytest.mark.full),
+    ],
+)
+def test_a_signal_in_the_first_seconds(tmp_path: Path, ranks: int, seconds: float, name: str) -> None:
+    """Before a rank listened, its status was 1: a scheduler would not have started the run again."""
+    process = launch(tmp_path / "run")
+    wait_for_children(process, ranks)
+    time.sleep(seconds)
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    assert "error: " not in output
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.full
+def test_a_thawed_run_writes_nothing(tmp_path: Path) -> None:
+    """Launcher and ranks frozen, the run ended by a second launcher, the first thawed: both wrote the same files."""
+    folder = tmp_path / "run"
+    changes = {"training__steps": "2000", "checkpoint__interval": "100", "run__fresh": "false"}
+    first = launch(folder, **changes)
+    holder(folder)
+    frozen = [first.pid, *children(first.pid)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    second = launch(folder, **changes)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 0, output
+    written = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for pid in reversed(frozen):
+        os.kill(pid, signal.SIGCONT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 1, output
+    assert output.count("error: ") == 1
+    assert "lost the run in" in output
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == written
+
+
 @pytest.mark.full
 def test_its_life(tmp_path: Path) -> None:
     """Killed with -9 it left ranks that trained on; a killed rank was a trace of torchrun's; a signal saved nothing."""

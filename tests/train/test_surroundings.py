@@ -67,6 +67,48 @@ def test_a_user_without_account_and_home(tmp_path: Path) -> None:
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+OPEN_TO_ALL = all(folder.stat().st_mode & 0o001 for folder in Path(os.__file__).resolve().parents)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not OPEN_TO_ALL, reason="only root becomes a user, who needs Python's files")
+def test_another_user(tmp_path: Path) -> None:
+    """One that the system has no account for, with no home and no right to what root has."""
+
+    def become(rank: int) -> None:
+        os.setgroups([])
+        os.setgid(12345)
+        os.setuid(12345)
+        for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+            os.environ.pop(name, None)
+        tempfile.tempdir = str(tmp_path / "open")
+        with pytest.raises(KeyError):
+            pwd.getpwuid(os.getuid())
+
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "closed").mkdir()
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    (tmp_path / "open" / "text.txt").write_text("words of a text\n" * 200)
+    argv = tiny(tmp_path / "open" / "run", data__corpus="files", data__path=str(tmp_path / "open" / "text.txt"))
+    ended = Start(tmp_path / "open", argv, 2, before=become).wait()
+    assert ended.statuses == [0, 0], ended.text
+    assert (tmp_path / "open" / "run" / "run.json").stat().st_uid == 12345
+    argv = tiny(tmp_path / "open" / "closed" / "run")
+    (tmp_path / "open" / "closed").chmod(0)
+    ended = Start(tmp_path / "open", argv, 1, before=become).wait()
+    assert (ended.statuses, len(ended.errors)) == ([2], 1), ended.text
+    secret = tmp_path / "open" / "secret.txt"
+    secret.write_text("words")
+    secret.chmod(0)
+    argv = tiny(tmp_path / "open" / "other", data__corpus="files", data__path=str(secret))
+    ended = Start(tmp_path / "open", argv, 1, before=become).wait()
+    assert ended.statuses == [2], ended.text
+    assert len(ended.errors) == 1
+    assert "Traceback" not in ended.text
+
+
 @pytest.mark.parametrize(
     ("variables", "problem"),
     [

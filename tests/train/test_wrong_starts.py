@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_dtensor.__main__ import main
+
 from ..config.test_scripts import run_train
 from ..config.test_wrong_configs import WRONG
 from .broken_data import BROKEN, Keys, files
@@ -73,6 +75,15 @@ def test_broken_data_under_the_script(tmp_path: Path) -> None:
         shutil.rmtree(folder)
     print(f"{len(BROKEN)} kinds of broken data, the slowest {slowest:.1f} s")
     assert not wrong
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_tells_broken_data(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the ranks did, once each had loaded torch: on a busy machine after minutes."""
+    make, expected = BROKEN[name]
+    keys = words_of(make(tmp_path))
+    assert main(["check", *tiny(tmp_path / "run")[1:], "--world", "4", *keys]) == 2
+    assert not is_one_sentence(capsys.readouterr().err, expected)
 
 
 def ranks_for(words: list[str]) -> int:
