@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moe_dtensor.config.resolve import block_window, head_widths, is_latent, sees_more_than_causal
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.sizes import Tokens
+from moe_dtensor.estimate.sizes import Sizes
 
 Shape = tuple[int, ...]
 
@@ -76,7 +76,7 @@ def score_flops_per_token(config: Config) -> float:
     return 6 * model.num_heads * (query + value) * seen
 
 
-def attention_bytes(config: Config, at: Tokens, layer: int) -> int:
+def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
     """What attention of block ``layer`` keeps of a microbatch: the projections' input; q, k, v as they are read; output
     and row sums; what norms, clamps, latents, gate and sinks read.
 
@@ -104,7 +104,7 @@ def attention_bytes(config: Config, at: Tokens, layer: int) -> int:
     return at.whole * (per_token + _mask_bytes(config, at, layer))
 
 
-def _latent_bytes(config: Config, at: Tokens, heads: int) -> int:
+def _latent_bytes(config: Config, at: Sizes, heads: int) -> int:
     """A token's latents before and after their norm; q and k as they are read; k and v as they are made."""
     model = config.model
     made = heads * (model.nope_dim + model.v_dim)
@@ -113,7 +113,7 @@ def _latent_bytes(config: Config, at: Tokens, heads: int) -> int:
     return (latents + made + 2 * heads * (model.nope_dim + model.rope_dim)) * at.compute + norms
 
 
-def _qk_norm_bytes(config: Config, at: Tokens, heads: int, kv_heads: int, together: bool) -> int:
+def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, together: bool) -> int:
     """A token's q and k before their norm, and the reciprocal deviations.
 
     Over the whole width, compiled and where ranks' tokens come together, also q and k between norm and weight.
@@ -127,14 +127,14 @@ def _qk_norm_bytes(config: Config, at: Tokens, heads: int, kv_heads: int, togeth
     return width * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
 
 
-def _mask_bytes(config: Config, at: Tokens, layer: int) -> int:
+def _mask_bytes(config: Config, at: Sizes, layer: int) -> int:
     """A token's row of the mask, as a bias in the compute dtype, where no kernel knows what is seen."""
     model, dtype = config.model, config.training.param_dtype
     plain = model.attention_backend == "plain" or (model.attention_backend == "auto" and dtype == "float64")
     return config.training.seq_len * at.compute if plain and sees_more_than_causal(config, layer) else 0
 
 
-def gradient_bytes(config: Config, at: Tokens) -> int:
+def gradient_bytes(config: Config, at: Sizes) -> int:
     """Gradients of attention's output, of q, k and v and of what made k and v, alive together in its backward pass."""
     model, tp = config.model, config.mesh.tp
     query, value, _ = head_widths(config)

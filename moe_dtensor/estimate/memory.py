@@ -23,7 +23,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
 from moe_dtensor.estimate.schedule import in_flight
-from moe_dtensor.estimate.shards import Share, accumulates, stage_shares, summed_over_tp
+from moe_dtensor.estimate.shards import ParameterShard, accumulates, stage_shards, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, tokens
 
 CUBLAS_WORKSPACE = 32 * 2**20
@@ -106,19 +106,19 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     """
     config = settle_accumulate(settle(config))
     alive = in_flight(config, pp_rank)
-    shares = [share for stage in alive for share in stage_shares(config, stage)]
+    shards = [shard for stage in alive for shard in stage_shards(config, stage)]
     training, on_gpu = config.training, not config.fsdp.cpu_offload
     compute = BYTES[training.param_dtype]
-    stored = sum(share.local_size for share in shares) * BYTES[training.dtype] * on_gpu
-    own = sum(share.local_size for share in shares if not share.row.fsdp)
+    stored = sum(shard.local_size for shard in shards) * BYTES[training.dtype] * on_gpu
+    own = sum(shard.local_size for shard in shards if not shard.row.fsdp)
     own_stored = own * BYTES[training.dtype]
-    whole = sum(share.used_size for share in shares if share.row.fsdp)
-    at_loss, at_block, at_reduce = _moments(config, shares, alive, skewed)
+    whole = sum(shard.used_size for shard in shards if shard.row.fsdp)
+    at_loss, at_block, at_reduce = _moments(config, shards, alive, skewed)
     return Memory(
         weights=stored,
         gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
         moments=2 * stored * BYTES[state_dtype(config)] // BYTES[training.dtype],
-        compute_copy=_gathered(config, shares) * compute,
+        compute_copy=_gathered(config, shards) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
         buffers=_receive_buffers(config, alive),
@@ -129,44 +129,44 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     )
 
 
-def _gathered(config: Config, shares: list[Share]) -> int:
+def _gathered(config: Config, shards: list[ParameterShard]) -> int:
     """Elements of gathered weights that are alive at once."""
     if config.fsdp.reshard_after_forward == "never":
-        return sum(share.used_size for share in shares if share.row.fsdp)
-    return sum(_root_sizes(shares)) + sum(sorted(_block_sizes(shares).values())[-2:])
+        return sum(shard.used_size for shard in shards if shard.row.fsdp)
+    return sum(_root_sizes(shards)) + sum(sorted(_block_sizes(shards).values())[-2:])
 
 
-def _block_sizes(shares: list[Share], local: bool = False) -> dict[int, int]:
+def _block_sizes(shards: list[ParameterShard], local: bool = False) -> dict[int, int]:
     """Elements of each block that FSDP gathers, or a rank's part of them."""
     sizes: dict[int, int] = {}
-    for share in shares:
-        if share.name.startswith("layers.") and share.row.fsdp:
-            layer = int(share.name.split(".")[1])
-            sizes[layer] = sizes.get(layer, 0) + (share.local_size if local else share.used_size)
+    for shard in shards:
+        if shard.name.startswith("layers.") and shard.row.fsdp:
+            layer = int(shard.name.split(".")[1])
+            sizes[layer] = sizes.get(layer, 0) + (shard.local_size if local else shard.used_size)
     return sizes
 
 
-def _widened_blocks(config: Config, shares: list[Share]) -> set[int]:
+def _widened_blocks(config: Config, shards: list[ParameterShard]) -> set[int]:
     """Blocks whose gradients are widened to ``reduce_dtype`` before they are reduced: tp sums some of them first.
     Gradients that accumulate whole are wide already."""
     if accumulates(config):
         return set()
-    summed = [share.name for share in shares if share.row.fsdp and summed_over_tp(config, share.row)]
+    summed = [shard.name for shard in shards if shard.row.fsdp and summed_over_tp(config, shard.row)]
     return {int(name.split(".")[1]) for name in summed if name.startswith("layers.")}
 
 
-def _own_sizes(shares: list[Share]) -> dict[int, list[int]]:
+def _own_sizes(shards: list[ParameterShard]) -> dict[int, list[int]]:
     """Elements of each weight of experts outside of FSDP, by block."""
     sizes: dict[int, list[int]] = {}
-    for share in shares:
-        if not share.row.fsdp:
-            sizes.setdefault(int(share.name.split(".")[1]), []).append(share.local_size)
+    for shard in shards:
+        if not shard.row.fsdp:
+            sizes.setdefault(int(shard.name.split(".")[1]), []).append(shard.local_size)
     return sizes
 
 
-def _root_sizes(shares: list[Share]) -> list[int]:
+def _root_sizes(shards: list[ParameterShard]) -> list[int]:
     """Elements of each parameter outside the blocks: FSDP's outermost group."""
-    return [share.used_size for share in shares if not share.name.startswith("layers.")]
+    return [shard.used_size for shard in shards if not shard.name.startswith("layers.")]
 
 
 def _stage_kept(config: Config, stage: int, skewed: bool) -> int:
@@ -197,21 +197,21 @@ def _cast_bytes(config: Config) -> int:
     return BYTES[training.dtype] if training.dtype != training.param_dtype else 0
 
 
-def _moments(config: Config, shares: list[Share], alive: dict[int, int], skewed: bool) -> tuple[int, int, int]:
+def _moments(config: Config, shards: list[ParameterShard], alive: dict[int, int], skewed: bool) -> tuple[int, int, int]:
     """``(at_loss, at_block, at_reduce)`` of :class:`Memory`."""
     at, with_experts, last = tokens(config), moe_layers(config), num_stages(config) - 1
     reduce_bytes = BYTES[config.training.reduce_dtype]
     at_loss = waiting = head_gradient = 0
     if last in alive:
         head, logits = head_bytes(config)
-        head_gradient = max(_root_sizes(shares), default=0) * at.compute
+        head_gradient = max(_root_sizes(shards), default=0) * at.compute
         # Only GPipe has run all forwards by then: their logits wait.
         waiting = (alive[last] - 1) * logits if config.pipeline.schedule == "GPipe" else 0
         at_loss = logits + waiting + head + head_gradient
-    own, widened = _own_sizes(shares), _widened_blocks(config, shares)
-    reduced = _block_sizes(shares, local=True)
+    own, widened = _own_sizes(shards), _widened_blocks(config, shards)
+    reduced = _block_sizes(shards, local=True)
     at_block = at_reduce = 0
-    for layer, size in _block_sizes(shares).items():
+    for layer, size in _block_sizes(shards).items():
         block = block_bytes(config, layer in with_experts, skewed, layer)
         # The head's gradient waits for the end of the backward pass, where its group is reduced.
         gradients = size * at.compute + head_gradient + waiting

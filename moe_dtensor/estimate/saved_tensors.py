@@ -29,7 +29,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
     BYTES,
-    Tokens,
+    Sizes,
     allocated_rows,
     columns,
     sent_tokens,
@@ -103,7 +103,7 @@ def _streams(config: Config) -> int:
     return read + 2 if config.model.norm_at == "both" else read
 
 
-def _norm_statistics(config: Config, at: Tokens) -> int:
+def _norm_statistics(config: Config, at: Sizes) -> int:
     """Bytes a token of a block's norms: the reciprocal deviation, and LayerNorm's mean."""
     return len(block_norms(config)) * at.wide * (2 if config.model.norm == "layernorm" else 1)
 
@@ -116,7 +116,7 @@ def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> 
     return count * (width + copies * hidden // config.mesh.tp) * tokens(config).compute
 
 
-def moe_bytes(config: Config, at: Tokens, met: AtExperts) -> int:
+def moe_bytes(config: Config, at: Sizes, met: AtExperts) -> int:
     """What an MoE block's second half keeps without recomputation: router, dispatch, experts and shared expert.
 
     Of the experts x, H, gates and route (``kernels/experts/autograd.py``); X, A and Y are not kept.
@@ -155,7 +155,7 @@ def _shared_has_own_input(config: Config) -> bool:
     return mesh.dispatch == "all_to_all" or not experts_read_them
 
 
-def _router(config: Config, at: Tokens) -> int:
+def _router(config: Config, at: Sizes) -> int:
     """Logits and ids of a rank's own tokens, what noise made of the vectors, and what the losses read."""
     moe = config.moe
     each = moe.num_experts * at.wide + columns(config) * 8
@@ -168,7 +168,7 @@ def _router(config: Config, at: Tokens) -> int:
     return at.own * each
 
 
-def _route(config: Config, at: Tokens, met: AtExperts) -> int:
+def _route(config: Config, at: Sizes, met: AtExperts) -> int:
     """For each choice of the tokens at hand a gate and two int32; of an all-to-all also ids beside the gates, and an
     int32 for each token and rank."""
     sends = config.mesh.dispatch == "all_to_all"
@@ -176,7 +176,7 @@ def _route(config: Config, at: Tokens, met: AtExperts) -> int:
     return kept + (sent_tokens(config) * expert_ranks(config) * 4 if sends else 0)
 
 
-def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
+def _selected(config: Config, at: Sizes, met: AtExperts | None) -> int:
     """What selective recomputation keeps beside the input: attention's output, sums over ranks, operators' results.
 
     Eager, every result of a named operator is stored; compiled, only those that the backward pass reads.
@@ -201,7 +201,7 @@ def _selected(config: Config, at: Tokens, met: AtExperts | None) -> int:
     return kept
 
 
-def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
+def _sums(config: Config, at: Sizes, met: AtExperts | None) -> int:
     """Tokens of what reduce-scatters and all-reduces bring out of the second half of a block."""
     mesh = config.mesh
     over_tp = at.own if mesh.tp > 1 else 0
@@ -214,7 +214,7 @@ def _sums(config: Config, at: Tokens, met: AtExperts | None) -> int:
     return (over_dp if expert_dp_ranks(config) > 1 else 0) + (shared if mesh.experts == "dp" else over_tp)
 
 
-def _gradients(config: Config, at: Tokens, met: AtExperts | None) -> int:
+def _gradients(config: Config, at: Sizes, met: AtExperts | None) -> int:
     """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH."""
     model, mesh = config.model, config.mesh
     if met is None:

@@ -28,7 +28,7 @@ from moe_dtensor.placement import Row, build_table, find_row
 
 
 @dataclass(frozen=True)
-class Share:
+class ParameterShard:
     """One parameter and a rank's part of it."""
 
     name: str
@@ -65,37 +65,37 @@ class Folded:
     pattern: str
     """``layers.*.attention.wq.weight``, or a whole name."""
     count: int
-    share: Share
+    shard: ParameterShard
     """One of them."""
 
 
-def all_shares(config: Config) -> list[Share]:
+def all_shards(config: Config) -> list[ParameterShard]:
     """Every parameter of the model, in the order of its stages; ``config`` is resolved and knows its vocabulary."""
-    return [share for stage in range(num_stages(config)) for share in stage_shares(config, stage)]
+    return [shard for stage in range(num_stages(config)) for shard in stage_shards(config, stage)]
 
 
-def stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
+def stage_shards(config: Config, stage: int) -> tuple[ParameterShard, ...]:
     """The parameters of one pipeline stage: embedding, blocks, norm and head, as far as it has them."""
-    return _stage_shares(config, stage)
+    return _stage_shards(config, stage)
 
 
 @functools.lru_cache(maxsize=256)
-def _stage_shares(config: Config, stage: int) -> tuple[Share, ...]:
+def _stage_shards(config: Config, stage: int) -> tuple[ParameterShard, ...]:
     dim, rows = config.model.dim, padded_vocab(config)
     table, last = build_table(config), stage == num_stages(config) - 1
-    of_kind: dict[tuple[bool, bool], list[Share]] = {}
-    shares = [_shard_of(config, table, "tok_embeddings.weight", (rows, dim))] if stage == 0 else []
+    of_kind: dict[tuple[bool, bool], list[ParameterShard]] = {}
+    shards = [_shard_of(config, table, "tok_embeddings.weight", (rows, dim))] if stage == 0 else []
     for layer in stage_layers(config, stage):
         kind = layer >= config.model.num_layers, layer in moe_layers(config)
         if kind not in of_kind:
             of_kind[kind] = [_shard_of(config, table, name, shape) for name, shape in _block(config, layer).items()]
-        shares += [replace(share, name=f"layers.{layer}.{share.name}") for share in of_kind[kind]]
+        shards += [replace(shard, name=f"layers.{layer}.{shard.name}") for shard in of_kind[kind]]
     ends: dict[str, Shape] = _norm(config, "norm") if last else {}
     if last and not config.model.tie_embeddings:
         ends["output.weight"] = (rows, dim)
     if last and config.model.head_bias:
         ends["output.bias"] = (rows,)
-    return (*shares, *(_shard_of(config, table, name, shape) for name, shape in ends.items()))
+    return (*shards, *(_shard_of(config, table, name, shape) for name, shape in ends.items()))
 
 
 def accumulates(config: Config) -> bool:
@@ -120,23 +120,23 @@ def summed_over_tp(config: Config, row: Row) -> bool:
     return row.tp is None and seen and config.mesh.tp > 1
 
 
-def fold(shares: Iterable[Share]) -> list[Folded]:
+def fold(shards: Iterable[ParameterShard]) -> list[Folded]:
     """One entry for all blocks alike, in the order of their first."""
-    groups: dict[tuple[str, Shape], list[Share]] = {}
-    for share in shares:
-        pattern = re.sub(r"^layers\.\d+\.", "layers.*.", share.name)
-        groups.setdefault((pattern, share.local), []).append(share)
+    groups: dict[tuple[str, Shape], list[ParameterShard]] = {}
+    for shard in shards:
+        pattern = re.sub(r"^layers\.\d+\.", "layers.*.", shard.name)
+        groups.setdefault((pattern, shard.local), []).append(shard)
     return [Folded(pattern, len(group), group[0]) for (pattern, _), group in groups.items()]
 
 
-def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> Share:
+def _shard_of(config: Config, table: tuple[Row, ...], name: str, shape: Shape) -> ParameterShard:
     row = find_row(table, name)
     after_tp = shape if row.tp is None else _cut(shape, row.tp, config.mesh.tp)
     if not row.on_dp:
-        return Share(name, shape, row, after_tp, _cut(after_tp, row.dp, shard_ranks(config)))
+        return ParameterShard(name, shape, row, after_tp, _cut(after_tp, row.dp, shard_ranks(config)))
     used = _cut(after_tp, row.dp, expert_dp_ranks(config))
     local = used if row.groups is None else _cut(used, row.groups, expert_shards(config))
-    return Share(name, shape, row, used, local)
+    return ParameterShard(name, shape, row, used, local)
 
 
 def _cut(shape: Shape, dim: int, parts: int) -> Shape:
@@ -192,7 +192,7 @@ def parameters(config: Config) -> tuple[int, int]:
 
     The embedding counts in both, though a token only reads a row of it.
     """
-    sizes = {share.name: share.size for share in all_shares(config)}
+    sizes = {shard.name: shard.size for shard in all_shards(config)}
     total, unmet = sum(sizes.values()), 0
     for name, size in sizes.items():
         if ".experts." in name:

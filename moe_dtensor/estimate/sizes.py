@@ -17,7 +17,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Sizes:
     """Sizes that all terms share."""
 
     whole: int
@@ -30,13 +30,13 @@ class Tokens:
     """The same, at least float32: gates, logits of the router, statistics."""
 
 
-def tokens(config: Config) -> Tokens:
+def tokens(config: Config) -> Sizes:
     """Sizes of a microbatch on one rank of a resolved config."""
     training, mesh = config.training, config.mesh
     whole = training.microbatch_size * training.seq_len
     own = whole // mesh.tp if mesh.sequence_parallel else whole
     compute = BYTES[training.param_dtype]
-    return Tokens(whole, own, compute, max(4, compute))
+    return Sizes(whole, own, compute, max(4, compute))
 
 
 def columns(config: Config) -> int:

@@ -27,7 +27,7 @@ from moe_dtensor.config.resolve import (
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import LATENCY, READ, dispatch_costs
 from moe_dtensor.estimate.schedule import bubble
-from moe_dtensor.estimate.shards import flops_per_token, stage_shares
+from moe_dtensor.estimate.shards import flops_per_token, stage_shards
 from moe_dtensor.estimate.sizes import BYTES
 from moe_dtensor.estimate.traffic import activation_bytes, fsdp_bytes, pp_bytes, replicated_gradient_bytes
 
@@ -196,7 +196,7 @@ def _links(config: Config, speeds: Speeds) -> tuple[float, float, float, float]:
 
 def _stored(config: Config, pp_rank: int) -> int:
     """Elements that a rank updates."""
-    return sum(s.local_size for stage in rank_stages(config, pp_rank) for s in stage_shares(config, stage))
+    return sum(s.local_size for stage in rank_stages(config, pp_rank) for s in stage_shards(config, stage))
 
 
 def _waiting(config: Config) -> float:

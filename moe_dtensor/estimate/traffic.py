@@ -26,7 +26,7 @@ from moe_dtensor.config.resolve import (
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
 from moe_dtensor.estimate.memory import settle_accumulate
-from moe_dtensor.estimate.shards import copies_over_dp, reductions, stage_shares, summed_over_tp
+from moe_dtensor.estimate.shards import copies_over_dp, reductions, stage_shards, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, columns, tokens
 
 
@@ -76,12 +76,12 @@ def fsdp_bytes(config: Config, stages: tuple[int, ...]) -> int:
     reduced = reductions(config) * BYTES[training.reduce_dtype]
     each = gathers * BYTES[training.param_dtype] + reduced
     wide = max(BYTES[training.reduce_dtype], BYTES[training.dtype])
-    for share in (share for stage in stages for share in stage_shares(config, stage)):
-        row, alike = share.row, copies_over_dp(config, share.row)
+    for shard in (shard for stage in stages for shard in stage_shards(config, stage)):
+        row, alike = shard.row, copies_over_dp(config, shard.row)
         if row.fsdp:
             ranks = shard_ranks(config) if row.groups is None else expert_shards(config)
-            sent += share.local_size * each * (ranks - 1)
-        summed = share.local_size * (BYTES[training.reduce_dtype] if row.fsdp else wide)
+            sent += shard.local_size * each * (ranks - 1)
+        summed = shard.local_size * (BYTES[training.reduce_dtype] if row.fsdp else wide)
         sent += 2 * summed * (alike - 1) // alike
     return sent
 
@@ -159,8 +159,8 @@ def replicated_gradient_bytes(config: Config, stages: tuple[int, ...]) -> int:
     training, tp, sent = config.training, config.mesh.tp, 0
     wide = max(BYTES[training.reduce_dtype], BYTES[training.dtype])
     for stage in stages:
-        for share in stage_shares(config, stage):
-            if summed_over_tp(config, share.row):
-                each = reductions(config) * BYTES[training.reduce_dtype] if share.row.fsdp else wide
-                sent += share.used_size * each
+        for shard in stage_shards(config, stage):
+            if summed_over_tp(config, shard.row):
+                each = reductions(config) * BYTES[training.reduce_dtype] if shard.row.fsdp else wide
+                sent += shard.used_size * each
     return 2 * sent * (tp - 1) // tp

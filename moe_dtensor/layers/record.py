@@ -20,7 +20,7 @@ STATISTICS = {
 """Means over the tokens of a step, by the name they have in the metrics."""
 
 
-class Record(NamedTuple):
+class RoutingRecord(NamedTuple):
     """A step's record of all MoE blocks, over all ranks. L MoE blocks, E experts."""
 
     load_LE: Tensor
@@ -48,9 +48,9 @@ def pack(load_E: Tensor, statistics_4: Tensor, sums: dict[str, Tensor | None]) -
     return record_R
 
 
-def unpack(record_LR: Tensor, tokens: int, top_k: int | Tensor) -> Record:
+def unpack(record_LR: Tensor, tokens: int, top_k: int | Tensor) -> RoutingRecord:
     """Sums over a whole step of ``tokens`` tokens, as means; K of all blocks, or of each ``(L,)``."""
     experts = record_LR.shape[1] - len(STATISTICS)
     means = dict(zip(STATISTICS, (record_LR[:, experts:] / tokens).unbind(1), strict=True))
     means["dropped"] = means["dropped"] / top_k
-    return Record(record_LR[:, :experts], means)
+    return RoutingRecord(record_LR[:, :experts], means)

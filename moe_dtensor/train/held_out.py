@@ -30,7 +30,7 @@ from moe_dtensor.train.step import evaluate_batches, read_batch, to_device
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedText:
     """A text in rows of one length: several windows in each, apart by the document mask. Its losses are those of the
     windows alone, as the verb ``eval`` scores them."""
 
@@ -64,7 +64,7 @@ class Evaluation:
             for one in config.eval.sets
         }
         self._encoder = Encoder(tokenizer, files_beside(data.tokenizer))
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, PackedText] = {}
         self._length = 0
 
     def measure(self, trainer: Trainer) -> dict[str, Value]:
@@ -81,16 +81,16 @@ class Evaluation:
             values["eval_bits_per_byte"] = torch.tensor(bits, dtype=torch.float64)
         return values | load_metrics("eval_", load_LE)
 
-    def _cut(self, length: int) -> dict[str, Rows]:
+    def _cut(self, length: int) -> dict[str, PackedText]:
         """The sets in rows of the present sequence length."""
         if length != self._length:
             self._rows = {name: self._pack(texts, length) for name, texts in self._texts.items()}
             self._length = length
         return self._rows
 
-    def _pack(self, texts: list[str], length: int) -> Rows:
+    def _pack(self, texts: list[str], length: int) -> PackedText:
         text = prepare_text(texts, self._encoder, length, length)
-        return Rows(text.documents, text.bytes, text.tokens, *pack(text.requests, length))
+        return PackedText(text.documents, text.bytes, text.tokens, *pack(text.requests, length))
 
 
 def pack(requests: list[Request], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def pack(requests: list[Request], length: int) -> tuple[np.ndarray, np.ndarray, 
     return tokens_RS, labels_RS, positions_RS, documents_RS
 
 
-def _batches(trainer: Trainer, rows: Rows) -> Iterator[Batch]:
+def _batches(trainer: Trainer, rows: PackedText) -> Iterator[Batch]:
     """This dp rank's share of each batch: as many microbatches as in training, fewer in the last. Every rank runs as
     many as the others; rows that are missing are the first ones again, without targets."""
     training, dp = trainer.config.training, trainer.config.mesh.dp

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
-from moe_dtensor.layers.record import STATISTICS, Record, unpack
+from moe_dtensor.layers.record import STATISTICS, RoutingRecord, unpack
 from moe_dtensor.parallel import collectives, gradients
 from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
@@ -28,7 +28,7 @@ class StepResult:
     """Global gradient norm before clipping."""
     finite: Tensor
     """Whether loss and gradients were finite, so that the update was applied."""
-    routing: Record
+    routing: RoutingRecord
     """What the routers of all MoE blocks tell."""
     churn_L: Tensor
     """How much the load moved since the step before: see :meth:`BalanceState.step`."""

@@ -20,7 +20,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
 from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
 from moe_dtensor.estimate.schedule import SOURCES, bubble
-from moe_dtensor.estimate.shards import Folded, all_shares, flops_per_token, fold, parameters
+from moe_dtensor.estimate.shards import Folded, all_shards, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
 from moe_dtensor.estimate.traffic import Traffic, traffic
 from moe_dtensor.verbs.plan_search import add_options, run_search
@@ -32,7 +32,7 @@ BYTE_TOKENS = 257
 
 
 @dataclass(frozen=True)
-class Rows:
+class ExpertRows:
     """What comes to a rank's experts under the dispatch that runs: (balanced, skewed)."""
 
     tokens: tuple[int, int]
@@ -57,7 +57,7 @@ class Plan:
     """The fullest pipeline rank and its memory in bytes, each expert getting as many copies."""
     skewed: tuple[int, Memory]
     """The same where all tokens prefer one rank's experts, on that rank."""
-    rows: Rows | None
+    rows: ExpertRows | None
     """Of one MoE block and microbatch on a rank; None for a dense model."""
     dispatch: dict[Name, DispatchCost]
     """The cost of each dispatch that ``mesh.experts`` allows, of one MoE block and microbatch; empty where tokens and
@@ -71,8 +71,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, FLOPs, shapes."""
         rows = [
-            {"name": f.pattern, "count": f.count, "shape": f.share.shape, "dp": f.share.row.dp, "tp": f.share.row.tp}
-            | {"local": f.share.local}
+            {"name": f.pattern, "count": f.count, "shape": f.shard.shape, "dp": f.shard.row.dp, "tp": f.shard.row.tp}
+            | {"local": f.shard.local}
             for f in self.parameters
         ]
         memory = {
@@ -96,7 +96,7 @@ class Plan:
         }
 
 
-def _by_routing(rows: Rows) -> dict[str, dict[str, int]]:
+def _by_routing(rows: ExpertRows) -> dict[str, dict[str, int]]:
     return {name: {"balanced": pair[0], "skewed": pair[1]} for name, pair in vars(rows).items()}
 
 
@@ -170,7 +170,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     return Plan(
         mesh=f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
         config=config,
-        parameters=fold(all_shares(config)),
+        parameters=fold(all_shards(config)),
         balanced=fullest_rank(config),
         skewed=fullest_rank(config, skewed=True),
         rows=_rows(config) if moe_layers(config) else None,
@@ -187,11 +187,11 @@ def _sends_tokens(config: Config) -> bool:
     return bool(moe_layers(config)) and (over_tp or expert_ranks(config) > 1)
 
 
-def _rows(config: Config) -> Rows:
+def _rows(config: Config) -> ExpertRows:
     def both(count: Callable[..., int], *more: str) -> tuple[int, int]:
         return count(config, False, *more), count(config, True, *more)
 
-    return Rows(
+    return ExpertRows(
         tokens=both(tokens_at_experts),
         copies=both(expert_rows),
         exact=both(allocated_rows, "exact"),
@@ -218,11 +218,11 @@ def show(plan: Plan, console: Console) -> None:
     for column in ("name", "count", "shape", "dp splits", "tp splits", "one rank's"):
         table.add_column(column, justify="right" if column == "count" else "left", no_wrap=True)
     for folded in plan.parameters:
-        row = folded.share.row
+        row = folded.shard.row
         on_tp = "-" if row.tp is None else f"dim {row.tp}"
         on_dp = f"dim {row.dp}" if row.fsdp else f"dim {row.dp}, not FSDP"
         on_dp += f", dim {row.groups} across groups" if row.groups is not None else ""
-        shape, local = _shape(folded.share.shape), _shape(folded.share.local)
+        shape, local = _shape(folded.shard.shape), _shape(folded.shard.local)
         table.add_row(folded.pattern, str(folded.count), shape, on_dp, on_tp, local)
     console.print(table)
     console.print(_memory_table(plan))
@@ -290,7 +290,7 @@ def _lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _rows_lines(rows: Rows, config: Config) -> list[str]:
+def _rows_lines(rows: ExpertRows, config: Config) -> list[str]:
     line = f"expert rows    {rows.copies[0]:,} a block and microbatch if balanced, at most {rows.copies[1]:,}"
     if rows.exact == rows.worst:
         return [f"{line}; room for {_one_or_two(rows.exact)}, whatever moe.rows"]

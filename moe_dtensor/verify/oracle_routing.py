@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_dtensor.config.schema import Config
 
 FORCED = ("hash", "uniform", "zipf")
-Rows = list[list[float]]
+Matrix = list[list[float]]
 """``(T, E)`` numbers that no gradient flows through."""
 
 
@@ -177,12 +177,12 @@ def _best(row: Sequence[float], K: int) -> list[int]:
     return sorted(range(len(row)), key=lambda e: (-row[e], e))[:K]
 
 
-def _plain(config: Config, fixed_TE: Tensor) -> Rows:
+def _plain(config: Config, fixed_TE: Tensor) -> Matrix:
     """What plain top-k goes by: scores, or logits, which are in the same order unless something is added to them."""
     return (_scores(fixed_TE, config.moe.score) if config.moe.score_before_top_k else fixed_TE).tolist()
 
 
-def _limit(config: Config, rows: Rows, balance: Balance) -> Rows:
+def _limit(config: Config, rows: Matrix, balance: Balance) -> Matrix:
     """Add the bias, then hide the experts outside the best groups of experts."""
     moe, bias = config.moe, balance.bias.double().tolist()
     if moe.selection_bias:
@@ -208,7 +208,7 @@ def _gumbel(config: Config, at: Place, t: int) -> list[float]:
     return [math.log(weight[e]) - math.log(-math.log(random(key * experts + e, stream))) for e in range(experts)]
 
 
-def _expert_choice(score: Rows, at: Place, K: int) -> list[list[int]]:
+def _expert_choice(score: Matrix, at: Place, K: int) -> list[list[int]]:
     """The experts that take each token, those that score higher first."""
     experts = len(score[0])
     takers: list[list[int]] = [[] for _ in score]
@@ -233,7 +233,7 @@ def _gates(config: Config, logits_TE: Tensor, chosen_TK: Tensor) -> Tensor:
     return moe.gate_scale * gate_TK * taken_TK
 
 
-def _within_capacity(config: Config, gate: Rows, chosen: list[list[int]], at: Place) -> Tensor:
+def _within_capacity(config: Config, gate: Matrix, chosen: list[list[int]], at: Place) -> Tensor:
     moe = config.moe
     kept_TK = torch.zeros(len(chosen), moe.top_k, dtype=torch.bool)
     for group in at.groups:

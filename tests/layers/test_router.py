@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.assignment import Assignment
-from moe_dtensor.layers.record import Record, unpack
+from moe_dtensor.layers.record import RoutingRecord, unpack
 from moe_dtensor.layers.tokens import Tokens
 
 from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, route_tokens, tokens, vectors
@@ -137,7 +137,7 @@ def test_jitter_changes_the_choice_but_not_what_experts_see() -> None:
     assert noise.mean().item() == pytest.approx(1.0, abs=0.01)
 
 
-def record_of(**keys: object) -> Record:
+def record_of(**keys: object) -> RoutingRecord:
     return unpack(route(build_router(**keys)).record_R[None], TOKENS, 2)
 
 

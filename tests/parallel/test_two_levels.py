@@ -15,7 +15,7 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
-from moe_dtensor.estimate.shards import all_shares
+from moe_dtensor.estimate.shards import all_shards
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch, train_step
@@ -130,7 +130,7 @@ def _all_held() -> list[dict[str, tuple[int, ...]]]:
 def test_a_rank_holds_what_is_planned() -> None:
     ranks = run_on_ranks(_all_held, 4, timeout=300)
     for i, keys in enumerate(HELD):
-        planned = {s.name: s.local for s in all_shares(resolve(override(Config(), SMALL | keys), 4))}
+        planned = {s.name: s.local for s in all_shards(resolve(override(Config(), SMALL | keys), 4))}
         for rank in ranks:
             assert rank[i] == planned, keys
 

@@ -20,7 +20,7 @@ from moe_dtensor.estimate.dispatch import LATENCY, READ, choose_dispatch, dispat
 from moe_dtensor.estimate.memory import fullest_rank, rank_memory
 from moe_dtensor.estimate.saved_tensors import block_bytes
 from moe_dtensor.estimate.schedule import SOURCES, bubble, in_flight
-from moe_dtensor.estimate.shards import all_shares, flops_per_token, fold, parameters
+from moe_dtensor.estimate.shards import all_shards, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.verbs import plan
@@ -87,22 +87,22 @@ def test_memory_of_two_gpus_is_what_was_measured() -> None:
 )
 def test_parameters_add_up_to_the_count(name: str, keys: dict[str, Any]) -> None:
     config = preset(name, "1x1x1", **keys)
-    assert sum(folded.count * folded.share.size for folded in fold(all_shares(config))) == parameters(config)[0]
-    assert all(share.local == share.shape for share in all_shares(config))
+    assert sum(folded.count * folded.shard.size for folded in fold(all_shards(config))) == parameters(config)[0]
+    assert all(shard.local == shard.shape for shard in all_shards(config))
 
 
 @pytest.mark.parametrize("place", ["tp", "dp", "tp_hidden", "dp_tp"])
 @pytest.mark.parametrize("mesh", ["8x2x8", "4x2x4", "2x1x2"])
 def test_local_shapes_times_ranks_are_the_whole(mesh: str, place: str) -> None:
     config = preset("qwen3_30b_a3b", mesh, mesh__experts=place)
-    for share in all_shares(config):
-        ranks = config.mesh.dp * (1 if share.row.tp is None else config.mesh.tp)
-        assert math.prod(share.local) * ranks == share.size, share.name
-        assert share.used_size == share.local_size * (config.mesh.dp if share.row.fsdp else 1), share.name
+    for shard in all_shards(config):
+        ranks = config.mesh.dp * (1 if shard.row.tp is None else config.mesh.tp)
+        assert math.prod(shard.local) * ranks == shard.size, shard.name
+        assert shard.used_size == shard.local_size * (config.mesh.dp if shard.row.fsdp else 1), shard.name
 
 
 def test_stages_have_each_parameter_once() -> None:
-    names = [share.name for share in all_shares(preset("debug", "1x3x2", pipeline__schedule="ZBVZeroBubble"))]
+    names = [shard.name for shard in all_shards(preset("debug", "1x3x2", pipeline__schedule="ZBVZeroBubble"))]
     assert len(names) == len(set(names))
     assert {"tok_embeddings.weight", "layers.5.moe.router.weight", "output.weight"} <= set(names)
 
@@ -188,7 +188,7 @@ def test_ranks_that_a_token_reaches() -> None:
 def test_experts_outside_of_fsdp_are_a_share_of_all() -> None:
     """Their copy stays, their gradients are in the dtype of the weights and never whole over dp."""
     config = preset("olmoe_small", "8x1x1", mesh__experts="dp", training__global_batch_size=256)
-    experts = sum(share.size for share in all_shares(config) if ".experts." in share.name)
+    experts = sum(shard.size for shard in all_shards(config) if ".experts." in shard.name)
     rest = parameters(config)[0] - experts
     in_fsdp = preset("olmoe_small", "8x1x1", training__global_batch_size=256)
     memory, before = rank_memory(config, 0), rank_memory(in_fsdp, 0)
@@ -290,10 +290,10 @@ def test_gradients_are_whole_while_microbatches_accumulate() -> None:
         ("DualPipeV", 3 / 51),
     ],
 )
-def test_bubbles(schedule: str, share: float) -> None:
+def test_bubbles(schedule: str, shard: float) -> None:
     """p = 4, m = 16, v = 2."""
     config = preset("qwen3_30b_a3b", "8x4x1", pipeline__schedule=schedule)
-    assert bubble(config) == pytest.approx(share)
+    assert bubble(config) == pytest.approx(shard)
     assert schedule in SOURCES
     for pp_rank in range(4):
         assert all(1 <= count <= 16 for count in in_flight(config, pp_rank).values())
