@@ -8,8 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_dtensor.data.permutation import Permutation
-from moe_dtensor.data.turns import Turns, whole_weights
+from moe_dtensor.data.order import Permutation, Turns, whole_weights
 
 
 @pytest.mark.parametrize("seed", range(12))
