@@ -19,7 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from moe_dtensor.config.build import build
+from moe_dtensor.config.load import build
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verbs.plan import make_plan
 

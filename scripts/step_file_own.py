@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_dtensor import __version__
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.step import train_step

@@ -46,7 +46,7 @@ from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
-from moe_dtensor.estimate.counts import parameters
+from moe_dtensor.estimate.shards import parameters
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.layers.record import unpack
 from moe_dtensor.layers.router import Routing

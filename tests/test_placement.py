@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.counts import parameters
+from moe_dtensor.estimate.shards import parameters
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.placement import build_table, find_row
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dtensor.bench.measure import measure_memory, provenance, several
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.kernels.attention.attend import attend, build_visible, uses_flex
 from moe_dtensor.kernels.attention.plain import plain_attention
 from moe_dtensor.kernels.attention.visible import Visible, build_blocks, first_visible

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_dtensor.checkpoint.save_plan import PlanKeeper, writes
+from moe_dtensor.checkpoint.storage import PlanKeeper, writes
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
@@ -51,13 +52,7 @@ def measure(config: Config, rank: int, most_parts: int = 1_000_000) -> dict[str,
         Seconds by stage, resident memory in MiB, process groups, and the step's collectives by axis and kind.
     """
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[stage] = round(time.perf_counter() - start, 2)
-
+    timed = partial(_timed, seconds)
     mesh = config.mesh
     world = mesh.dp * mesh.pp * mesh.tp
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -102,6 +97,13 @@ def measure(config: Config, rank: int, most_parts: int = 1_000_000) -> dict[str,
         "parts of all ranks": parts,
         "collectives of a step": calls,
     }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 2)
 
 
 def _parts(value: Any) -> int:

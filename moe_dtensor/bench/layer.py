@@ -1,6 +1,7 @@
 """``bench layer``: one MoE layer, forward and backward, compiled as in training, timed beside its error.
 
 The layer is the router's linear, top-k and gates, the expert MLP and the combine, with autograd around all of it.
+Beside it, where they are installed, other projects' layers: fresh weights, same sizes, compiled where ours is.
 T tokens, D model width, F expert hidden width, E experts, K choices, G up-projections.
 
 FLOPs of a forward and backward: ``6 * T * K * (G + 1) * D * F`` for the experts (G + 1 is 3 for gated activations, 2
@@ -9,6 +10,7 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,9 +32,8 @@ from moe_dtensor.bench.measure import (
     several,
     wait,
 )
-from moe_dtensor.bench.peers import installed_peers
 from moe_dtensor.bench.shapes import Layer, parse_shape
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
 MAX_ERROR = 2e-2
@@ -223,3 +224,44 @@ def _write_json(path: Path, results: list[Result]) -> None:
     what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
     record = what | provenance() | {"results": [asdict(result) for result in results]}
     write_json(path, record)
+
+
+if TYPE_CHECKING:
+    from moe_dtensor.bench.shapes import Layer, Shape
+
+Build = Callable[["Shape", "Layer", bool], Callable[[], None]]
+
+
+def installed_peers() -> dict[str, Build]:
+    """Names and builders of the peers that can be imported here."""
+    return {"torchtitan": _torchtitan} if importlib.util.find_spec("torchtitan") else {}
+
+
+def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None]:
+    """torchtitan's layer (gated SiLU whatever the shape's activation), with softmax scores and no shared expert."""
+    from torchtitan.models.moe import MoE, MoEArgs
+
+    args = MoEArgs(
+        num_experts=shape.experts,
+        num_shared_experts=0,
+        score_func="softmax",
+        top_k=shape.top_k,
+        score_before_experts=False,
+        load_balance_coeff=None,
+    )
+    x_1TD, dy_1TD = layer.x_TD.detach()[None].requires_grad_(), layer.dy_TD[None]
+    with torch.device(layer.x_TD.device):
+        moe = MoE(args, shape.dim, shape.hidden)
+    with torch.no_grad():
+        moe.init_weights(0.02, layer.x_TD.device)
+    moe.to(layer.x_TD.dtype)
+    if compiled:
+        moe.compile(dynamic=False)
+
+    def step() -> None:
+        moe(x_1TD).backward(dy_1TD)
+        # No gradient outlives a step, so that its memory is a step's from nothing.
+        moe.zero_grad()
+        x_1TD.grad = None
+
+    return step

@@ -20,11 +20,10 @@ from torch import Tensor
 from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
 from moe_dtensor.bench.measure import provenance
 from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
-from moe_dtensor.config.command_line import read_world_size
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import read_world_size, write_json
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
-from moe_dtensor.estimate.counts import flops_per_token, parameters
+from moe_dtensor.estimate.shards import flops_per_token, parameters
 from moe_dtensor.train.build import build, set_vocabulary
 from moe_dtensor.train.metrics import peak_flops
 from moe_dtensor.train.ranks import end_ranks, start_ranks

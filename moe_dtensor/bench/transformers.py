@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dtensor.bench.measure import provenance, several, wait
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.integrations.transformers import NAME, register
 
 IMPLEMENTATIONS = (NAME, "grouped_mm", "eager")

@@ -1,4 +1,7 @@
-"""Folders with other experts: a dense model upcycled, a mixture's experts pruned, merged or added."""
+"""Folders with other experts: a dense model upcycled, a mixture's experts pruned, merged or added.
+
+How far a changed feed-forward is from the one before it is measured on random tokens. T tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dtensor.checkpoint import surgery, upcycle
-from moe_dtensor.checkpoint.deviation import deviation, feed_forward_output
 from moe_dtensor.checkpoint.folder import Manifest, read_manifest
 from moe_dtensor.checkpoint.hugging_face.convert import check_output, hidden_folder, progress
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
@@ -25,6 +27,9 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump_changes
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.layers.feed_forward import FeedForward
+from moe_dtensor.layers.moe import MoE
+from moe_dtensor.layers.tokens import build_tokens
 
 RUN_FILE = "run.json"
 MEASURED_BLOCKS = 3
@@ -239,3 +244,47 @@ def _write_run(source: Path, hidden: Path, manifest: Manifest) -> Manifest:
     run |= {"run_id": uuid.uuid4().hex[:12], "finished_step": None, "saved_step": manifest.step}
     (hidden / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
     return replace(manifest, run_id=run["run_id"])
+
+
+TOKENS = 64
+
+
+def feed_forward_output(
+    config: Config, layer: int, values: Mapping[str, Tensor], bias_E: Tensor | None, x_TD: Tensor
+) -> Tensor:
+    """What the feed-forward or the mixture of one block gives for normalised tokens ``(T, D)``, in evaluation.
+
+    Args:
+        config: resolved.
+        layer: index of the block.
+        values: parameters by their name within the module.
+        bias_E: the selection bias, if there is one.
+        x_TD: the dtype that is computed in.
+    """
+    config = replace(config, moe=replace(config.moe, backend="reference"))
+    with torch.device("meta"):
+        module: nn.Module
+        if layer in moe_layers(config):
+            module = MoE(config, layer)
+        else:
+            model = config.model
+            module = FeedForward(model.dim, model.hidden_dim, model.activation, model.ffn_bias)
+    module.to_empty(device="cpu").to(x_TD.dtype).eval()
+    module.load_state_dict({name: value.to(x_TD.dtype) for name, value in values.items()})
+    if not isinstance(module, MoE):
+        return module(x_TD)
+    experts = config.moe.num_experts
+    module.router.bias = torch.zeros(experts) if bias_E is None else bias_E.float()
+    module.router.previous_load = torch.zeros(experts)
+    ids_BS = torch.zeros(1, len(x_TD), dtype=torch.int64)
+    return module(x_TD[None], build_tokens(ids_BS, None))[0][0]
+
+
+@torch.no_grad()
+def deviation(
+    before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor], dim: int, dtype: torch.dtype = torch.float64
+) -> float:
+    """``‖after - before‖ / ‖before‖`` over random normalised tokens."""
+    x_TD = torch.randn(TOKENS, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    old_TD, new_TD = before(x_TD), after(x_TD)
+    return float((new_TD - old_TD).norm() / old_TD.norm())

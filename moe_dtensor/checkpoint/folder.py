@@ -1,8 +1,8 @@
 """Which checkpoints a folder holds, whose they are, and how one goes away. Rank 0's work.
 
 A checkpoint is the folder ``step-<step>``. It is written and deleted under a hidden name, so that renaming is the one
-act that makes it appear or vanish. Its manifest names the run, the step, what is no tensor, and every file's size and
-checksum.
+act that makes it appear or vanish; small files are whole and on disk, or not there. Its manifest names the run, the
+step, what is no tensor, and every file's size and checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dtensor.checkpoint.small_files import write_small
+
+def write_small(path: Path, text: str) -> None:
+    """Replace the file as a whole, so that no reader, no crash and no power failure leaves half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` last through a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 MANIFEST = "manifest.json"
 INDEX = ".metadata"

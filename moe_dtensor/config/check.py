@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from moe_dtensor.config import check_attention, check_evaluation, check_experts, check_sources
+from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
+from moe_dtensor.config.check_model import check_attention, check_experts, check_placement, check_routing
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
@@ -43,7 +44,7 @@ def check(config: Config, world_size: int) -> None:
     """
     for problem, remedy in _broken(config, world_size):
         raise ConfigError(problem, remedy)
-    for problem, remedy in check_sources.broken(config):
+    for problem, remedy in check_sources(config):
         raise ConfigError(problem, remedy)
     for number, stage in enumerate(config.stages, 1):
         for problem, remedy in _broken(stage_at(resolve(config, world_size), stage.from_step), world_size):
@@ -57,14 +58,14 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _names(config)
     yield from _checkpoint(config)
     yield from _model(config_as_given)
-    yield from check_attention.attention(config)
-    yield from check_experts.experts(config)
+    yield from check_attention(config)
+    yield from check_experts(config)
     for kind in moe_kinds(config):
-        yield from check_experts.routing(kind)
+        yield from check_routing(kind)
     yield from _mesh(config_as_given, world_size)
     yield from _levels(config)
     yield from _tensor_parallel(config)
-    yield from check_experts.placement(config)
+    yield from check_placement(config)
     yield from _async_tp(config)
     yield from _data_parallel(config)
     yield from _batches(config)
@@ -74,13 +75,13 @@ def _broken(config: Config, world_size: int) -> Broken:
         yield from _moments(config)
     yield from _drift(config)
     yield from _ends(config_as_given)
-    yield from check_evaluation.broken(config)
+    yield from check_evaluation(config)
 
 
 def _names(config: Config) -> Broken:
     for key, name, known in (
         *(("moe.router", name, ROUTERS) for name in (config.moe.router, *config.moe.router_by_layer)),
-        ("data.corpus", config.data.corpus, check_sources.CORPORA),
+        ("data.corpus", config.data.corpus, CORPORA),
         ("training.loss", config.training.loss, LOSSES),
     ):
         if name in known:
@@ -376,7 +377,7 @@ def _ends(config: Config) -> Broken:
             f"Set profiling.first_step to {steps} or less.",
         )
     data = config.data
-    for where, part in check_sources.data_parts(data):
+    for where, part in data_parts(data):
         if part.revision and (part.corpus != "datasets" or (where == "data" and data.sources)):
             yield (
                 f'{where}.revision = "{part.revision}" is for a name on the hub, but {where}.corpus = "{part.corpus}".',

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from moe_dtensor.config.check_sources import data_parts
+from moe_dtensor.config.check_data import data_parts
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import names_object
 from moe_dtensor.config.schema import Config

@@ -1,18 +1,28 @@
-"""What every verb's command line shares: ``--config F`` and ``--table.key value``, beside its own options."""
+"""What every verb's command line shares: ``--config F``, ``--table.key value``, and the file of ``--json``."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
-from moe_dtensor.config.reference import help_text
 from moe_dtensor.config.schema import Config
-from moe_dtensor.config.tables import all_fields, is_array
+from moe_dtensor.config.tables import all_fields, help_text, is_array
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write indented JSON in UTF-8; the folder is made, and the file is there as a whole or as it was before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_dtensor.data.corpus import Corpus, build_corpus
-from moe_dtensor.data.summary import describe
+from moe_dtensor.data.report import describe
 from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer
 
 if TYPE_CHECKING:

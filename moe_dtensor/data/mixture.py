@@ -13,12 +13,12 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.config.stages import Span, sequences_before
 from moe_dtensor.data.files import check_apart
+from moe_dtensor.data.fit import cut_windows
 from moe_dtensor.data.marks import mark_documents
+from moe_dtensor.data.order import Turns, whole_weights
 from moe_dtensor.data.pack import packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
 from moe_dtensor.data.tokenizer import Tokenizer
-from moe_dtensor.data.turns import Turns, whole_weights
-from moe_dtensor.data.whole import cut_windows
 from moe_dtensor.data.windows import ArrayWindows
 
 

@@ -23,9 +23,8 @@ from typing import IO, Any
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.data.files import cache_homes
+from moe_dtensor.data.files import cache_homes, make_private
 from moe_dtensor.data.marks import DTYPE, join_conversations
-from moe_dtensor.data.private import make_private
 from moe_dtensor.data.records import clean
 from moe_dtensor.data.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.data.formats import Format, broken, open_bytes, read_whole, suffix
+from moe_dtensor.data.files import Format, broken, open_bytes, read_whole, suffix
 
 SHOWN = 5  # bad records that are told with their place
 TRIAL = 1000  # records before the share of bad ones is judged
@@ -85,7 +85,7 @@ def read_records(path: str, form: Format, text_key: str, skip: int = 0, offset: 
 
     Args:
         path: a file of text (``formats.TEXTS``).
-        form: what :func:`moe_dtensor.data.formats.recognise` told.
+        form: what :func:`moe_dtensor.data.files.recognise` told.
         text_key: field of the text; not used for plain text. ``WHOLE``: all fields, as JSON.
         skip: records (for text files: lines) to pass over.
         offset: byte at which record ``skip + 1`` starts, if known.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe_dtensor.data.permutation import Permutation
+from moe_dtensor.data.order import Permutation
 
 
 class Windows(Protocol):

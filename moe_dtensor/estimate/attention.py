@@ -5,7 +5,7 @@ D model width, H query heads, G key and value heads, C width of a query or key h
 
 from __future__ import annotations
 
-from moe_dtensor.config.attention import block_window, head_widths, is_latent, sees_more_than_causal
+from moe_dtensor.config.resolve import block_window, head_widths, is_latent, sees_more_than_causal
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import Tokens
 

@@ -16,8 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_dtensor.config.attention import head_widths
-from moe_dtensor.config.resolve import GATED, block_config, block_norms, expert_dp_ranks, expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import (
+    GATED,
+    block_config,
+    block_norms,
+    expert_dp_ranks,
+    expert_ranks,
+    head_widths,
+    padded_vocab,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (

@@ -1,4 +1,4 @@
-"""What one rank holds of every parameter, by arithmetic: names, shapes, placements. Loads no torch."""
+"""What one rank holds of every parameter: names, shapes, placements; parameters and FLOPs of all. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from moe_dtensor.config.resolve import (
     GATED,
+    block_config,
     block_norms,
     expert_dp_ranks,
     expert_groups,
@@ -22,7 +23,7 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.attention import Shape, attention_shapes
+from moe_dtensor.estimate.attention import Shape, attention_shapes, score_flops_per_token
 from moe_dtensor.placement import Row, build_table, find_row
 
 
@@ -184,3 +185,32 @@ def _feed_forward(config: Config, prefix: str, hidden: int, bias: bool = False) 
         shapes |= {f"{prefix}.{name}.bias": (hidden,) for name in ups}
         shapes[f"{prefix}.output_bias"] = (dim,)
     return shapes | {f"{prefix}.down.weight": (dim, hidden)}
+
+
+def parameters(config: Config) -> tuple[int, int]:
+    """Parameters of the whole model, and those that one token meets (K experts and not E): ``(total, active)``.
+
+    The embedding counts in both, though a token only reads a row of it.
+    """
+    sizes = {share.name: share.size for share in all_shares(config)}
+    total, unmet = sum(sizes.values()), 0
+    for name, size in sizes.items():
+        if ".experts." in name:
+            moe = block_config(config, int(name.split(".")[1])).moe
+            unmet += size // moe.num_experts * (moe.num_experts - moe.top_k)
+    return total, total - unmet
+
+
+def flops_per_token(config: Config) -> float:
+    """FLOPs of one token, forward and backward: 6 per active weight of a matrix product, and the attention products.
+
+    As in Kaplan et al. (arXiv:2001.08361) and PaLM (arXiv:2204.02311): the embedding lookup costs nothing, the head
+    does; causal attention counts half of the S x S scores, or what a window leaves of them; nothing is added for
+    recomputation.
+    """
+    model = config.model
+    _, active = parameters(config)
+    lookup = 0 if model.tie_embeddings else padded_vocab(config) * model.dim
+    # Multi-token prediction runs the head once more for each depth.
+    active += model.mtp_depth * padded_vocab(config) * model.dim
+    return 6.0 * (active - lookup) + score_flops_per_token(config)

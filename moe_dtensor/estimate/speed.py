@@ -25,10 +25,9 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.counts import flops_per_token
 from moe_dtensor.estimate.dispatch import LATENCY, READ, dispatch_costs
 from moe_dtensor.estimate.schedule import bubble
-from moe_dtensor.estimate.shards import stage_shares
+from moe_dtensor.estimate.shards import flops_per_token, stage_shares
 from moe_dtensor.estimate.sizes import BYTES
 from moe_dtensor.estimate.traffic import activation_bytes, fsdp_bytes, pp_bytes, replicated_gradient_bytes
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dtensor.config.attention import block_window
-from moe_dtensor.config.resolve import padded_vocab
+from moe_dtensor.config.resolve import block_window, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
 from moe_dtensor.generate.graph import Graphed

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
 from moe_dtensor.checkpoint.native import NativeFolder, find_native
 from moe_dtensor.checkpoint.weights import load_weights
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer, files_beside

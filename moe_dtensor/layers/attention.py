@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.attention import block_rotates, block_window, head_widths
+from moe_dtensor.config.resolve import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import attend
 from moe_dtensor.kernels.heads import norm_and_rotate, takes
-from moe_dtensor.layers.norm import HeadsNorm, RMSNorm
-from moe_dtensor.layers.positions import Place, Positions
-from moe_dtensor.layers.rope import rotate
-from moe_dtensor.layers.weights import Layer, Linear
+from moe_dtensor.layers.positions import Place, Positions, rotate
+from moe_dtensor.layers.weights import HeadsNorm, Layer, Linear, RMSNorm
 
 
 class Attention(Layer):

@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.attention import is_latent
+from moe_dtensor.config.resolve import is_latent
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.plain import masked_attention
 from moe_dtensor.layers.attention import Attention
-from moe_dtensor.layers.norm import RMSNorm
-from moe_dtensor.layers.positions import Place
-from moe_dtensor.layers.rope import rotate
-from moe_dtensor.layers.weights import Layer, Linear
+from moe_dtensor.layers.positions import Place, rotate
+from moe_dtensor.layers.weights import Layer, Linear, RMSNorm
 
 LATENT_EPS = 1e-6
 """Of the latents' norms, whatever ``model.norm_eps`` is: so are the published models."""

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from moe_dtensor.config.resolve import moe_layers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy, held_ids
-from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.mtp import AlsoMinimize, MtpBlock, labels_ahead, tokens_ahead
-from moe_dtensor.layers.norm import build_norm
+from moe_dtensor.layers.block import AlsoMinimize, Block, MtpBlock, labels_ahead, tokens_ahead
 from moe_dtensor.layers.positions import Positions, build_positions
 from moe_dtensor.layers.tokens import Tokens, build_tokens
-from moe_dtensor.layers.weights import Embedding, Linear
+from moe_dtensor.layers.weights import Embedding, Linear, build_norm
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (B, S, V), labels (B, S))`` to a loss for each token ``(B, S)``, 0 where the label is -100. V are the held
@@ -111,11 +109,7 @@ class Transformer(nn.Module):
             dtype=x.dtype,
             device=x.device,
         )
-        records: list[Tensor | None] = []
-        for block in self.layers.values():
-            if not isinstance(block, MtpBlock):
-                x, record_R = block(x, positions, tokens)
-                records.append(record_R)
+        x, records = self._through_blocks(x, positions, tokens)
         if not self.is_last:
             self._keep(records)
             return torch.cat([x, *ahead], dim=-1) if self.mtp_depth else x
@@ -131,6 +125,15 @@ class Transformer(nn.Module):
             loss_B = self._with_mtp(loss_B, x, ahead, labels_BS, documents_BS, positions, tokens, records)
         self._keep(records)
         return loss_B
+
+    def _through_blocks(self, x: Tensor, positions: Positions, tokens: Tokens) -> tuple[Tensor, list[Tensor | None]]:
+        """The stream after all blocks but those of multi-token prediction, and what their routers record."""
+        records: list[Tensor | None] = []
+        for block in self.layers.values():
+            if not isinstance(block, MtpBlock):
+                x, record_R = block(x, positions, tokens)
+                records.append(record_R)
+        return x, records
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """The stream ``(B, S, D)`` before the first block."""

@@ -8,7 +8,7 @@ summed, once a step, over ranks that hold the same experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.moe import Experts
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.runner import Runner
+
+if TYPE_CHECKING:
+    from moe_dtensor.parallel.pipeline import Runner
 
 Weights = Iterator[tuple[Experts, str, DTensor]]
 
@@ -70,7 +72,7 @@ class WithOwnExperts:
         self.runner = runner
 
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward; see :class:`moe_dtensor.parallel.runner.Runner`."""
+        """Forward and backward; see :class:`moe_dtensor.parallel.pipeline.Runner`."""
         self._cast()
         loss = self.runner.step(batch, scale)
         for _, _, weight in self._weights():

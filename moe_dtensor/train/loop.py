@@ -17,23 +17,20 @@ from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import stage_at
 from moe_dtensor.data import Corpus, Loader, describe
-from moe_dtensor.data.prefetch import Prefetcher
-from moe_dtensor.estimate.counts import flops_per_token, parameters
-from moe_dtensor.train.build import Trainer, build
-from moe_dtensor.train.drift import RoutingDrift
-from moe_dtensor.train.flags import DelayedFlag, Skips
+from moe_dtensor.data.loader import Prefetcher
+from moe_dtensor.estimate.shards import flops_per_token, parameters
+from moe_dtensor.train.build import Trainer, build, give, keep, same_sizes
 from moe_dtensor.train.held_out import HeldOut, build_held_out
-from moe_dtensor.train.metrics import Meter, Value
+from moe_dtensor.train.metrics import DelayedFlag, Meter, Skips, Value
 from moe_dtensor.train.opened import Opened
 from moe_dtensor.train.profile import Profiler
 from moe_dtensor.train.proof import carried_files
 from moe_dtensor.train.ranks import Ranks, end_ranks
 from moe_dtensor.train.replicas import check_replicas
-from moe_dtensor.train.routing import routing_metrics, routing_notice
+from moe_dtensor.train.routing import RoutingDrift, routing_metrics, routing_notice
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder
 from moe_dtensor.train.signals import EndRequest
 from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
-from moe_dtensor.train.stages import give, keep, same_sizes
 from moe_dtensor.train.step import StepResult, to_device, train_step
 from moe_dtensor.train.watch import Watch
 from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export

@@ -2,7 +2,7 @@
 
 ``run.json`` marks a folder as a run's; ``config.toml`` is its config. A run that is not finished resumes. Mesh,
 precision of the computation, optimizer, steps and logging may change on the way; what makes it another run
-(:func:`moe_dtensor.train.same_run.differences`) may not. A folder becomes a run's with the first step taken in it.
+(:func:`moe_dtensor.train.kept_config.differences`) may not. A folder becomes a run's with the first step taken in it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps
+from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps, write_small
 from moe_dtensor.checkpoint.proof import STAMP_FILE
 from moe_dtensor.checkpoint.rank0 import on_rank_0
-from moe_dtensor.checkpoint.small_files import write_small
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.load import dump
 from moe_dtensor.config.schema import Config
-from moe_dtensor.train.kept_config import to_keep
+from moe_dtensor.train.kept_config import changed_past, data_differences, differences, to_keep, with_defaults
 from moe_dtensor.train.lease import LEASE_FILE, Lease
 from moe_dtensor.train.profile import PROFILE_FOLDER
-from moe_dtensor.train.same_run import changed_past, data_differences, differences, with_defaults
 from moe_dtensor.train.sinks import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER, cut_back, last_step
 
 CONFIG_FILE = "config.toml"

@@ -13,16 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
 from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.counts import flops_per_token, parameters
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
 from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
 from moe_dtensor.estimate.schedule import SOURCES, bubble
-from moe_dtensor.estimate.shards import Folded, all_shares, fold
+from moe_dtensor.estimate.shards import Folded, all_shares, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
 from moe_dtensor.estimate.traffic import Traffic, traffic
 from moe_dtensor.verbs.plan_search import add_options, run_search

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dtensor.config.build import build
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.load import build
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import tables

@@ -11,11 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.command_line import Parser
+from moe_dtensor.config.command_line import Parser, write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.json_file import write_json
-from moe_dtensor.config.load import load_variants
+from moe_dtensor.config.load import load_variants, override
 from moe_dtensor.config.schema import Config, Schedule
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.verify.cases import whole_case
     from moe_dtensor.verify.miniature import judged, shrink
-    from moe_dtensor.verify.record import write_record
+    from moe_dtensor.verify.report import write_record
     from moe_dtensor.verify.run import computation
 
     cases: list[tuple[str, Case]] = []
@@ -119,7 +117,7 @@ def with_config_of_run(argv: list[str]) -> list[str]:
 
 
 def _stamp(options: argparse.Namespace, config: Config, verdicts: Sequence[Verdict], judged: Config) -> None:
-    from moe_dtensor.verify.stamp import write_stamp
+    from moe_dtensor.verify.report import write_stamp
 
     how = {"dtype": options.dtype, "backend": judged.moe.backend, "compiled": options.compiled, "exact": options.exact}
     folder = Path(options.stamp) if options.stamp else Path(config.run.folder)
@@ -160,8 +158,7 @@ def _against(argv: list[str]) -> int:
     parser.add_argument("--against", type=Path, required=True, metavar="FILE", help="a step file")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdict to a file")
     options = parser.parse_args(argv)
-    from moe_dtensor.verify.against import explain, judge_step
-    from moe_dtensor.verify.step_file import read_step_file
+    from moe_dtensor.verify.step_file import explain, judge_step, read_step_file
 
     step = read_step_file(options.against)
     verdict = judge_step(step)

@@ -10,12 +10,11 @@ from typing import Any
 
 from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, damage, step_folder, whole_steps
 from moe_dtensor.checkpoint.proof import PROOF_FILE, code_hashes, read_proof, torch_version
-from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.load import dump, load
+from moe_dtensor.config.load import build, dump, load
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import all_fields
-from moe_dtensor.train.same_run import comparable, with_defaults
+from moe_dtensor.train.kept_config import comparable, with_defaults
 
 CONFIG_FILE = "config.toml"
 NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profiling", "comm")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Layout, legal

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import ROUTERS
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config, Schedule
-from moe_dtensor.config.tables import Field, all_fields
-from moe_dtensor.config.values import show_value
+from moe_dtensor.config.tables import Field, all_fields, show_value
 from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.miniature import Layout, legal
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
-from moe_dtensor.config.json_file import write_json
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.verify.compare import Deviation, Verdict
 from moe_dtensor.verify.hugging_face import explain, prove_folder
 

@@ -13,11 +13,18 @@ from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
-from moe_dtensor.config.attention import block_rotates, block_window, is_latent
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import block_config, has_conversations, moe_layers, resolve
+from moe_dtensor.config.load import override
+from moe_dtensor.config.resolve import (
+    block_config,
+    block_rotates,
+    block_window,
+    has_conversations,
+    is_latent,
+    moe_layers,
+    resolve,
+)
 from moe_dtensor.config.schema import Config, Data
 
 

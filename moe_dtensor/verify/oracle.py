@@ -104,14 +104,10 @@ def steps(
         norm = math.inf if number in skipped else gradient_norm(used, config.training.norm_type)
         if number not in skipped:
             adamw.step(used, norm, learning_rate(config, number))
-        load = {
-            i: histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
-            for i, routed in model.routed.items()
-        }
-        means = {
-            i: _means(of_block(config, i), routed) | {"churn": balance[i].churn(load[i])}
-            for i, routed in model.routed.items()
-        }
+        load = {i: _load(routed, experts) for i, routed in model.routed.items()}
+        means = {i: _means(of_block(config, i), routed) for i, routed in model.routed.items()}
+        for i in means:
+            means[i]["churn"] = balance[i].churn(load[i])
         rate = 0.0 if number in skipped else config.moe.bias_rate
         balance = {i: balance[i].after(rate, load[i]) for i in balance}
         validation: float | None = None
@@ -138,6 +134,11 @@ def steps(
             )
         )
     return answers
+
+
+def _load(routed: Sequence[Routed], experts: int) -> list[int]:
+    """How many choices each expert has over all microbatches."""
+    return histogram([e for r in routed for e in _lists(r.chosen_TK)], experts)
 
 
 def _differentiate(model: Transformer, batch: Batch) -> list[float]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from moe_dtensor.__main__ import main
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.checkpoint.native import NativeWeights, find_native
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import dump
+from moe_dtensor.config.load import dump, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus

@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from moe_dtensor.checkpoint.save_plan import PlanKeeper, is_writer
-from moe_dtensor.checkpoint.storage import TensorsPlanner
+from moe_dtensor.checkpoint.storage import PlanKeeper, TensorsPlanner, is_writer
 from moe_dtensor.testing.ranks import run_on_ranks
 
 NAMES = [f"layers.{i}.weight" for i in range(12)]

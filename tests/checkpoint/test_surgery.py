@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_dtensor.checkpoint import surgery
 from moe_dtensor.checkpoint.surgery import Cut
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.balance_state import BalanceState

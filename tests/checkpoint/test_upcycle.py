@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dtensor.checkpoint.deviation import deviation, feed_forward_output
+from moe_dtensor.checkpoint.change import deviation, feed_forward_output
 from moe_dtensor.checkpoint.upcycle import Upcycling, redrawn_units, upcycled, upcycled_config, upcycled_shapes
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_dtensor.config.build import build, override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser, split_overrides
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.load import dump, load
-from moe_dtensor.config.reference import markdown
+from moe_dtensor.config.load import build, dump, load, override
 from moe_dtensor.config.resolve import block_config, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.config.tables import all_fields, tables
+from moe_dtensor.config.tables import all_fields, markdown, tables
 
 PRESETS = sorted(Path("train_configs").glob("*.toml"))
 
@@ -109,7 +107,7 @@ def test_every_field_is_explained_and_in_the_reference() -> None:
     assert all(field.help.endswith(".") for field in all_fields().values())
     assert all(table.help for table in tables().values())
     committed = Path("docs/config.md").read_text(encoding="utf-8")
-    assert committed == markdown(), "run: python -m moe_dtensor.config.reference > docs/config.md"
+    assert committed == markdown(), "run: python -m moe_dtensor.config.tables > docs/config.md"
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import (
     expert_takes,
     microbatches,

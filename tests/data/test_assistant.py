@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dtensor.data.assistant import assistant_spans
 from moe_dtensor.data.chat import ChatTemplate, ConversationError
+from moe_dtensor.data.conversations import assistant_spans
 from tests.data.chat_templates import SPECIAL, TEMPLATES
 
 TALK = [

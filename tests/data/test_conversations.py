@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config, Source, Stage
 from moe_dtensor.data import Loader, build_corpus

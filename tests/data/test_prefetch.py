@@ -15,10 +15,9 @@ from torch.distributed import DistNetworkError, HashStore, TCPStore
 
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.data import Loader, build_corpus, hub
-from moe_dtensor.data.host import HostChunks
+from moe_dtensor.data.host import HostChunks, OtherHosts, other_hosts
 from moe_dtensor.data.hub import StreamedDocuments
-from moe_dtensor.data.other_hosts import OtherHosts, other_hosts
-from moe_dtensor.data.prefetch import DEPTH, Prefetcher
+from moe_dtensor.data.loader import DEPTH, Prefetcher
 
 
 @pytest.fixture
@@ -187,8 +186,8 @@ def test_hosts_meet_by_the_store_of_the_ranks() -> None:
 
 
 def test_what_another_host_no_longer_holds_is_made(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    monkeypatch.setattr("moe_dtensor.data.other_hosts.PATIENCE", 0.05)
-    monkeypatch.setattr("moe_dtensor.data.other_hosts.KEPT_BYTES", 10)
+    monkeypatch.setattr("moe_dtensor.data.host.PATIENCE", 0.05)
+    monkeypatch.setattr("moe_dtensor.data.host.KEPT_BYTES", 10)
     first, second = (OtherHosts(HashStore(), host, 2) for host in (0, 1))
     second.store = first.store
     for i in range(3):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.data.files import make_private
 from moe_dtensor.data.host import HostChunks
 from moe_dtensor.data.pack import cache_folder, locked
-from moe_dtensor.data.private import make_private
 
 
 @pytest.fixture

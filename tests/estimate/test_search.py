@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.search import GIB, RESERVE, evaluate, search

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.tokenizer import ByteTokenizer

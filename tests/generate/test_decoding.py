@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.batch import Completion, Model, complete

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights

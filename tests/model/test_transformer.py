@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import build_batch

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.parallel import collectives
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.verify.cases import Case

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.miniature import Layout, shrink
 from moe_dtensor.verify.run import prove

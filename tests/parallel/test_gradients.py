@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.gradients import global_norm
 from moe_dtensor.testing.ranks import run_on_ranks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.parallel.pipeline import check_torch

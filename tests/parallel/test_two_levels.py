@@ -10,8 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from moe_dtensor.checkpoint.hugging_face.convert import config_only
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
 from moe_dtensor.data.loader import IGNORED, Batch
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
-from moe_dtensor.train.drift import RoutingDrift
+from moe_dtensor.train.routing import RoutingDrift
 from moe_dtensor.train.step import count_targets, evaluate, read_batch, train_step
 from moe_dtensor.train.weights import load_initial
 from tests.data.chat_templates import save_tokenizer

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dtensor.config.build import build as build_config
-from moe_dtensor.config.build import override
 from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.load import dump, load
+from moe_dtensor.config.load import build as build_config
+from moe_dtensor.config.load import dump, load, override
 from moe_dtensor.config.schema import Config, Eval, EvalSet
 from moe_dtensor.data.loader import IGNORED
 from moe_dtensor.evaluate.score import Request
-from moe_dtensor.train.evaluation import pack
+from moe_dtensor.train.held_out import pack
 from tests.train.starts import Start, tiny
 
 TEXTS = {"short": ["one two three", "four", "a" * 9, "zwölf"], "long": ["the whole of a longer text " * 4, "and one"]}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moe_dtensor.config.schema import Config, Optimizer
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train import narrow_moments
+from moe_dtensor.train import optimizer
 from moe_dtensor.train.optimizer import build_optimizers, is_decayed
 
 CONFIG = Config(optimizer=Optimizer(lr=0.01, weight_decay=0.5))
@@ -147,7 +147,7 @@ def _updated(training: str, state: str, steps: int) -> tuple[dict[str, torch.Ten
 
 def test_moments_in_bfloat16_are_rounded_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step from zero moments is the exact one; many steps stay within bfloat16's digits. In several pieces too."""
-    monkeypatch.setattr(narrow_moments, "PIECE", 5)
+    monkeypatch.setattr(optimizer, "PIECE", 5)
     exact, _ = _updated("float32", "auto", 1)
     narrow, state = _updated("float32", "bfloat16", 1)
     assert all(torch.equal(exact[name], narrow[name]) for name in exact)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case, Setting, all_pairs, with_microbatches

@@ -11,9 +11,8 @@ import pytest
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.config.load import load
-from moe_dtensor.verify.against import judge_step
 from moe_dtensor.verify.miniature import Layout
-from moe_dtensor.verify.step_file import read_step_file
+from moe_dtensor.verify.step_file import judge_step, read_step_file
 
 from . import mutations, mutations_update
 

@@ -8,8 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config, Schedule
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.fuzz import Drawn, command, drawn_keys, draws, shrink_failure, smallest

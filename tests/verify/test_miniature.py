@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import dump, load
+from moe_dtensor.config.load import dump, load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Checkpoint, Config, Data
 from moe_dtensor.verify.miniature import Layout, legal, shrink

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_dtensor.config.build import override
 from moe_dtensor.config.errors import FAILED, RunError
+from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import build_corpus
 from moe_dtensor.testing.ranks import run_on_ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.verify.cases import whole_case
 from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Layout, shrink

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.verbs.verify import DEFAULT_MESHES, choose_layouts
 from moe_dtensor.verify.miniature import Layout, shrink
 

@@ -9,8 +9,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from moe_dtensor.config.attention import block_rotates, block_window
-from moe_dtensor.config.resolve import FORCED, block_config, moe_layers, resolve
+from moe_dtensor.config.resolve import FORCED, block_config, block_rotates, block_window, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 
 Function = dict[str, Any]

@@ -13,8 +13,8 @@ from moe_dtensor.checkpoint.hugging_face.families import FAMILIES
 from moe_dtensor.checkpoint.hugging_face.function import TABLES, Function, differing, function_of, neutral_function
 from moe_dtensor.checkpoint.hugging_face.keys import Ahead, Implied
 from moe_dtensor.checkpoint.hugging_face.table import Family
-from moe_dtensor.config.build import build
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import build
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import show

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, same_function_problems, whole
-from moe_dtensor.config.build import override
+from moe_dtensor.config.load import override
 from moe_dtensor.model.transformer import Transformer
 from tests.checkpoint.hugging_face import tiny_models
 

@@ -9,8 +9,7 @@ import torch
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.checkpoint.hugging_face.convert import config_only
-from moe_dtensor.config.build import override
-from moe_dtensor.config.load import load
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_dtensor.kernels.heads import norm_and_rotate, takes
-from moe_dtensor.layers.rope import rotate
+from moe_dtensor.layers.positions import rotate
 
 
 def plainly(x, weight, eps, cos, sin):

@@ -1,4 +1,4 @@
-"""Rules of ``[[data.sources]]`` and ``[[stages]]``. Loads no torch."""
+"""Rules of ``[[data.sources]]``, ``[[stages]]``, ``[eval]`` and of the samples during training. Loads no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def data_parts(data: Data) -> list[tuple[str, Data | Source]]:
     return [("data", data), *((f"data.sources.{source.name}", source) for source in data.sources)]
 
 
-def broken(config: Config) -> Broken:
+def check_sources(config: Config) -> Broken:
     """(rule with its values, remedy), for each broken rule."""
     if config.data.packing == "best_fit":
         if not (config.data.document_mask or has_conversations(config)):
@@ -148,4 +148,52 @@ def _batch(config: Config, number: int) -> Broken:
             f"stages.{number}.keep_batch_tokens = true: a batch of {training.global_batch_size} x {training.seq_len} "
             f"tokens is no whole number of sequences of {stage.seq_len}.",
             "Choose a seq_len that divides it, or set global_batch_size.",
+        )
+
+
+def check_evaluation(config: Config) -> Broken:
+    """(rule with its values, remedy), for each broken rule."""
+    yield from _sets(config)
+    yield from _samples(config)
+
+
+def _sets(config: Config) -> Broken:
+    sets, interval = config.eval.sets, config.eval.interval
+    names = [one.name for one in sets]
+    for number, one in enumerate(sets, 1):
+        where = f"eval.sets.{one.name}" if one.name else f"the {number}. of [[eval.sets]]"
+        if not one.name or "." in one.name:
+            yield f"{where} needs a name without a dot; it is {one.name!r}.", 'Write name = "wiki" into it.'
+        if not one.path:
+            yield f"{where} needs a path.", "Set path to where its text is."
+    if twice := {name for name in names if names.count(name) > 1}:
+        yield f"eval.sets has the name {sorted(twice)[0]!r} twice.", "Give each set a name of its own."
+    if interval and not sets:
+        yield f"eval.interval = {interval}, but there is no set to measure.", "Write [[eval.sets]], or set it to 0."
+    if sets and not interval:
+        yield (
+            "eval.sets are given, but eval.interval = 0: none is ever measured.",
+            "Set eval.interval, or leave them out.",
+        )
+
+
+def _samples(config: Config) -> Broken:
+    training = config.training
+    if not training.sample_prompts:
+        return
+    if config.mesh.pp > 1:
+        yield (
+            f"training.sample_prompts with mesh.pp = {config.mesh.pp}: a pipeline continues no text during training.",
+            "Leave the prompts out, or set mesh.pp = 1; the verb generate continues them from a checkpoint.",
+        )
+    if not (training.validation_interval or config.eval.interval):
+        yield (
+            "training.sample_prompts are continued at each validation, but training.validation_interval = 0.",
+            "Set training.validation_interval or eval.interval, or leave the prompts out.",
+        )
+    if training.sample_tokens >= training.seq_len:
+        yield (
+            f"training.sample_tokens = {training.sample_tokens} leaves no room for a prompt within training.seq_len = "
+            f"{training.seq_len}.",
+            f"Set training.sample_tokens below {training.seq_len}.",
         )
