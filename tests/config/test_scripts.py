@@ -35,6 +35,9 @@ CHECK = ["check", "--config", "tests/config/plain.toml"]
         (["--mesh.dp", "4"], {"CUDA_VISIBLE_DEVICES": "0,1"}, "= 4 ranks, but there are 2"),
         ([], {"CONFIG_FILE": "train_configs/none.toml"}, "cannot read the config train_configs/none.toml"),
         (["--training.stps", "3"], {}, "Did you mean training.steps?"),
+        ([], {"NGPU": "0"}, "NGPU=0 must be a whole number, 1 or more"),
+        ([], {"NGPU": "two"}, "NGPU=two must be a whole number, 1 or more"),
+        ([], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 must be a whole number, 0 or more"),
     ],
 )
 def test_a_wrong_config_stops_before_any_rank_starts(words: list[str], variables: dict[str, str], problem: str) -> None:
@@ -72,3 +75,12 @@ def test_help_tells_variables_and_keys() -> None:
     assert done.returncode == 0
     assert "RDZV_ENDPOINT  host:port" in done.stdout
     assert "--checkpoint.keep_last INT" in done.stdout
+
+
+def test_slurm_asks_for_a_signal_and_requeues() -> None:
+    """It asked for none: a job at its limit was killed with nothing saved."""
+    text = Path("docs/slurm.sh").read_text()
+    assert "#SBATCH --signal=USR1@120" in text
+    assert "#SBATCH --requeue" in text
+    assert '[ "$status" -eq 75 ]' in text
+    assert subprocess.run(["bash", "-n", "docs/slurm.sh"], check=False).returncode == 0

@@ -99,3 +99,17 @@ def test_each_row_of_the_decision_table_runs(tmp_path: Path, monkeypatch: pytest
         assert Loader(config, build_corpus(config)).next_batch(0, 4).tokens_BS.shape == (4, 16), body
         run += 1
     assert run == 14
+
+
+def test_tests_that_hold_what_once_went_wrong_exist() -> None:
+    table = Path("docs/checkpoints.md").read_text().partition("## What once went wrong")[2].partition("\n## ")[0]
+    found = 0
+    for row in table.splitlines():
+        file = ""
+        for word in re.findall(r"`([^`]+)`", row):
+            if word.endswith(".py"):
+                file = Path("tests", word).read_text()
+            elif file:
+                assert f"def {word}(" in file, word
+                found += 1
+    assert found > 30

@@ -53,6 +53,12 @@ def wait_for_children(process: subprocess.Popen[str], number: int) -> None:
         time.sleep(0.002)
 
 
+def listens(pid: int) -> bool:
+    """Whether a process handles SIGTERM: Python itself takes a moment to begin."""
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.parametrize(
     ("ranks", "seconds", "name"),
     [
@@ -66,6 +72,8 @@ def wait_for_children(process: subprocess.Popen[str], number: int) -> None:
 def test_a_signal_in_the_first_seconds(tmp_path: Path, ranks: int, seconds: float, name: str) -> None:
     """Before a rank listened, its status was 1: a scheduler would not have started the run again."""
     process = launch(tmp_path / "run")
+    while not listens(process.pid):
+        time.sleep(0.002)
     wait_for_children(process, ranks)
     time.sleep(seconds)
     process.send_signal(getattr(signal, name))
