@@ -290,10 +290,10 @@ def test_gradients_are_whole_while_microbatches_accumulate() -> None:
         ("DualPipeV", 3 / 51),
     ],
 )
-def test_bubbles(schedule: str, shard: float) -> None:
+def test_bubbles(schedule: str, share: float) -> None:
     """p = 4, m = 16, v = 2."""
     config = preset("qwen3_30b_a3b", "8x4x1", pipeline__schedule=schedule)
-    assert bubble(config) == pytest.approx(shard)
+    assert bubble(config) == pytest.approx(share)
     assert schedule in SOURCES
     for pp_rank in range(4):
         assert all(1 <= count <= 16 for count in in_flight(config, pp_rank).values())
