@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource
 from moe_dtensor.checkpoint.native import NativeFolder, NativeWeights
@@ -17,6 +16,7 @@ from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.initial import held_slices
+from moe_dtensor.parallel.gradients import local_part
 
 
 @torch.no_grad()
@@ -29,16 +29,16 @@ def load_weights(
         _load_native(balance, params, source)
         return
     for name, param in params.items():
-        _read_share(source, name, param)
+        _read_part(source, name, param)
     for row, layer in enumerate(sorted(moe_layers(config))):
         bias_E = torch.zeros(config.moe.num_experts)
         source.read(f"layers.{layer}.moe.router.bias", [(0, len(bias_E))], bias_E)
         balance.bias_LE[row].copy_(bias_E)
 
 
-def _read_share(source: HuggingFaceSource, name: str, param: Tensor) -> None:
-    """By way of host memory: one tensor of this rank's share beyond the share itself, gone before the next."""
-    local = param.to_local() if isinstance(param, DTensor) else param
+def _read_part(source: HuggingFaceSource, name: str, param: Tensor) -> None:
+    """By way of host memory: one tensor of this rank beyond its shard, gone before the next."""
+    local = local_part(param)
     part = torch.empty(local.shape, dtype=local.dtype)
     source.read(name, [(held.start, held.stop) for held in held_slices(param)], part)
     local.copy_(part)

@@ -39,14 +39,14 @@ class Memory:
     """Master weights in ``training.dtype``."""
     gradients: int
     """Gradients. While microbatches accumulate whole (``fsdp.accumulate``) they are whole over dp, in ``reduce_dtype``;
-    else a rank's share. Those of experts outside of FSDP are a rank's share, in ``training.dtype``."""
+    else a rank's shard. Those of experts outside of FSDP are a rank's shard, in ``training.dtype``."""
     moments: int
     """AdamW's two."""
     compute_copy: int
     """Weights in ``param_dtype``, whole over dp: of all blocks if they stay gathered, else of two (one is fetched
     ahead), the embedding and the head."""
     expert_copy: int
-    """The same of experts outside of FSDP: a rank's share, for good; none where both dtypes are one."""
+    """The same of experts outside of FSDP: a rank's shard, for good; none where both dtypes are one."""
     activations: int
     """Kept by autograd, of all microbatches in flight."""
     buffers: int

@@ -38,8 +38,10 @@ def norm_and_rotate_backward(
     dy_BSHC, x_BSHC, dx_BSHC = _dense(dy_BSHC), _dense(x_BSHC), x_BSHC.new_empty(x_BSHC.shape)
     made = programs(x_BSHC)
     width = 0 if weight_W is None else weight_W.shape[0]
-    partial_NW = x_BSHC.new_zeros(made, width, dtype=torch.float32)
-    if x_BSHC.numel():
+    partial_NW = x_BSHC.new_empty(made, width, dtype=torch.float32)
+    if x_BSHC.numel() == 0:
+        partial_NW.zero_()
+    else:
         sizes, constants = _layout(x_BSHC, weight_W, cos)
         _backward[(made,)](
             *(dy_BSHC, x_BSHC, weight_W, cos.contiguous(), sin.contiguous(), dx_BSHC, partial_NW),

@@ -18,7 +18,7 @@ from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 def build_parts(config: Config, mesh: DeviceMesh, device: torch.device, *, trains: bool = True) -> list[Transformer]:
     """The model parts (pipeline stages) of this rank, parallel and initialised.
 
-    Built on meta, so that no rank ever holds more than its own share.
+    Built on meta, so that no rank ever holds more than its own shards.
 
     Args:
         trains: False: it is never to have gradients, and is left out of FSDP where FSDP would have nothing to do.

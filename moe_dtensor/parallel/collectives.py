@@ -90,7 +90,7 @@ def all_to_all(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Seque
 
 
 def start_all_to_all(x: Tensor, mesh: DeviceMesh, sent: Sequence[int], received: Sequence[int]) -> Pending:
-    """Begin to :func:`exchange`."""
+    """Begin :func:`all_to_all`."""
     return _start(x, mesh, "all_to_all", "all_to_all", sent, received)
 
 

@@ -17,6 +17,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.accumulate import add_narrow, widened
 from moe_dtensor.mesh import expert_fsdp_mesh, fsdp_mesh
 from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.placement import Row, build_table, find_row
 
 
@@ -100,7 +101,7 @@ def _add_up_fast(param: Any) -> None:
         if param.reduce_dtype is None or grad is None or grad.dtype == param.reduce_dtype:
             return
         param._unsharded_param.grad = None
-        param.unsharded_accumulated_grad = _like(grad, widened(_local(grad), param.reduce_dtype))
+        param.unsharded_accumulated_grad = _like(grad, widened(local_part(grad), param.reduce_dtype))
 
     def add() -> None:
         total = param.unsharded_accumulated_grad
@@ -108,13 +109,9 @@ def _add_up_fast(param: Any) -> None:
             return
         grad, param.unsharded_param.grad = param.unsharded_param.grad, None
         assert not isinstance(grad, DTensor) or grad.placements == total.placements
-        add_narrow(_local(total), _local(grad))
+        add_narrow(local_part(total), local_part(grad))
 
     param.to_accumulated_grad_if_needed, param.accumulate_unsharded_grad_if_needed = begin, add
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _like(grad: Tensor, local: Tensor) -> Tensor:
@@ -151,7 +148,7 @@ def _hand_over_gradients(group: Any) -> None:
             if grad is None:
                 continue
             param.unsharded_accumulated_grad = param._unsharded_param.grad = None
-            # Sums over tp, if gradients are shares of it.
+            # Summed over tp, where gradients are partial sums over it.
             whole = param._get_grad_inner_tensor(grad).to(group._orig_dtype).contiguous()
             if param.sharded_param.grad is None:
                 param.sharded_param.grad = param.to_sharded_dtensor(whole)
@@ -162,7 +159,7 @@ def _hand_over_gradients(group: Any) -> None:
 
 
 def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
-    """Widen gradients that are shares over tp before FSDP sums them.
+    """Widen gradients that are partial sums over tp before FSDP sums them.
 
     FSDP sums what has accumulated over microbatches in ``reduce_dtype``, but a first gradient that is also the last as
     it is, in ``param_dtype``. All of a group are widened then: FSDP asks that its gradients have one dtype.
@@ -171,7 +168,7 @@ def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
 
     def widen_and_reduce(*unused: Any) -> None:
         grads = [param._unsharded_param.grad for param in group.fsdp_params if hasattr(param, "_unsharded_param")]
-        if any(isinstance(grad, DTensor) and _is_share(grad) for grad in grads):
+        if any(isinstance(grad, DTensor) and _is_partial(grad) for grad in grads):
             for param in group.fsdp_params:
                 if param.unsharded_accumulated_grad is None:
                     param.to_accumulated_grad_if_needed()
@@ -180,7 +177,7 @@ def _sum_over_tp_in_reduce_dtype(group: Any) -> None:
     group.post_backward = widen_and_reduce
 
 
-def _is_share(grad: DTensor) -> bool:
+def _is_partial(grad: DTensor) -> bool:
     return any(place.is_partial() and grad.device_mesh.size(i) > 1 for i, place in enumerate(grad.placements))
 
 

@@ -27,7 +27,7 @@ def global_norm(parts: Sequence[nn.Module], norm_type: float, device: torch.devi
         for name, param in part.named_parameters():
             if param.grad is None:
                 raise RuntimeError(f"Parameter {name} has no gradient after the backward pass.")
-            local = _local(param.grad)
+            local = local_part(param.grad)
             if local.numel():
                 by_copies.setdefault(_copies(param.grad), []).append(local)
     if math.isinf(norm_type):
@@ -55,15 +55,15 @@ def clip(parts: Sequence[nn.Module], norm: Tensor, max_norm: float) -> None:
     if max_norm == 0:
         return
     for part in parts:
-        grads = [_local(param.grad) for param in part.parameters() if param.grad is not None]
+        grads = [local_part(param.grad) for param in part.parameters() if param.grad is not None]
         # As torch's: the norm of a clipped gradient is a hair below the limit, and a zero norm divides nothing.
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device)
         torch._foreach_mul_(grads, factor)
 
 
-def _local(grad: Tensor) -> Tensor:
-    """This rank's part. Its own tensors, not DTensors: a list of those takes the host milliseconds to place."""
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+def local_part(x: Tensor) -> Tensor:
+    """What this rank holds. Plain tensors, not DTensors: a list of those takes the host milliseconds to place."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _copies(grad: Tensor) -> int:

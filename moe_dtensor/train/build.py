@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import block_config, moe_layers
@@ -19,6 +18,7 @@ from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.parallel.pipeline import Runner, build_runner
 from moe_dtensor.train.optimizer import Optimizers, Schedule, build_optimizers, build_schedulers
 
@@ -100,7 +100,7 @@ class Kept:
 
 def keep(trainer: Trainer) -> Kept:
     """Copy what a trainer of other sizes needs to go on, bit for bit."""
-    tensors = {name: _local(value).detach().cpu().clone() for name, value in _tensors(trainer).items()}
+    tensors = {name: local_part(value).detach().cpu().clone() for name, value in _tensors(trainer).items()}
     return Kept(tensors, trainer.schedule.state_dict(), torch.get_rng_state())
 
 
@@ -108,7 +108,7 @@ def keep(trainer: Trainer) -> Kept:
 def give(trainer: Trainer, kept: Kept) -> None:
     """Put what :func:`keep` took into a trainer on the same mesh."""
     for name, value in _tensors(trainer).items():
-        _local(value).copy_(kept.tensors[name])
+        local_part(value).copy_(kept.tensors[name])
     trainer.schedule.load_state_dict(kept.schedule)
     torch.set_rng_state(kept.rng)
 
@@ -119,7 +119,3 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     found |= {f"optimizer.{n}": v for n, v in trainer.optimizers.state_dict().items()}
     found |= {f"balance.{n}": v for n, v in trainer.balance.state_dict().items()}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
 from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
+from moe_dtensor.parallel.gradients import local_part
 
 PIECE = 1 << 26
 """Elements that are widened at a time."""
@@ -66,8 +66,7 @@ class NarrowMomentsAdamW(AdamW):
 
 def _flat(x: Tensor | None) -> Tensor:
     assert x is not None
-    local = x.to_local() if isinstance(x, DTensor) else x
-    return local.detach().view(-1)
+    return local_part(x).detach().view(-1)
 
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_dtensor.config.errors import RunError
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.placement import build_table, find_row
 from moe_dtensor.train.build import Trainer
 
@@ -61,18 +61,13 @@ def replicas(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
         if find_row(plan, name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")).tp is None
     }
     for name, parameter in alike.items():
-        yield name, local(parameter)
+        yield name, local_part(parameter)
         for optimizer in trainer.optimizers:
             if parameter in optimizer.state:
                 for moment in ("exp_avg", "exp_avg_sq"):
-                    yield f"{moment} of {name}", local(optimizer.state[parameter][moment])
+                    yield f"{moment} of {name}", local_part(optimizer.state[parameter][moment])
     yield "the balance's bias", trainer.balance.bias_LE
     yield "the balance's load", trainer.balance.previous_load_LE
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def hash_bits(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.parallel.pipeline import Runner
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import to_device
@@ -55,8 +56,8 @@ class Recorder:
         self.steps += 1
         if self.steps in self.spoilt and dist.get_rank() == dist.get_world_size() - 1:
             grads = (param.grad for part in self.parts for param in part.parameters())
-            locals_ = (grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
-            next(x for x in locals_ if x is not None and x.numel()).view(-1)[0] = torch.inf
+            held = (local_part(grad) for grad in grads if grad is not None)
+            next(x for x in held if x.numel()).view(-1)[0] = torch.inf
         return loss
 
     def evaluate(self, batch: Batch) -> Tensor:

@@ -101,13 +101,13 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def _sums(mode: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Computed in bfloat16: how far each gradient of four microbatches is from the exact sum of each one's own, and
+def _sums(dp: int, mode: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Computed in bfloat16: how far each gradient of all microbatches is from the exact sum of each one's own, and
     from what rounding that to bfloat16 would give."""
-    trainer = start({"mesh.dp": 2, "mesh.tp": 2, "fsdp.accumulate": mode, "moe.router_bias": True})
+    trainer = start({"mesh.dp": dp, "mesh.tp": 2, "fsdp.accumulate": mode, "moe.router_bias": True})
     batch = read_batch(trainer, Loader(trainer.config, build_corpus(trainer.config)))
     exact: dict[str, Tensor] = {}
-    for i in range(4):
+    for i in range(len(batch.tokens_BS)):
         one = Batch(*(None if x is None else x[i : i + 1] for x in vars(batch).values()))
         trainer.runner.step(one, torch.tensor(1.0))
         for name, value in gradients(trainer).items():
@@ -122,10 +122,10 @@ def _sums(mode: str) -> tuple[dict[str, float], dict[str, float]]:
     return apart, rounded
 
 
-@pytest.mark.parametrize("mode", ["whole", "sharded"])
-def test_gradients_computed_in_bfloat16_add_up_in_float32(mode: str) -> None:
+@pytest.mark.parametrize(("dp", "mode"), [(2, "whole"), (2, "sharded"), (1, "whole")])
+def test_gradients_computed_in_bfloat16_add_up_in_float32(dp: int, mode: str) -> None:
     """Over microbatches, dp, and tp: what tp ranks hold alike (norms, router, a shared key/value head) too."""
-    for apart, rounded in run_on_ranks(_sums, 4, mode, timeout=600):
+    for apart, rounded in run_on_ranks(_sums, 2 * dp, dp, mode, timeout=600):
         assert {"layers.0.moe.router.weight", "layers.0.attention_norm.weight", "layers.0.attention.wk.weight"} <= set(
             apart
         )
@@ -152,6 +152,22 @@ def _kept(mode: str) -> bool:
 def test_no_whole_gradient_lies_between_microbatches() -> None:
     assert run_on_ranks(_kept, 2, "sharded") == [False, False]
     assert run_on_ranks(_kept, 2, "whole") == [True, True]
+
+
+def _fsdp_reduces() -> bool:
+    """Whether a step goes through FSDP's reduction, which copies every gradient."""
+    group, reduced = torch.distributed.fsdp._fully_shard._fsdp_param_group, []
+    reduce = group.foreach_reduce
+    group.foreach_reduce = lambda *args, **more: reduced.append(True) or reduce(*args, **more)
+    trainer = start({})
+    trainer.runner.step(read_batch(trainer, Loader(trainer.config, build_corpus(trainer.config))), torch.tensor(1.0))
+    assert len(gradients(trainer)) == len(list(trainer.parts[0].parameters()))
+    return bool(reduced)
+
+
+@pytest.mark.parametrize(("ranks", "reduces"), [(1, False), (2, True)])
+def test_a_rank_that_is_alone_copies_no_gradient(ranks: int, reduces: bool) -> None:
+    assert run_on_ranks(_fsdp_reduces, ranks) == [reduces] * ranks
 
 
 def _resolved(keys: Keys) -> Config:

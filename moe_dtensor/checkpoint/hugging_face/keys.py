@@ -90,7 +90,7 @@ class Implied:
         function[self.native] = self.value
 
     def write(self, function: Function, raw: dict[str, Any]) -> None:
-        """Nothing: :func:`.config_json.expressible` compares."""
+        """Nothing: :func:`.translate.unexpressed` compares."""
 
 
 @dataclass(frozen=True)

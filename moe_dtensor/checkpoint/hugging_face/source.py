@@ -27,7 +27,7 @@ class HuggingFaceSource:
     Args:
         folder: with config.json and shards.
         config: resolved; what it computes must be what the folder's config.json says, see
-            :func:`moe_dtensor.checkpoint.initial.check_same_function`. None: the folder's own.
+            :func:`.same_function_problems`. None: the folder's own.
 
     Raises:
         ConfigError: what :func:`.translate.read_config` or :class:`.shards.Shards` refuses; a tensor of the model that

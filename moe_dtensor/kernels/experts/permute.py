@@ -1,6 +1,6 @@
 """What stands between the grouped GEMMs: gather, activation, its gradient, weighted gather-and-sum.
 
-Each operator has clear PyTorch here and a Triton kernel in :mod:`.glue_triton`, which GPUs use. Rows past
+Each operator has clear PyTorch here and a Triton kernel in :mod:`.permute_triton`, which GPUs use. Rows past
 ``ends_E[-1]`` hold nothing: nobody writes or reads them. P stands for G * F.
 """
 
