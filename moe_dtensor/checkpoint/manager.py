@@ -33,8 +33,9 @@ from moe_dtensor.checkpoint.folder import (
     step_folder,
     whole_steps,
 )
+from moe_dtensor.checkpoint.planner import PlanKeeper
 from moe_dtensor.checkpoint.rank0 import on_rank_0
-from moe_dtensor.checkpoint.storage import PlanKeeper, Reader, TensorsPlanner, Writer
+from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, Writer
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config
 
