@@ -196,6 +196,9 @@ class CheckpointManager:
         # The generators belong to ranks: those of another number of ranks mean nothing here.
         if any(f"rng.{_rng_key()}.{device}" not in saved for device in state["rng"][_rng_key()]):
             del state["rng"]
+        # Written by another optimizer.rounding: it has no low bits of weights.
+        absent = {k for k in state["optimizer"] if k.endswith(".remainder") and f"optimizer.{k}" not in saved}
+        state["optimizer"] = {k: v for k, v in state["optimizer"].items() if k not in absent}
         try:
             dcp.load(state, storage_reader=reader, planner=TensorsPlanner(), process_group=self._group)
         except CheckpointException as error:
