@@ -30,12 +30,12 @@ class Case(NamedTuple):
 QWEN, DEEPSEEK = "qwen3_30b_a3b", "deepseek_v3_671b"
 ALONE = "--pipeline.schedule 1F1B"
 CASES = [
-    Case(QWEN, "8x1x8", ALONE),
-    Case(QWEN, "64x1x8", ALONE),
+    Case(QWEN, "8x1x8", ALONE, (0,)),
+    Case(QWEN, "64x1x8", ALONE, (0,)),
     Case(QWEN, "512x1x8", ALONE),
     Case(QWEN, "512x1x8", f"--mesh.dp_replicate 64 {ALONE}"),
     Case(QWEN, "512x2x4", "--mesh.dp_replicate 64 --mesh.experts dp --mesh.expert_ranks 8"),
-    Case(DEEPSEEK, "4x16x8"),
+    Case(DEEPSEEK, "4x16x8", "", (0, -1)),
     Case(DEEPSEEK, "32x16x8"),
     Case(
         DEEPSEEK,
@@ -66,11 +66,12 @@ def main(out: Path) -> None:
             for rank in case.ranks:
                 result[name].append(measured(case, rank, *more))
                 out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(tables(result))
+    print("\n\n".join(tables(result)))
 
 
-def tables(result: dict[str, Any]) -> str:
-    """Markdown: of each world what its slowest rank takes, rank 0's plan, and the collectives of rank 0's step."""
+def tables(result: dict[str, Any]) -> list[str]:
+    """Markdown: of each world what its slowest rank takes and rank 0's plan; the collectives of rank 0's step; builds
+    with values."""
     worlds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in result["ranks"]:
         worlds.setdefault((row["config"], row["mesh"], row["flags"].replace(ALONE, "").strip()), []).append(row)
@@ -103,11 +104,11 @@ def tables(result: dict[str, Any]) -> str:
         size = f"{row['parameters of the rank']:,}"
         cells = [str(row["rank"]), size, f"{row['seconds']['build']:.0f}", f"{row['resident MiB']:,}"]
         drawn.append(f"| `{row['config']}` | {row['mesh']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *sent, "", *drawn])
+    return ["\n".join(table) for table in (lines, sent, drawn)]
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--print":
-        print(tables(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))))
+        print("\n\n".join(tables(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))))
     else:
         main(Path(sys.argv[1]))

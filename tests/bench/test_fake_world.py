@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NARROW = "--model.dim 256 --model.num_heads 8 --moe.hidden_dim 32 --model.vocab_size 512"
 SAME = ("collectives of a step", "process groups", "tensors")
 """What has to be the same however large the world is."""
+PLANNING = ("build", "state", "local plan", "plan of all ranks", "the same at the next save")
 
 
 @cache
@@ -61,17 +62,16 @@ def test_a_step_of_512_and_4096_ranks_has_the_collectives_of_8(mesh: str) -> Non
 @pytest.mark.parametrize("case", [case for case in CASES if "512" in case.mesh or "32x16x8" in case.mesh], ids=str)
 def test_4096_ranks_take_two_minutes_and_4_gb(case: Any, rank: int) -> None:
     found = measure(case.mesh, case.flags, case.config, rank)
-    seconds = found["seconds"]
-    assert sum(seconds[what] for what in seconds if what not in ("narrow build", "first step", "step")) < 120
+    assert sum(found["seconds"][stage] for stage in PLANNING if stage in found["seconds"]) < 120
     assert found["resident MiB"] < 4000
 
 
 def test_the_record_is_in_the_docs_and_within_its_bounds() -> None:
     record = json.loads((ROOT / "docs/results/fake_world.json").read_text(encoding="utf-8"))
-    assert tables(record).strip() in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    for table in tables(record):
+        assert table in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
     for row in record["ranks"] + record["drawn"]:
-        planning = {k: v for k, v in row["seconds"].items() if k not in ("narrow build", "first step", "step")}
-        assert sum(planning.values()) < 120, row
+        assert sum(row["seconds"][stage] for stage in PLANNING if stage in row["seconds"]) < 120, row
         assert row["resident MiB"] < 4000, row
     calls = {
         row["mesh"]: row["collectives of a step"]
