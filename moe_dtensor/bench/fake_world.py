@@ -60,7 +60,8 @@ def measure(config: Config, rank: int, step: bool = True, values: bool = False) 
         values: draw initial values of the rank's shards in the build of full width.
 
     Returns:
-        Seconds of the processor by stage, resident memory in MiB, process groups, and the step's collectives by axis and kind.
+        Seconds of the processor by stage, resident memory in MiB, process groups, and the step's collectives by axis
+        and kind.
     """
     seconds: dict[str, float] = {}
     mesh, start = config.mesh, time.perf_counter()
