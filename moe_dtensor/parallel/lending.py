@@ -122,9 +122,14 @@ class Lending:
             wide = torch.promote_types(self.reduce_dtype, master.dtype)
             weights[name] = _WithLent.apply(master, cast, lent_S, self.gather, wide)
         tokens, choices = slot_TK.shape
-        # No rank computes more than the mean, or than it would alone.
-        most = tokens * min(choices, experts.num_experts // ranks) if experts.rows == "worst" else None
+        most = self._most(tokens, choices, experts.num_experts // ranks) if experts.rows == "worst" else None
         return lambda x_TD, gate_TK: experts(x_TD, gate_TK, slot_TK, most, weights)
+
+    def _most(self, tokens: int, choices: int, held: int) -> int:
+        """Copies that a rank computes at most: the mean, or what it has left of as many as could come when it has given
+        away those of its S hottest experts, which have at least the share S / H of them."""
+        left = -(-tokens * min(choices, held) * (held - self.lent) // held)
+        return max(left, -(-tokens * choices // self.axis.size()))
 
 
 def build_lending(config: Config, mesh: DeviceMesh) -> Lending | None:
@@ -157,5 +162,4 @@ class _WithLent(Function):
         gather, held = ctx.gather, len(grad) - ctx.gather.ranks * len(lent_S)
         home = start(grad[held:].to(ctx.wide), gather.backward, gather)
         own = grad[:held].to(ctx.wide, copy=True)
-        own = own.index_add(0, lent_S, finish(home, gather.backward))
-        return own.to(ctx.dtype), None, None, None, None
+        return own.index_add_(0, lent_S, finish(home, gather.backward)).to(ctx.dtype), None, None, None, None
