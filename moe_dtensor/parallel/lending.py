@@ -121,15 +121,16 @@ class Lending:
             master, cast = experts.local_weight(name), getattr(experts, f"{name}_copy", None)
             wide = torch.promote_types(self.reduce_dtype, master.dtype)
             weights[name] = _WithLent.apply(master, cast, lent_S, self.gather, wide)
-        tokens, choices = slot_TK.shape
-        most = self._most(tokens, choices, experts.num_experts // ranks) if experts.rows == "worst" else None
-        return lambda x_TD, gate_TK: experts(x_TD, gate_TK, slot_TK, most, weights)
+        (tokens, choices), held = slot_TK.shape, experts.num_experts // ranks
+        rows = most_copies(tokens, choices, ranks, held, self.lent) if experts.rows == "worst" else None
+        return lambda x_TD, gate_TK: experts(x_TD, gate_TK, slot_TK, rows, weights)
 
-    def _most(self, tokens: int, choices: int, held: int) -> int:
-        """Copies that a rank computes at most: the mean, or what it has left of as many as could come when it has given
-        away those of its S hottest experts, which have at least the share S / H of them."""
-        left = -(-tokens * min(choices, held) * (held - self.lent) // held)
-        return max(left, -(-tokens * choices // self.axis.size()))
+
+def most_copies(tokens: int, choices: int, ranks: int, held: int, lent: int) -> int:
+    """Copies that a rank computes at most: the mean, or what it has left of as many as could come when it has given
+    away those of its S hottest experts, which have at least the share S / H of them."""
+    left = -(-tokens * min(choices, held) * (held - lent) // held)
+    return max(left, -(-tokens * choices // ranks))
 
 
 def build_lending(config: Config, mesh: DeviceMesh) -> Lending | None:

@@ -33,6 +33,11 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
             Layout(2, 1, 1),
             {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1},
         ),
+        pytest.param(
+            Layout(2, 1, 1),
+            {"mesh.experts": "dp", "mesh.lent_experts": 2, "moe.router": "zipf", "moe.rows": "worst"},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
