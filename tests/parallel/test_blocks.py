@@ -32,6 +32,7 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
         pytest.param(
             Layout(2, 1, 1),
             {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1},
+            marks=pytest.mark.full,
         ),
     ],
 )

@@ -86,6 +86,26 @@ def test_a_signal_in_the_first_seconds(tmp_path: Path, ranks: int, seconds: floa
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_a_signal_to_one_rank_alone(tmp_path: Path, seconds: float) -> None:
+    """Before the first step the others waited for it for two minutes, and the status was 1."""
+    process = launch(tmp_path / "run")
+    wait_for_children(process, 2)
+    _, last = children(process.pid)
+    while not listens(last):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    os.kill(last, signal.SIGTERM)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, output
+    assert time.monotonic() - begin < 60
+    assert "Traceback" not in output
+    assert "error: " not in output
+
+
 def files_of(folder: Path) -> dict[Path, bytes]:
     """All of a run but the reports of hangs: a rank that was frozen may tell where it was."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
