@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -147,13 +147,19 @@ class Drawn:
     changes: dict[str, Any]
 
 
-def draws(seed: int, on_each_mesh: int = 8) -> Iterator[Drawn]:
-    """Cases without end, the same for the same seed and schema; several on a mesh after each other, to share ranks."""
+def draws(
+    seed: int,
+    on_each_mesh: int = 8,
+    meshes: Sequence[tuple[int, int, int]] = MESHES,
+    schedules: Sequence[str] = get_args(Schedule),
+) -> Iterator[Drawn]:
+    """Cases without end, the same for the same arguments and schema; several on a mesh after each other, to share
+    ranks."""
     for number in range(1 << 30):
         order = random.Random(f"{seed} {number}")
-        dp, pp, tp = order.choice(MESHES)
+        dp, pp, tp = order.choice(meshes)
         for _ in range(on_each_mesh):
-            layout = Layout(dp, pp, tp, order.choice(get_args(Schedule)) if pp > 1 else "none")
+            layout = Layout(dp, pp, tp, order.choice(schedules) if pp > 1 else "none")
             yield draw(layout, order)
 
 
