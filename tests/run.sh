@@ -22,4 +22,4 @@ step mypy moe_dtensor
 step lint-imports
 # Two workers: most tests keep one core busy, or none while ranks wait. In the order of collection, since few tests of a
 # file may be long ones.
-step python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+step python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 "$@"

@@ -292,6 +292,7 @@ def check_placement(config: Config) -> Broken:
                 "each is on every rank.",
                 "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
             )
+    yield from _lending(config)
     if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % shard_ranks(config):
         yield (
             f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of {shard_words(config)}, along which FSDP cuts the "
@@ -302,6 +303,30 @@ def check_placement(config: Config) -> Broken:
         yield (
             f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",
             "Set fsdp.cpu_offload = false, or mesh.experts to tp or tp_hidden.",
+        )
+
+
+def _lending(config: Config) -> Broken:
+    """What ``mesh.lent_experts`` asks."""
+    mesh, lent, ranks = config.mesh, config.mesh.lent_experts, expert_ranks(config)
+    if not lent:
+        return
+    for key, value, wrong, right in (
+        ("experts", mesh.experts, mesh.experts == "tp_hidden", "tp, dp or dp_tp"),
+        ("dispatch", mesh.dispatch, mesh.dispatch != "all_gather", "all_gather"),
+    ):
+        if wrong:
+            why = "whole experts" if key == "experts" else "all choices on every rank"
+            yield (
+                f"mesh.lent_experts = {lent} needs {why}, but mesh.{key} = {value}.",
+                f"Set mesh.{key} to {right}, or mesh.lent_experts = 0.",
+            )
+    held = config.moe.num_experts // ranks
+    if lent > held:
+        yield (
+            f"mesh.lent_experts = {lent} is above the {held} experts of a rank (moe.num_experts = "
+            f"{config.moe.num_experts} over {ranks} ranks).",
+            f"Set mesh.lent_experts to at most {held}.",
         )
 
 

@@ -47,6 +47,7 @@ MINIMUM: dict[str, float] = {
     "mesh.tp": 1,
     "mesh.dp_replicate": 1,
     "mesh.expert_ranks": 0,
+    "mesh.lent_experts": 0,
     "pipeline.stages_per_rank": 0,
     "training.steps": 1,
     "training.seq_len": 1,

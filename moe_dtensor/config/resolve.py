@@ -175,6 +175,11 @@ def expert_ranks(config: Config) -> int:
     return {"tp": mesh.tp, "dp": over_dp, "dp_tp": over_dp * mesh.tp, "tp_hidden": 1}[mesh.experts]
 
 
+def lent_experts(config: Config) -> int:
+    """Experts that each rank lends to those that share experts with it; 0 where it is alone."""
+    return config.mesh.lent_experts if expert_ranks(config) > 1 else 0
+
+
 def expert_groups(config: Config) -> int:
     """Groups of dp ranks that hold the same experts (``mesh.expert_ranks``); 1 where experts are not on dp."""
     return config.mesh.dp // expert_dp_ranks(config) if config.mesh.experts in ("dp", "dp_tp") else 1

@@ -51,6 +51,10 @@ class Mesh:
     """Across the groups of expert_ranks. replicated: each group holds whole weights, and gradients are all-reduced once
     a step. sharded: each of the dp / (dp_replicate * expert_ranks) groups holds a part, gathered before use, as FSDP
     does."""
+    lent_experts: int = 0
+    """Even work where routing is uneven: each of the ranks that share experts lends so many to the others, in each
+    microbatch and block those with most copies. Ranks below the mean compute copies of those above it. Needs dispatch
+    = all_gather. 0: each rank computes its own experts alone."""
     dispatch: Literal["all_gather", "all_to_all", "auto"] = "all_gather"
     """How tokens reach experts on other ranks. all_gather: all tokens to all. all_to_all: each token once to each rank
     that holds one of its experts; reads counts from the device once a layer. auto: the cheaper by ``plan``'s cost

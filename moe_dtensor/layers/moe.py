@@ -35,27 +35,45 @@ class Experts(Layer):
         self.first_expert = 0
         self.num_experts = moe.num_experts
 
-    def forward(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor, rows: int | None = None) -> Tensor:
+    def weight_names(self) -> list[str]:
+        """Of the parameters that it has."""
+        return ["w_up", "w_down"] if self.up_bias is None else ["w_up", "w_down", "up_bias"]
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        gate_TK: Tensor,
+        expert_TK: Tensor,
+        rows: int | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The gate-weighted sum of the held experts' outputs, ``(T, D)``; an id of -1 is no copy.
 
         Args:
             rows: copies for the held experts, where the caller knows. None: ``moe.rows`` says how to tell.
+            weights: those of :meth:`weight_names` in place of its own; ids then count from 0 among them, and they are
+                a part of all the weights that the ranks have together.
         """
+        if weights is None:
+            weights = {name: self.local_weight(name) for name in self.weight_names()}
+            first_expert, num_experts = self.first_expert, self.num_experts
+        else:
+            first_expert, num_experts = 0, self.num_experts + len(weights["w_up"])
         if self.gate_on_input:  # K = 1; 0 where the copy is not for this module
             x_TD, gate_TK = x_TD * gate_TK.to(x_TD.dtype), torch.ones_like(gate_TK)
         return expert_mlp(
             x_TD,
-            self.local_weight("w_up"),
-            self.local_weight("w_down"),
+            weights["w_up"],
+            weights["w_down"],
             gate_TK,
             expert_TK,
             activation=self.activation,
             backend=self.backend,
-            first_expert=self.first_expert,
+            first_expert=first_expert,
             rows=self.rows if rows is None else rows,
             split_backward=self.split_backward,
-            num_experts=self.num_experts,
-            up_bias_EGF=None if self.up_bias is None else self.local_weight("up_bias"),
+            num_experts=num_experts,
+            up_bias_EGF=weights.get("up_bias"),
         )
 
 

@@ -136,9 +136,7 @@ def _start(
 ) -> Pending:
     if mesh.size() == 1:
         return lambda: x
-    collective = Collective(
-        forward, backward, mesh.get_group().group_name, mesh.size(), mesh.get_local_rank(), sent, received
-    )
+    collective = describe(mesh, forward, backward, sent, received)
     pending, gradient = _Start.apply(x, collective)
     return lambda: _Wait.apply(pending, gradient, collective)
 
@@ -150,35 +148,42 @@ class _Start(torch.autograd.Function):
     def forward(ctx, x, collective):
         ctx.set_materialize_grads(False)
         ctx.kind = collective.backward
-        return _start_one(x, collective.forward, collective), x.new_empty(()).expand(x.shape)
+        return start(x, collective.forward, collective), x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx, _, grad):
-        return _wait_one(grad, ctx.kind), None
+        return finish(grad, ctx.kind), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pending, gradient, collective):
         ctx.collective = collective
-        return _wait_one(pending, collective.forward)
+        return finish(pending, collective.forward)
 
     @staticmethod
     def backward(ctx, grad):
         collective = ctx.collective
         return (
             None,
-            _start_one(
-                grad, collective.backward, collective._replace(sent=collective.received, received=collective.sent)
-            ),
+            start(grad, collective.backward, collective._replace(sent=collective.received, received=collective.sent)),
             None,
         )
 
 
-def _start_one(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
+def describe(
+    mesh: DeviceMesh, forward: Kind, backward: Kind, sent: Sequence[int] = (), received: Sequence[int] = ()
+) -> Collective:
+    """A collective over a mesh axis."""
+    group = mesh.get_group().group_name
+    return Collective(forward, backward, group, mesh.size(), mesh.get_local_rank(), sent, received)
+
+
+def start(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
+    """Begin a collective without gradient, for autograd functions; :func:`finish` waits for what it gives."""
     started = _call(x.contiguous(), kind, collective)
     # Two of gloo's all-gathers at a time on one group corrupt its heap (torch 2.13): on CPUs each ends where it begins.
-    return _wait_one(started, kind) if x.device.type == "cpu" else started
+    return finish(started, kind) if x.device.type == "cpu" else started
 
 
 def _call(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
@@ -194,7 +199,8 @@ def _call(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
     return x.chunk(collective.ranks)[collective.rank] if kind == "local_slice" else x.view_as(x)
 
 
-def _wait_one(x: Tensor, kind: Kind) -> Tensor:
+def finish(x: Tensor, kind: Kind) -> Tensor:
+    """The result of :func:`start`."""
     x = x.view_as(x)
     return x if kind in ("local_slice", "identity") else torch.ops._c10d_functional.wait_tensor(x)
 

@@ -19,6 +19,7 @@ from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
 from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.collectives import Borders, token_borders
+from moe_dtensor.parallel.lending import Lending, build_lending
 
 
 class AllGather:
@@ -32,12 +33,21 @@ class AllGather:
         inner: what runs the experts on the tokens that are together then.
         shared_inside: whether that runs the shared expert too. Else it works on the tokens at hand, while the others'
             sums travel.
+        lending: in place of ``inner``: divides the copies among ranks that lend each other experts.
     """
 
-    def __init__(self, borders: Borders, inner: Dispatch = run_experts, *, shared_inside: bool) -> None:
+    def __init__(
+        self,
+        borders: Borders,
+        inner: Dispatch = run_experts,
+        *,
+        shared_inside: bool,
+        lending: Lending | None = None,
+    ) -> None:
         self.borders = borders
         self.inner = inner
         self.shared_inside = shared_inside
+        self.lending = lending
 
     def __call__(
         self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
@@ -47,9 +57,16 @@ class AllGather:
         all_TD = borders.enter(x_TD)
         gate_TK, expert_TK, record_R = route()
         gates, ids = borders.enter(gate_TK), borders.enter_data(expert_TK)
-        # Vectors are waited for first. So in the backward pass gates go first: the router needs no more.
-        entered = all_TD(), gates(), ids(), record_R
-        y_TD, _ = self.inner(experts, inside, entered[0], lambda: entered[1:])
+        if self.lending is None:
+            # Vectors are waited for first. So in the backward pass gates go first: the router needs no more.
+            entered = all_TD(), gates(), ids(), record_R
+            y_TD, _ = self.inner(experts, inside, entered[0], lambda: entered[1:])
+        else:
+            # Lent weights come before vectors and gates. So in the backward pass those go first.
+            divided = self.lending(experts, ids())
+            together_TD = all_TD()
+            y_TD = divided(together_TD, gates())
+            y_TD = y_TD if inside is None else y_TD + inside(together_TD)
         leaving = borders.leave(y_TD)
         apart_TD = shared(x_TD) if shared is not None and not self.shared_inside else None
         return leaving() if apart_TD is None else leaving() + apart_TD, record_R
@@ -147,12 +164,13 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
         return Scattered(tp, inner) if repeated else inner, False
+    lending = build_lending(config, mesh)
     if place in ("dp", "dp_tp"):
         both = expert_mesh(config, mesh)
         dp = both[both.mesh_dim_names[-2]]  # type: ignore[index]
     if place == "dp":
-        return AllGather(Borders(dp, 0), shared_inside=False), False
+        return AllGather(Borders(dp, 0), shared_inside=False, lending=lending), False
     if place == "dp_tp":
-        inside = AllGather(Borders(dp, 0), shared_inside=False)
+        inside = AllGather(Borders(dp, 0), shared_inside=False, lending=lending)
         return AllGather(token_borders(config, tp), inside, shared_inside=True), True
-    return AllGather(token_borders(config, tp), shared_inside=True), True
+    return AllGather(token_borders(config, tp), shared_inside=True, lending=lending), True

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.config.objects import load_object
-from moe_dtensor.config.resolve import expert_ranks, padded_vocab
+from moe_dtensor.config.resolve import expert_ranks, lent_experts, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.attention import Attention
@@ -52,7 +52,8 @@ def shard_parameters(part: Transformer, config: Config, mesh: DeviceMesh) -> Non
             sharded = distribute_tensor(param.detach(), axes, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(sharded))
             assert isinstance(module, Layer), f"{type(module).__name__} does not read its weights by local_weight()"
-            module.weight_views[name] = _local_view(tuple(gradient), row.fsdp)
+            # What lends experts casts them itself.
+            module.weight_views[name] = _local_view(tuple(gradient), row.fsdp or lent_experts(config) > 0)
 
 
 def _gradient_placement(row: Row, config: Config) -> Placement:
@@ -65,14 +66,15 @@ def _gradient_placement(row: Row, config: Config) -> Placement:
 
 
 @functools.cache
-def _local_view(gradient: tuple[Placement, ...], fsdp: bool) -> WeightView:
-    """The local tensor of a parameter, whose gradient flows back with the given placements.
+def _local_view(gradient: tuple[Placement, ...], master: bool) -> WeightView:
+    """The local tensor of a parameter, or of its copy in another dtype, whose gradient flows back with the given
+    placements.
 
     The same function for all layers alike, so that torch.compile compiles them once.
     """
 
     def view(module: nn.Module, name: str) -> Tensor:
-        if not fsdp:
+        if not master:
             return view_copy(module, name, gradient)
         param = getattr(module, name)
         assert isinstance(param, DTensor)

@@ -69,7 +69,10 @@ def status_of(failures: dict[int, ProcessFailure]) -> int:
 
 
 def code_of(failure: ProcessFailure) -> int:
-    """A rank's status; one that a passed-on signal ended, since Python had not yet begun in it, has lost nothing."""
+    """A rank's status; one that a passed-on signal ended, since Python had not yet begun in it, has lost nothing, and
+    one that was killed here ended with another."""
+    if failure.local_rank in Agent.killed_here:
+        return PEER_LOST
     return AGAIN if Agent.asked_to_end and -failure.exitcode in ASKING else failure.exitcode
 
 
@@ -79,6 +82,8 @@ class Agent(LocalElasticAgent):
     current: Agent | None = None
     interrupts = 0
     asked_to_end = False
+    killed_here: frozenset[int] = frozenset()
+    """Ranks of this machine that :func:`close` had to kill."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,7 +119,7 @@ class Agent(LocalElasticAgent):
         if result.state != WorkerState.FAILED:
             return result
         rank_of = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        tell(result.failures, getattr(self._pcontext, "ended_here", set()), rank_of)
+        tell(result.failures, rank_of)
         if self.asked_to_end or status_of(result.failures) in (WRONG, AGAIN):
             self._remaining_restarts = 0
         elif self._remaining_restarts:
@@ -124,24 +129,31 @@ class Agent(LocalElasticAgent):
 
 
 def close(context: Any) -> None:
-    """End the ranks of a machine: those of a run that one rank has left cannot go on, whatever signal they get."""
+    """End the ranks of a machine: those of a run that one rank has left cannot go on, whatever signal they get.
+
+    If that rank alone was asked to end, the others are asked too.
+    """
     alive = {rank: handler for rank, handler in context.subprocess_handlers.items() if handler.proc.poll() is None}
     codes = {handler.proc.returncode for rank, handler in context.subprocess_handlers.items() if rank not in alive}
+    if AGAIN in codes and not Agent.asked_to_end:
+        for handler in alive.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(handler.proc.pid, signal.SIGUSR1)
     grace = max((_GRACE.get(code, 3.0) for code in codes), default=0.0)
     end = time.monotonic() + grace
     while time.monotonic() < end and any(handler.proc.poll() is None for handler in alive.values()):
         time.sleep(0.05)
-    context.ended_here = {rank for rank, handler in alive.items() if handler.proc.poll() is None}
-    for rank in context.ended_here:
+    Agent.killed_here = frozenset(rank for rank, handler in alive.items() if handler.proc.poll() is None)
+    for rank in Agent.killed_here:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(alive[rank].proc.pid, signal.SIGKILL)
         alive[rank].proc.wait(30)
 
 
-def tell(failures: dict[int, ProcessFailure], ended_here: set[int], rank_of: dict[int, int]) -> None:
+def tell(failures: dict[int, ProcessFailure], rank_of: dict[int, int]) -> None:
     """Say what the ranks could not say themselves: a signal that killed one, or that all lost each other."""
     host = socket.gethostname()
-    mine = {rank_of[local]: failure for local, failure in failures.items() if local not in ended_here}
+    mine = {rank_of[local]: failure for local, failure in failures.items() if local not in Agent.killed_here}
     for rank, failure in sorted(mine.items()):
         if code_of(failure) < 0:
             name = signal.Signals(-failure.exitcode).name

@@ -87,7 +87,12 @@ def _parser() -> Parser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
     parser.add_argument("--hf", metavar="DIR", help="instead: the transformers model in a folder, without --config")
     parser.add_argument("--exact", action="store_true", help="judge the config at its own size, as it is")
-    parser.add_argument("--fuzz", type=int, metavar="N", help="judge N configs drawn from the whole schema instead")
+    parser.add_argument(
+        "--fuzz",
+        type=int,
+        metavar="N",
+        help="judge N configs drawn from the whole schema, on meshes drawn from --meshes",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --fuzz; default: 0")
     parser.add_argument(
         "--stamp",
@@ -177,8 +182,16 @@ def _against(argv: list[str]) -> int:
 def _fuzz(options: argparse.Namespace, config: Config) -> int:
     if options.fuzz < 1:
         raise ConfigError(f"--fuzz {options.fuzz}: no number of cases.", "Give 1 or more.")
+    unused = {"--dtype": options.dtype != "float64", "--backend": options.backend, "--compiled": options.compiled}
+    unused |= {"--variants": options.variants, "--exact": options.exact, "--stamp": options.stamp is not None}
+    if any(unused.values()):
+        names = ", ".join(name for name, given in unused.items() if given)
+        raise ConfigError(f"--fuzz with {names}: drawn configs are judged in float64, as they are.", "Leave them out.")
+    _check_schedules(options.schedules)
+    meshes = [_parse_mesh(mesh) for mesh in options.meshes or ()]
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.bench.measure import provenance
+    from moe_dtensor.verify.fuzz import MESHES, draws
     from moe_dtensor.verify.fuzz_loop import fuzz
 
     def say(line: str) -> None:
@@ -188,8 +201,9 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
         if options.json:
             write_json(options.json, rests_on | result)
 
-    rests_on = provenance()
-    result = fuzz(options.fuzz, options.seed, options.config, config, say, keep)
+    rests_on = provenance() | {"seed": options.seed}
+    drawn = draws(options.seed, meshes=meshes or MESHES, schedules=options.schedules or get_args(Schedule))
+    result = fuzz(options.fuzz, drawn, options.config, config, say, keep)
     kinds = dict(Counter(f["kind"] for f in result["failures"]))
     print(f"{result['cases']} cases, {result['distinct']} distinct, {result['failed']} failed {kinds or ''}")
     return 1 if result["failed"] else 0
@@ -212,10 +226,7 @@ def choose_layouts(
     """
     from moe_dtensor.verify.miniature import Layout, legal
 
-    known = get_args(Schedule)
-    for schedule in schedules or ():
-        if schedule not in known:
-            raise ConfigError(f"--schedules {schedule}: no such schedule.", f"Choose among {', '.join(known)}.")
+    _check_schedules(schedules)
     layouts, refused = [], {}
     for mesh in meshes or DEFAULT_MESHES:
         dp, pp, tp = _parse_mesh(mesh)
@@ -228,6 +239,13 @@ def choose_layouts(
             else:
                 refused[f"{mesh} {schedule}" if pp > 1 else mesh] = _reason(config, layout)
     return layouts, refused
+
+
+def _check_schedules(schedules: Sequence[str] | None) -> None:
+    known = get_args(Schedule)
+    for schedule in schedules or ():
+        if schedule not in known:
+            raise ConfigError(f"--schedules {schedule}: no such schedule.", f"Choose among {', '.join(known)}.")
 
 
 def _parse_mesh(text: str) -> tuple[int, int, int]:

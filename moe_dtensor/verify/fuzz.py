@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -87,6 +87,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "mesh.dp_replicate": (1, 2, 4),
     "mesh.expert_ranks": (0, 1, 2),
     "mesh.expert_weights": ("replicated", "sharded"),
+    "mesh.lent_experts": (0, 1, 2),
     "mesh.dispatch": ("all_gather", "all_to_all", "auto"),
     "data.document_mask": (False, True),
     "pipeline.stages_per_rank": (0, 2, 3),
@@ -130,6 +131,8 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
     {"rope.scaling": ("longrope",), "rope.factor": (1.0, 4.0), "rope.original_length": (4, 32)}
     | {"rope.short_factors": ((1.0, 1.5), (1.0,), (1.0, 1.5, 3.0)), "rope.long_factors": ((2.0, 3.0), (4.0,))},
     {"mesh.experts": ("dp", "dp_tp"), "mesh.expert_ranks": (1, 2), "mesh.expert_weights": ("replicated", "sharded")},
+    {"mesh.lent_experts": (1, 2, 4), "mesh.experts": ("tp", "dp", "dp_tp"), "moe.router": ("zipf", "topk", "hash")}
+    | {"moe.num_experts": (4, 8, 16), "moe.top_k": (1, 2, 3), "moe.expert_bias": (False, True)},
 )
 """What is drawn at once, since one key alone is refused, and the values that switch it on."""
 TRIES = 4
@@ -144,13 +147,19 @@ class Drawn:
     changes: dict[str, Any]
 
 
-def draws(seed: int, on_each_mesh: int = 8) -> Iterator[Drawn]:
-    """Cases without end, the same for the same seed and schema; several on a mesh after each other, to share ranks."""
+def draws(
+    seed: int,
+    on_each_mesh: int = 8,
+    meshes: Sequence[tuple[int, int, int]] = MESHES,
+    schedules: Sequence[str] = get_args(Schedule),
+) -> Iterator[Drawn]:
+    """Cases without end, the same for the same arguments and schema; several on a mesh after each other, to share
+    ranks."""
     for number in range(1 << 30):
         order = random.Random(f"{seed} {number}")
-        dp, pp, tp = order.choice(MESHES)
+        dp, pp, tp = order.choice(meshes)
         for _ in range(on_each_mesh):
-            layout = Layout(dp, pp, tp, order.choice(get_args(Schedule)) if pp > 1 else "none")
+            layout = Layout(dp, pp, tp, order.choice(schedules) if pp > 1 else "none")
             yield draw(layout, order)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.fuzz import Drawn, command, draws, shrink_failure
+from moe_dtensor.verify.fuzz import Drawn, command, shrink_failure
 from moe_dtensor.verify.run import computation, prove
 
 TOGETHER = 8
@@ -22,7 +22,7 @@ TIMEOUT = 900.0
 
 def fuzz(
     count: int,
-    seed: int,
+    drawn: Iterator[Drawn],
     config_file: str,
     base: Config,
     say: Callable[[str], None],
@@ -32,7 +32,7 @@ def fuzz(
 
     Args:
         count: cases.
-        seed: of what is drawn.
+        drawn: the cases, of :func:`moe_dtensor.verify.fuzz.draws`.
         config_file: as the printed commands name it.
         base: the config in it, from which they differ.
         say: takes a line of progress, or a failure.
@@ -47,19 +47,17 @@ def fuzz(
     computations: set[str] = set()
     failures: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    coming = draws(seed, TOGETHER)
     while done < count:
-        chunk = list(itertools.islice(coming, min(TOGETHER, count - done)))
-        for drawn, verdict in zip(chunk, prove([d.case for d in chunk], timeout=TIMEOUT), strict=True):
+        chunk = list(itertools.islice(drawn, min(TOGETHER, count - done)))
+        for one, verdict in zip(chunk, prove([d.case for d in chunk], timeout=TIMEOUT), strict=True):
             done += 1
-            keys.update(list(drawn.changes))
-            computations.add(computation(drawn.case))
+            keys.update(list(one.changes))
+            computations.add(computation(one.case))
             if not verdict.ok:
-                failures.append(_failure(drawn, verdict, config_file, base, [f["kind"] for f in failures]))
+                failures.append(_failure(one, verdict, config_file, base, [f["kind"] for f in failures]))
                 say(_told(failures[-1]))
         say(f"{done} of {count} cases, {len(failures)} failed, {time.monotonic() - start:.0f} s")
         result = {
-            "seed": seed,
             "cases": done,
             "distinct": len(computations),
             "failed": len(failures),

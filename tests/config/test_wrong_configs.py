@@ -185,6 +185,22 @@ WRONG = [
         "mesh.experts to tp or tp_hidden",
     ),
     # Batches.
+    (
+        "--mesh.dp 2 --mesh.experts dp --mesh.lent_experts 2 --mesh.dispatch auto",
+        "mesh.lent_experts = 2 needs all choices on every rank, but mesh.dispatch = auto",
+        "mesh.dispatch to all_gather",
+    ),
+    (
+        "--mesh.tp 2 --mesh.experts tp_hidden --mesh.lent_experts 2",
+        "mesh.lent_experts = 2 needs whole experts, but mesh.experts = tp_hidden",
+        "tp, dp or dp_tp",
+    ),
+    (
+        "--mesh.dp 4 --mesh.experts dp --mesh.lent_experts 3",
+        "mesh.lent_experts = 3 is above the 2 experts of a rank (moe.num_experts = 8 over 4 ranks)",
+        "at most 2",
+    ),
+    ("--mesh.lent_experts -1", "mesh.lent_experts = -1 is too small", "0 or more"),
     ("--mesh.dp 4 --mesh.dp_replicate 3", "mesh.dp_replicate = 3 does not divide mesh.dp = 4", "a divisor of 4"),
     ("--mesh.dp 4 --mesh.dp_replicate 8", "mesh.dp_replicate = 8 does not divide mesh.dp = 4", "a divisor of 4"),
     ("--mesh.dp 4 --mesh.expert_ranks 2", "mesh.expert_ranks = 2 is about experts on dp ranks", "dp or dp_tp"),

@@ -371,7 +371,9 @@ LOADED_ON = [
 ]
 
 
-@pytest.mark.parametrize("dtypes", [{}, MIXED], ids=["float64", "bfloat16 with float32 masters"])
+@pytest.mark.parametrize(
+    "dtypes", [pytest.param({}, marks=pytest.mark.full), MIXED], ids=["float64", "bfloat16 with float32 masters"]
+)
 def test_a_checkpoint_loads_under_any_placement(tmp_path: Path, dtypes: Keys) -> None:
     """Weights and moments of experts outside of FSDP, to the bit; no copy is part of a checkpoint."""
     saved = run_on_ranks(_save, 4, SAVED_ON | dtypes, tmp_path, timeout=600)[0]

@@ -3,6 +3,7 @@ from its command line to its exit status, in a tenth of the time."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ import moe_dtensor.train.rank  # noqa: F401  (imported here, so that no rank has
 from moe_dtensor.__main__ import leave, main
 
 _PATIENCE = timedelta(seconds=60)
+_HANGS = 100.0
+"""Seconds after which a rank that has not ended says where it is."""
 _STORES: list[dist.TCPStore] = []
 """Kept: one that is collected in a forked rank waits for a thread that this rank does not have."""
 
@@ -89,6 +92,7 @@ class Start:
                 os.dup2(output, 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
                 torch.set_num_threads(1)
+                faulthandler.dump_traceback_later(_HANGS, file=2)
                 if before is not None:
                     before(rank)
                 leave(main([*argv, *(more or {}).get(rank, ())]))

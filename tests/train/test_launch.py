@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_dtensor.train.run_folder import HANG_FOLDER
+
 from .starts import tiny
 
 
@@ -85,10 +87,36 @@ def test_a_signal_in_the_first_seconds(tmp_path: Path, ranks: int, seconds: floa
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_a_signal_to_one_rank_alone(tmp_path: Path, seconds: float) -> None:
+    """Before the first step the others waited for it for two minutes, and the status was 1."""
+    process = launch(tmp_path / "run")
+    wait_for_children(process, 2)
+    _, last = children(process.pid)
+    while not listens(last):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    os.kill(last, signal.SIGTERM)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, output
+    assert time.monotonic() - begin < 60
+    assert "Traceback" not in output
+    assert "error: " not in output
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """All of a run but the reports of hangs: a rank that was frozen may tell where it was."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in paths if HANG_FOLDER not in path.relative_to(folder).parts}
+
+
+@pytest.mark.full
 def test_a_thawed_run_writes_nothing(tmp_path: Path) -> None:
     """Launcher and ranks frozen, the run ended by a second launcher, the first thawed: both wrote the same files."""
     folder = tmp_path / "run"
-    changes = {"training__steps": "2000", "checkpoint__interval": "100", "run__fresh": "false"}
+    changes = {"training__steps": "600", "checkpoint__interval": "100", "run__fresh": "false"}
     first = launch(folder, **changes)
     holder(folder)
     frozen = [first.pid, *children(first.pid)]
@@ -97,14 +125,14 @@ def test_a_thawed_run_writes_nothing(tmp_path: Path) -> None:
     second = launch(folder, **changes)
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
-    written = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    written = files_of(folder)
     for pid in reversed(frozen):
         os.kill(pid, signal.SIGCONT)
     output, _ = first.communicate(timeout=120)
     assert first.returncode == 1, output
     assert output.count("error: ") == 1
     assert "lost the run in" in output
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == written
+    assert files_of(folder) == written
 
 
 @pytest.mark.full

@@ -45,6 +45,27 @@ def test_draws_are_legal_repeat_and_reach_most_of_the_schema() -> None:
     assert [what for what, is_in in REACHED.items() if not any(is_in(drawn.case.config) for drawn in first)] == []
 
 
+def test_meshes_and_schedules_are_drawn_from_what_is_given() -> None:
+    drawn = itertools.islice(draws(3, 2, [(1, 2, 1), (2, 1, 1)], ["GPipe", "1F1B"]), 40)
+    layouts = {(d.case.layout.mesh, d.case.layout.schedule) for d in drawn}
+    assert layouts == {("1x2x1", "GPipe"), ("1x2x1", "1F1B"), ("2x1x1", "none")}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--schedules", "2F2B"], "no such schedule"),
+        (["--meshes", "2x2"], "not a mesh"),
+        (["--dtype", "float32", "--compiled"], "--fuzz with --dtype, --compiled"),
+    ],
+)
+def test_options_of_the_fuzz_that_mean_nothing_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "--config", DEBUG, "--fuzz", "2", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_failure_is_shrunk_to_the_key_that_makes_it() -> None:
     layout = Layout(2, 1, 2)
     changes = {"moe.top_k": 2, "model.activation": "gelu", "moe.gate_scale": 2.5, "training.seed": 3}

@@ -138,7 +138,7 @@ def test_float32_replays_what_is_chosen_and_what_is_kept(router: list[str]) -> N
     assert main([*VERIFY, *arguments, "--moe.router", *router]) == 0
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.full), "full", "selective"])
 def test_float32_with_routing_replayed(recompute: str) -> None:
     arguments = ["--meshes", "1x1x2", "1x2x1", "--schedules", "DualPipeV", "--dtype", "float32"]
     assert main([*VERIFY, *arguments, "--activation_checkpoint.mode", recompute]) == 0
