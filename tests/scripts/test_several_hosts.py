@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -166,13 +167,39 @@ def test_other_code_on_one_host_is_one_sentence(hosts: list[str], tmp_path: Path
     assert "the hosts differ in code (moe_dtensor/): 10.77.0.1 has" in lines[0]
 
 
+def until_a_step(folder: Path, host: str) -> None:
+    """Return when one is done."""
+    deadline = time.monotonic() + 400
+    while not (folder / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline, (folder / f"{host}.log").read_text()
+        time.sleep(0.5)
+
+
+def pids_of(host: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", host], check=True, capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def test_a_rank_that_is_killed_on_the_second_host_is_named_there(hosts: list[str], tmp_path: Path) -> None:
+    pair = [start(host, tmp_path, 2, "--training.steps", "4000") for host in hosts[:2]]
+    until_a_step(tmp_path, hosts[0])
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids_of(hosts[1])}
+    (rank,) = (
+        pid for pid, words in commands.items() if b"train" in words and b"launch" not in words and b"-u" in words
+    )
+    os.kill(rank, signal.SIGSEGV)
+    assert [process.wait(120) for process in pair] == [1, 1]
+    log = (tmp_path / f"{hosts[1]}.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("error:")] == [
+        f"error: rank 1 on {socket.gethostname()} was killed by SIGSEGV."
+    ]
+    assert "Traceback" not in log
+
+
 def test_a_link_that_breaks_ends_all_within_the_timeout(hosts: list[str], tmp_path: Path) -> None:
     more = ["--training.steps", "4000", "--comm.timeout_seconds", "20"]
     pair = [start(host, tmp_path, 2, *more) for host in hosts[:2]]
-    deadline = time.monotonic() + 400
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert time.monotonic() < deadline, (tmp_path / f"{hosts[0]}.log").read_text()
-        time.sleep(0.5)
+    until_a_step(tmp_path, hosts[0])
     ip("-n", hosts[1], "link", "set", "net0", "down")
     broke = time.monotonic()
     for process, host in zip(pair, hosts, strict=False):
