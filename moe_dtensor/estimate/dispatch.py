@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks
+from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks, lent_experts
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import (
     columns,
     distinct_ranks,
+    expert_weights,
+    lent_gradient_bytes,
     reads_device,
     repeats_tokens,
     sent_tokens,
@@ -95,8 +97,9 @@ def cheaper(costs: Mapping[Name, DispatchCost]) -> Name:
 
 
 def dispatch_costs(config: Config) -> dict[Name, DispatchCost]:
-    """The cost of each dispatch that ``mesh.experts`` allows; ``config`` is resolved."""
-    names: tuple[Name, ...] = ("all_gather", "all_to_all") if expert_ranks(config) > 1 else ("all_gather",)
+    """The cost of each dispatch that ``mesh.experts`` and ``mesh.lent_experts`` allow; ``config`` is resolved."""
+    either = expert_ranks(config) > 1 and not lent_experts(config)
+    names: tuple[Name, ...] = ("all_gather", "all_to_all") if either else ("all_gather",)
     return {name: _cost(replace(config, mesh=replace(config.mesh, dispatch=name))) for name in names}
 
 
@@ -131,12 +134,17 @@ def dispatch_steps(config: Config) -> Steps:
     ``config`` is resolved and ``mesh.dispatch`` settled; built as :func:`moe_dtensor.parallel.dispatch.build_dispatch`
     builds the dispatch.
     """
+    # Biases of the experts' outputs come after the sum, and are the last to save something.
+    return [*_steps(config), Saved()] if config.moe.expert_bias else _steps(config)
+
+
+def _steps(config: Config) -> Steps:
     mesh, whole = config.mesh, tokens(config).whole
     if mesh.dispatch == "all_to_all":
         return [*_shares(config), *_shared(config)] if repeats_tokens(config) else _all_to_all(config, _shared(config))
     if mesh.experts == "dp":
-        return [*_all_gather(config, "dp", tokens(config).own, [Saved()]), *_shared(config)]
-    inner: Steps = [Saved()]
+        return [*_all_gather(config, "dp", tokens(config).own, [*_lent(config), Saved()]), *_shared(config)]
+    inner: Steps = [*_lent(config), Saved()]
     if mesh.experts == "dp_tp":
         inner = _all_gather(config, "dp", whole, inner)
         inner += [Saved()] if config.moe.shared_hidden_dim else []
@@ -164,6 +172,14 @@ def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Ste
     vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
     enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, config.compile.enable)]
     return [*enter, *inner, Move(axis, vector, vector, kept=True)]
+
+
+def _lent(config: Config) -> Steps:
+    """Weights of lent experts to all ranks that share experts, their gradients home."""
+    others = lent_experts(config) * (expert_ranks(config) - 1)
+    each = [others * weight for weight in expert_weights(config)] if others else []
+    there, back = tokens(config).compute, lent_gradient_bytes(config)
+    return [Move(_shared_axis(config), size * there, size * back) for size in each]
 
 
 def _reduce(config: Config, inner: Steps) -> Steps:

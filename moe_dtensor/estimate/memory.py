@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_dtensor.config.resolve import (
+    expert_ranks,
+    expert_shards,
+    lent_experts,
     microbatches,
     moe_layers,
     num_stages,
@@ -24,7 +27,7 @@ from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
 from moe_dtensor.estimate.schedule import in_flight
 from moe_dtensor.estimate.shards import ParameterShard, accumulates, stage_shards, summed_over_tp
-from moe_dtensor.estimate.sizes import BYTES, tokens
+from moe_dtensor.estimate.sizes import BYTES, expert_weights, lent_gradient_bytes, tokens
 
 CUBLAS_WORKSPACE = 32 * 2**20
 """Bytes that torch gives cuBLAS on Hopper, for each thread that calls it: forward, and autograd's backward (torch's
@@ -57,7 +60,7 @@ class Memory:
     """Moment: logits, and the head's two gradients. On the last stage."""
     at_block: int
     """Moment: a block's backward pass: what it recomputes, gradients of activations and weights (of experts outside of
-    FSDP one of them in both dtypes, on its way into the sum)."""
+    FSDP one of them in both dtypes, on its way into the sum; of lent experts also what others computed)."""
     at_reduce: int
     """Moment: a block's gradients on their way into the reduce-scatter, its activations just freed."""
 
@@ -216,8 +219,21 @@ def _moments(config: Config, shards: list[ParameterShard], alive: dict[int, int]
         # The head's gradient waits for the end of the backward pass, where its group is reduced.
         gradients = size * at.compute + head_gradient + waiting
         of_own = sum(own.get(layer, [])) * at.compute + max(own.get(layer, [0])) * _cast_bytes(config)
-        at_block = max(at_block, block.backward + gradients + of_own)
+        of_lent = _lent_gradients(config) if layer in with_experts else 0
+        at_block = max(at_block, block.backward + gradients + of_own + of_lent)
         flight = (size + reduced[layer]) * reduce_bytes
         flight += size * max(0, reduce_bytes - at.compute) if layer in widened else 0
         at_reduce = max(at_reduce, flight + gradients - block.kept)
     return at_loss, at_block, at_reduce
+
+
+def _lent_gradients(config: Config) -> int:
+    """Bytes of lent experts' gradients: of all of them as they are computed, and of the largest weight what all ranks
+    send, what comes home, and where FSDP splits experts a rank's own in the same dtype."""
+    lent, ranks = lent_experts(config), expert_ranks(config)
+    if not lent:
+        return 0
+    each, wide = expert_weights(config), lent_gradient_bytes(config)
+    fsdp = config.mesh.experts == "tp" or expert_shards(config) > 1
+    summed = ranks * lent + lent + (config.moe.num_experts // ranks if fsdp else 0)
+    return ranks * lent * sum(each) * tokens(config).compute + summed * max(each) * wide

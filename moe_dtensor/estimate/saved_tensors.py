@@ -23,6 +23,7 @@ from moe_dtensor.config.resolve import (
     expert_dp_ranks,
     expert_ranks,
     head_widths,
+    lent_experts,
     padded_vocab,
 )
 from moe_dtensor.config.schema import Config
@@ -32,6 +33,7 @@ from moe_dtensor.estimate.sizes import (
     Sizes,
     allocated_rows,
     columns,
+    expert_weights,
     sent_tokens,
     tokens,
     tokens_at_experts,
@@ -130,6 +132,9 @@ def moe_bytes(config: Config, at: Sizes, met: AtExperts) -> int:
     if uses_reference(config):  # X, the activation's parts and A; each copy's output in float32
         inner = met.hidden * (2 if model.activation in GATED else 1)
         kept += met.rows * (model.dim + inner) * at.compute + met.tokens * columns(config) * model.dim * at.wide
+    if lent := lent_experts(config):  # a rank's own weights, and beside them those of all lent ones
+        at_hand = moe.num_experts // expert_ranks(config) + expert_ranks(config) * lent
+        kept += at_hand * sum(expert_weights(config)) * at.compute
     if moe.shared_hidden_dim:
         kept += _dense(config, at.whole, moe.shared_hidden_dim, with_input=_shared_has_own_input(config))
         if moe.shared_gate:  # the shared expert's output, the gate and its logit

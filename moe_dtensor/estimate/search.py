@@ -130,11 +130,12 @@ RESET: Keys = {
     "mesh.dp_replicate": 1,
     "mesh.expert_ranks": 0,
     "mesh.expert_weights": "replicated",
+    "mesh.lent_experts": 0,
     "mesh.dispatch": "auto",
     "fsdp.reshard_after_forward": "auto",
     "pipeline.stages_per_rank": 0,
 }
-"""Choices that the search makes itself."""
+"""Choices that the search makes itself; it lends no experts."""
 
 
 def evaluate(config: Config, keys: Keys, devices: int, speeds: Speeds) -> Candidate:

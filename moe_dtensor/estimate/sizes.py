@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from math import comb
 
-from moe_dtensor.config.resolve import expert_dp_ranks, expert_ranks, expert_takes
+from moe_dtensor.config.resolve import GATED, expert_dp_ranks, expert_ranks, expert_shards, expert_takes, lent_experts
 from moe_dtensor.config.schema import Config, Moe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -76,7 +76,8 @@ def expert_rows(config: Config, skewed: bool) -> int:
     """Copies of tokens that come to a rank's experts in one MoE block: what ``moe.rows = exact`` makes room for.
 
     Balanced, each rank gets its share of the T * K copies. Skewed, all tokens prefer one rank's experts, and it gets
-    ``min(K, E / R)`` of each, or as many as its experts take under a capacity or by their own choice.
+    ``min(K, E / R)`` of each, or as many as its experts take under a capacity or by their own choice. Copies of experts
+    that it lends it gives away: the fewest where all its experts have as many.
     """
     moe, together, ranks = config.moe, tokens_together(config), expert_ranks(config)
     held, take = moe.num_experts // ranks, expert_takes(config)
@@ -86,10 +87,16 @@ def expert_rows(config: Config, skewed: bool) -> int:
             each = min(each, moe.top_k)
         return round(together * each / ranks)
     most = together * min(columns(config), held)
-    if take is None:
-        return most
-    groups = expert_dp_ranks(config) * config.training.microbatch_size // moe.group_sequences
-    return min(most, held * min(together, take * groups))
+    if take is not None:
+        groups = expert_dp_ranks(config) * config.training.microbatch_size // moe.group_sequences
+        most = min(most, held * min(together, take * groups))
+    return max(expert_rows(config, False), _kept(config, most))
+
+
+def _kept(config: Config, most: int) -> int:
+    """What a rank with ``most`` copies has left at most, when it has given away what it can."""
+    held = config.moe.num_experts // expert_ranks(config)
+    return -(-most * (held - lent_experts(config)) // held)
 
 
 def allocated_rows(config: Config, skewed: bool, rows: str | None = None) -> int:
@@ -101,8 +108,25 @@ def allocated_rows(config: Config, skewed: bool, rows: str | None = None) -> int
     if config.mesh.dispatch == "all_to_all":
         return expert_rows(config, skewed)
     if expert_ranks(config) == 1 or (rows or config.moe.rows) == "worst":
-        return tokens_together(config) * min(columns(config), held)
+        ranks, copies = expert_ranks(config), tokens_together(config) * columns(config)
+        kept = _kept(config, tokens_together(config) * min(columns(config), held))
+        return max(kept, -(-copies // ranks)) if lent_experts(config) else kept
     return expert_rows(config, skewed)
+
+
+def expert_weights(config: Config) -> tuple[int, ...]:
+    """Elements of one expert, by weight."""
+    model, moe = config.model, config.moe
+    gates = 2 if model.activation in GATED else 1
+    up, down = gates * moe.hidden_dim * model.dim, moe.hidden_dim * model.dim
+    return (up, down, gates * moe.hidden_dim) if moe.expert_bias else (up, down)
+
+
+def lent_gradient_bytes(config: Config) -> int:
+    """Bytes of an element of a lent expert's gradient on its way home: in ``reduce_dtype``, or wider."""
+    training = config.training
+    outside = config.mesh.experts in ("dp", "dp_tp") and expert_shards(config) == 1
+    return max(BYTES[training.reduce_dtype], BYTES[training.dtype if outside else training.param_dtype])
 
 
 def reads_device(config: Config) -> bool:

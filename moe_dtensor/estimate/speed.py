@@ -18,6 +18,7 @@ from moe_dtensor.config.resolve import (
     expert_dp_ranks,
     expert_ranks,
     expert_shards,
+    lent_experts,
     microbatches,
     moe_layers,
     rank_stages,
@@ -133,16 +134,22 @@ def busiest_rank(config: Config, routing: Routing) -> float:
 
     Learned: experts' loads spread around the mean so that the busiest of E has :data:`BUSIEST`; a rank's load is the
     mean of its experts'. Skewed: an expert's popularity falls as 1 over its number, and the first rank has the first.
+    It keeps the copies of experts that it does not lend, and no fewer than the mean.
     """
     moe, ranks = config.moe, expert_ranks(config)
     if not moe_layers(config) or ranks == 1 or routing == "balanced":
         return 1.0
+    held, lent = moe.num_experts // ranks, lent_experts(config)
     if routing == "learned":
         balanced = moe.router != "topk" or moe.balance_loss > 0 or moe.bias_rate > 0
         most = BUSIEST["balanced" if balanced else "free"] - 1
-        return 1 + most * sqrt(ranks / moe.num_experts * log(ranks) / log(max(2, moe.num_experts)))
+        load = 1 + most * sqrt(ranks / moe.num_experts * log(ranks) / log(max(2, moe.num_experts)))
+        return max(
+            1.0, load * (1 - lent / held)
+        )  # the busiest experts of a rank have at least their share of its copies
     chosen = _zipf(moe.num_experts, moe.top_k)
-    return sum(chosen[: moe.num_experts // ranks]) / moe.top_k * ranks
+    kept = sum(chosen[lent:held]) / moe.top_k * ranks
+    return max(1.0, kept)
 
 
 def _zipf(experts: int, top_k: int) -> list[float]:

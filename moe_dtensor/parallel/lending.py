@@ -121,10 +121,16 @@ class Lending:
             master, cast = experts.local_weight(name), getattr(experts, f"{name}_copy", None)
             wide = torch.promote_types(self.reduce_dtype, master.dtype)
             weights[name] = _WithLent.apply(master, cast, lent_S, self.gather, wide)
-        tokens, choices = slot_TK.shape
-        # No rank computes more than the mean, or than it would alone.
-        most = tokens * min(choices, experts.num_experts // ranks) if experts.rows == "worst" else None
-        return lambda x_TD, gate_TK: experts(x_TD, gate_TK, slot_TK, most, weights)
+        (tokens, choices), held = slot_TK.shape, experts.num_experts // ranks
+        rows = most_copies(tokens, choices, ranks, held, self.lent) if experts.rows == "worst" else None
+        return lambda x_TD, gate_TK: experts(x_TD, gate_TK, slot_TK, rows, weights)
+
+
+def most_copies(tokens: int, choices: int, ranks: int, held: int, lent: int) -> int:
+    """Copies that a rank computes at most: the mean, or what it has left of as many as could come when it has given
+    away those of its S hottest experts, which have at least the share S / H of them."""
+    left = -(-tokens * min(choices, held) * (held - lent) // held)
+    return max(left, -(-tokens * choices // ranks))
 
 
 def build_lending(config: Config, mesh: DeviceMesh) -> Lending | None:
@@ -157,5 +163,4 @@ class _WithLent(Function):
         gather, held = ctx.gather, len(grad) - ctx.gather.ranks * len(lent_S)
         home = start(grad[held:].to(ctx.wide), gather.backward, gather)
         own = grad[:held].to(ctx.wide, copy=True)
-        own = own.index_add(0, lent_S, finish(home, gather.backward))
-        return own.to(ctx.dtype), None, None, None, None
+        return own.index_add_(0, lent_S, finish(home, gather.backward)).to(ctx.dtype), None, None, None, None

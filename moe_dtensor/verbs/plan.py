@@ -15,13 +15,14 @@ from rich.table import Table
 from moe_dtensor.config.check import check
 from moe_dtensor.config.command_line import Parser, write_json
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import expert_ranks, microbatches, moe_layers, resolve
+from moe_dtensor.config.resolve import expert_ranks, lent_experts, microbatches, moe_layers, resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
 from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
 from moe_dtensor.estimate.schedule import SOURCES, bubble
 from moe_dtensor.estimate.shards import Folded, all_shards, flops_per_token, fold, parameters
-from moe_dtensor.estimate.sizes import allocated_rows, expert_rows, tokens_at_experts
+from moe_dtensor.estimate.sizes import BYTES, allocated_rows, expert_rows, expert_weights, tokens_at_experts
+from moe_dtensor.estimate.speed import busiest_rank
 from moe_dtensor.estimate.traffic import Traffic, traffic
 from moe_dtensor.verbs.plan_search import add_options, run_search
 
@@ -282,6 +283,7 @@ def _lines(plan: Plan) -> list[str]:
         f"sent a step    by a rank, GiB: dp {sent.dp / GIB:.2f}, pp {sent.pp / GIB:.2f}, tp {sent.tp / GIB:.2f}"
         + (f", dp_tp {sent.dp_tp / GIB:.2f}" if sent.dp_tp else ""),
         *(_rows_lines(plan.rows, config) if plan.rows else []),
+        *_lent_lines(config),
         *_dispatch_lines(plan),
     ]
     if mesh.pp > 1:
@@ -301,6 +303,20 @@ def _rows_lines(rows: ExpertRows, config: Config) -> list[str]:
     ]
 
 
+def _lent_lines(config: Config) -> list[str]:
+    """What lent experts weigh, and what they make of a skewed load."""
+    lent, ranks = lent_experts(config), expert_ranks(config)
+    if not lent:
+        return []
+    alone = replace(config, mesh=replace(config.mesh, lent_experts=0))
+    before, after = busiest_rank(alone, "skewed"), busiest_rank(config, "skewed")
+    size = ranks * lent * sum(expert_weights(config)) * BYTES[config.training.param_dtype]
+    return [
+        f"lent experts   {lent} of each of {ranks} ranks, {size / MIB:,.1f} MiB a block; under zipf the busiest rank "
+        f"has {after:.2f} times the mean, alone {before:.2f}"
+    ]
+
+
 def _one_or_two(rows: tuple[int, int]) -> str:
     """Balanced, and skewed where that differs."""
     return f"{rows[0]:,}" if rows[0] == rows[1] else f"{rows[0]:,} to {rows[1]:,}"
@@ -315,7 +331,8 @@ def _dispatch_lines(plan: Plan) -> list[str]:
             f"{name + star:<14} {cost.seconds * 1e6:,.0f} us a block and microbatch: {cost.moving * 1e6:,.0f} for "
             f"{cost.total / MIB:,.1f} MiB sent, the rest for {cost.collectives} collectives and {cost.reads} reads"
         )
-    return [*lines, f"auto takes     {_why(plan.dispatch)}"] if lines else []
+    # Lent experts leave no choice.
+    return [*lines, f"auto takes     {_why(plan.dispatch)}"] if lines and not lent_experts(plan.config) else lines
 
 
 def _why(costs: dict[Name, DispatchCost]) -> str:

@@ -108,17 +108,25 @@ GROUPS: list[Keys] = [
     {"mesh.experts": "dp", "mesh.expert_ranks": 1, "mesh.expert_weights": "sharded", "mesh.dp_replicate": 2},
 ]
 """Two levels of dp, and groups of dp ranks that share experts."""
+LENT: list[Keys] = [
+    {"mesh.lent_experts": 2, "moe.router": "zipf"},
+    {"mesh.lent_experts": 1, "moe.expert_bias": True, **WHOLE, **FULL},
+    {"mesh.lent_experts": 2, "moe.router": "topk", "training.global_batch_size": 16, **SELECTIVE},
+]
+"""Ranks lend each other experts."""
 EVERYWHERE = [{"mesh.experts": at} | way for at in PLACES for way in WAYS if at != "tp_hidden" or way not in WAYS[4:]]
 MESHES = {
-    "2x1x2": [*EVERYWHERE, *MORE],
+    "2x1x2": [*EVERYWHERE, *MORE, *({"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in LENT)],
     "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])]
     + MORE[4:]
-    + GROUPS,
+    + GROUPS
+    + [keys | {"mesh.lent_experts": 1, "mesh.dispatch": "all_gather"} for keys in GROUPS[1:3]],
     "1x1x4": [{"mesh.experts": at} | way for at in ("dp", "dp_tp") for way in WAYS[2:7]] + MORE[:4],
     "2x2x1": [
         *({"mesh.experts": at, "model.num_layers": 2} | way for at in ("dp", "dp_tp") for way in (WAYS[3], WAYS[6])),
         {"model.num_layers": 2, "fsdp.accumulate": "sharded", "training.global_batch_size": 16},
         {"model.num_layers": 2, "mesh.dp_replicate": 2, "mesh.experts": "dp"},
+        *({"model.num_layers": 2, "mesh.experts": "dp"} | way for way in LENT),
     ],
 }
 
@@ -192,6 +200,7 @@ def test_experts_keep_what_is_planned() -> None:
     ways += [keys | {"moe.num_shared_experts": 1} for keys in ways]
     ways += [{"mesh.experts": at, "moe.rows": "worst"} for at in PLACES]
     ways += [{"mesh.experts": "dp", "moe.router": "expert_choice"}]
+    ways += [{"mesh.experts": at, "mesh.lent_experts": 1} for at in ("tp", "dp", "dp_tp")]
     fixed = {"moe.backend": "torch", "training.param_dtype": "float32"}
     cases = cases_on("2x1x2", [keys | fixed for keys in ways])
     ranks = run_on_ranks(_keep, 4, cases, timeout=900)

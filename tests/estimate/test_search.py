@@ -61,6 +61,8 @@ def test_uneven_routing_loads_the_busiest_rank() -> None:
 
     assert load_of("balanced") == 1
     assert 1 < load_of("learned", moe__balance_loss=0.01) < load_of("learned") < load_of("skewed") <= 8
+    lent = {"mesh__lent_experts": 2, "mesh__dispatch": "all_gather"}
+    assert load_of("skewed", **lent) == 1 < load_of("skewed", moe__top_k=4, mesh__lent_experts=1) < load_of("skewed")
     # Slices of all experts, or all experts: nobody waits for anybody.
     config = resolve(small(mesh__dp=2, mesh__tp=4, mesh__experts="tp_hidden"), 8)
     assert [busiest_rank(config, routing) for routing in ROUTINGS] == [1, 1, 1]

@@ -34,6 +34,11 @@ DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
             {"mesh.experts": "dp", "mesh.dispatch": "all_to_all", "moe.capacity_factor": 1.1},
             marks=pytest.mark.full,
         ),
+        pytest.param(
+            Layout(2, 1, 1),
+            {"mesh.experts": "dp", "mesh.lent_experts": 2, "moe.router": "zipf", "moe.rows": "worst"},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_compiled_blocks_are_right(layout: Layout, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.parallel.collectives import describe
-from moe_dtensor.parallel.lending import _WithLent, divide, slots_of_copies
+from moe_dtensor.parallel.lending import _WithLent, divide, most_copies, slots_of_copies
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch
@@ -43,6 +43,8 @@ def chosen(router: str, tokens: int = 512, choices: int = 4) -> Tensor:
     if router == "from the last":
         gumbel_TE += 20 * torch.arange(E)
     expert_TK = gumbel_TE.topk(choices).indices
+    if router == "all to the first four":
+        return torch.arange(tokens)[:, None].add(torch.arange(choices)) % 4
     if router == "with absent copies":
         expert_TK[::3], expert_TK[:, 1] = -1, -1
     if router == "no copy":
@@ -50,7 +52,7 @@ def chosen(router: str, tokens: int = 512, choices: int = 4) -> Tensor:
     return expert_TK
 
 
-ROUTERS = ("uniform", "zipf", "from the last", "with absent copies", "no copy")
+ROUTERS = ("uniform", "zipf", "from the last", "all to the first four", "with absent copies", "no copy")
 
 
 def loads(router: str, ranks: int, lent: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,12 +76,16 @@ def loads(router: str, ranks: int, lent: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(("ranks", "lent"), [(2, 1), (2, 3), (2, 8), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (1, 2)])
 def test_ranks_are_at_the_mean_or_have_given_up_all_they_lend(router: str, ranks: int, lent: int) -> None:
-    alone, divided, most = loads(router, ranks, lent)
+    alone, divided, given = loads(router, ranks, lent)
     mean = -(-int(alone.sum()) // ranks)
-    assert (divided <= (alone - most).clamp(min=mean)).all()
+    assert (divided <= (alone - given).clamp(min=mean)).all()
     assert (divided >= alone.clamp(max=mean)).all(), "none gives up more than it must"
     if lent == E // ranks:
         assert divided.max() == mean
+    most = most_copies(512, 4, ranks, E // ranks, lent)
+    assert divided.max() <= most
+    if router == "all to the first four" and ranks == 4:  # a token has K = H = 4 choices on one rank, evenly
+        assert divided.max() == most
 
 
 def test_two_of_eight_experts_even_out_zipf() -> None:
@@ -156,14 +162,14 @@ def test_the_fullest_rank_of_a_step_computes_less() -> None:
 
 def _gradient_at_home(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of a weight of two experts on each of two ranks, of which the second is lent: what it computes with, and its
-    gradient, where the gradient of rank r's slot i is ``1 + 2^-10 (r + i)`` rounded to the dtype."""
+    gradient. On rank 1 the lent slots' gradients are 2^-9 times those on rank 0."""
     mesh = build_mesh(resolve(override(Config(), {"mesh.dp": 2}), 2), torch.device("cpu"))["dp"]
     rank = dist.get_rank()
     master = torch.tensor([[rank + 1.0], [rank + 10.0]]).requires_grad_()
     cast = None if param_dtype == torch.float32 else master.detach().to(param_dtype)
     gather = describe(mesh, "all_gather", "reduce_scatter")
     weights = _WithLent.apply(master, cast, torch.tensor([1]), gather, reduce_dtype)
-    gradient = 2.0 ** -torch.tensor([[0.0], [2.0], [4.0 + 5 * rank], [6.0 + 5 * rank]])
+    gradient = 2.0 ** -torch.tensor([[0.0], [2.0], [4.0 + 9 * rank], [6.0 + 9 * rank]])
     weights.backward(gradient.to(param_dtype))
     assert master.grad is not None
     return weights.detach().float(), master.grad
@@ -171,11 +177,11 @@ def _gradient_at_home(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> tu
 
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
 def test_gradients_go_home_and_are_summed_in_the_wider_dtype(param_dtype: torch.dtype) -> None:
-    """bfloat16 has eight binary digits, which the sum's ``1/4 + 2^-4 + 2^-9`` and ``1/4 + 2^-6 + 2^-11`` are beyond."""
+    """bfloat16 has eight binary digits, which neither ``2^-4 + 2^-13`` nor ``2^-6 + 2^-15`` has room in."""
     found = run_on_ranks(_gradient_at_home, 2, param_dtype, torch.float32)
     for rank, (weights, gradient) in enumerate(found):
         assert weights.flatten().tolist() == [rank + 1, rank + 10, 10, 11]
-        assert gradient.flatten().tolist() == [1, 2**-2 + 2 ** -(4 + 2 * rank) + 2 ** -(9 + 2 * rank)]
+        assert gradient.flatten().tolist() == [1, 2**-2 + 2 ** -(4 + 2 * rank) + 2 ** -(13 + 2 * rank)]
         assert gradient.dtype == torch.float32
 
 
