@@ -22,7 +22,8 @@ KINDS = {
     "norm and rotation of heads": ("_forward", "_backward"),
     "optimizer, norm, clipping": ("FusedOptimizer", "multi_tensor_apply"),
     "adding gradients up": ("_accumulate", "CUDAFunctor_add<float>"),
-    "copies": ("Memcpy", "Memset", "copy_kernel", "chunk_cat", "CatArray"),
+    "collectives": ("nccl",),
+    "copies": ("Memcpy", "Memset", "copy_kernel", "chunk_cat", "CatArray", "split_with_sizes_copy"),
     "norms and what the compiler fused": ("triton_",),
 }
 """Kind, and parts of kernels' names; the first that fits counts. What the compiler fused bears the names of what it

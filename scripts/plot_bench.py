@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from moe_dtensor.config.load import build
-from moe_dtensor.config.schema import Config
-from moe_dtensor.verbs.plan import make_plan
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_table import planned_gib
 
 COLOURS = {
     "computing": "#4477aa",
@@ -94,16 +94,6 @@ def draw_memory(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.set_xlabel("GiB, peak of tensors on the fullest rank")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, ncols=2)
     axes.margins(x=0.2)
-
-
-def planned_gib(record: dict[str, Any]) -> float:
-    """The peak that ``plan`` reckons for a record's config."""
-    config: Config = build({table: _without_lists(values) for table, values in record["config"].items()})
-    return make_plan(config, record["ranks"]).balanced[1].peak / 2**30
-
-
-def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _name_rows(axes: Axes, records: list[dict[str, Any]]) -> None:

@@ -63,12 +63,15 @@ class Memory:
     FSDP one of them in both dtypes, on its way into the sum; of lent experts also what others computed)."""
     at_reduce: int
     """Moment: a block's gradients on their way into the reduce-scatter, its activations just freed."""
+    one_backward: bool = False
+    """The step is one microbatch: gradients come as activations go, and of the two the larger counts."""
 
     @property
     def peak(self) -> int:
         """Highest sum of all."""
-        lasting = self.weights + self.gradients + self.moments + self.compute_copy + self.expert_copy
-        lasting += self.activations + self.buffers + self.workspaces
+        lasting = self.weights + self.moments + self.compute_copy + self.expert_copy + self.buffers + self.workspaces
+        both = self.gradients, self.activations
+        lasting += max(both) if self.one_backward else sum(both)
         return lasting + max(self.at_loss, self.at_block, self.at_reduce)
 
 
@@ -130,6 +133,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
         at_loss=at_loss,
         at_block=at_block,
         at_reduce=at_reduce,
+        one_backward=microbatches(config) == 1 and config.mesh.pp == 1,
     )
 
 

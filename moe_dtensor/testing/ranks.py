@@ -21,6 +21,8 @@ import torch
 import torch._dynamo  # what every rank needs in time (an optimizer loads it) is loaded once, before the fork
 import torch.distributed as dist
 
+from moe_dtensor.orphans import end_with_parent
+
 
 def run_on_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
@@ -91,6 +93,7 @@ def _rank_main(
     fn: Callable[..., Any],
     args: tuple,
 ) -> None:
+    end_with_parent()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:

@@ -266,7 +266,7 @@ def _memory_table(plan: Plan) -> Table:
 
 def _accumulated(config: Config) -> str:
     several = microbatches(config) > 1 or config.mesh.pp > 1
-    return f" (accumulate = {config.fsdp.accumulate})" if several else ""
+    return f" (accumulate = {config.fsdp.accumulate})" if several else ", which come as activations go"
 
 
 def _lines(plan: Plan) -> list[str]:

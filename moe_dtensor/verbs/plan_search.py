@@ -178,7 +178,7 @@ def measurements() -> Iterator[dict[str, Any]]:
         for record in content.get("variants") or [content]:
             if not {"result", "config", "ranks"} <= record.keys():
                 continue
-            config = _config_of(record)
+            config = config_of(record)
             speeds = Speeds(inside=config.mesh.link_bandwidth * 1e9)
             estimate = tokens_per_second(config, step_time(config, speeds, "balanced"))
             real = record["result"]["tokens_per_second"]
@@ -186,7 +186,7 @@ def measurements() -> Iterator[dict[str, Any]]:
             yield {"name": name, "measured": real, "estimated": estimate, "error": estimate / real - 1}
 
 
-def _config_of(record: dict[str, Any]) -> Config:
+def config_of(record: dict[str, Any]) -> Config:
     """The config of a measurement, of whatever version: keys that are no more are left out."""
     known = {
         name: {key: value for key, value in record["config"].get(name, {}).items() if key in table.fields}

@@ -138,7 +138,12 @@ def test_float32_replays_what_is_chosen_and_what_is_kept(router: list[str]) -> N
     assert main([*VERIFY, *arguments, "--moe.router", *router]) == 0
 
 
-@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.full), "full", "selective"])
+def test_float32_with_routing_replayed_where_outputs_are_kept() -> None:
+    """Selective recomputation counts the operations of a forward pass: replaying took more of them the second time."""
+    assert main([*VERIFY, "--meshes", "1x1x2", "--dtype", "float32", "--activation_checkpoint.mode", "selective"]) == 0
+
+
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.full), "full"])
 def test_float32_with_routing_replayed(recompute: str) -> None:
     arguments = ["--meshes", "1x1x2", "1x2x1", "--schedules", "DualPipeV", "--dtype", "float32"]
     assert main([*VERIFY, *arguments, "--activation_checkpoint.mode", recompute]) == 0
