@@ -71,14 +71,14 @@ def divide(count_E: Tensor, ranks: int, lent: int, rank: int) -> Division:
     moved_RH = (excess_R[:, None] - before_RH).clamp(min=0).minimum(count_RH) * (place_RH < lent)
 
     # Moved copies are numbered through; each rank with room takes the next so many.
-    moved_E, rank_E = moved_RH.flatten(), torch.arange(ranks, device=id_H.device).repeat_interleave(held)
+    id_E = torch.arange(len(count_E), device=count_E.device)
+    moved_E, own_E = moved_RH.flatten(), id_E // held == rank
     stay_E, after_E, room_end_R = count_E - moved_E, moved_E.cumsum(0), room_R.cumsum(0)
     before_E = after_E - moved_E
     taken, taken_end = room_end_R[rank] - room_R[rank], room_end_R[rank]
-    own_E = rank_E == rank
     first_E = (stay_E + before_E.clamp(taken, taken_end) - before_E).where(~own_E, 0)
     end_E = (stay_E + after_E.clamp(taken, taken_end) - before_E).where(~own_E, stay_E)
-    slot_E = (held + rank_E * lent + place_RH.flatten()).where(~own_E, id_H.repeat(ranks))
+    slot_E = (held + id_E // held * lent + place_RH.flatten()).where(~own_E, id_E % held)
     lent_S = ((place_RH[rank] == id_H[:lent, None]) * id_H).sum(1)
     return Division(lent_S, first_E, end_E, slot_E)
 
