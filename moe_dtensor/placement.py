@@ -1,7 +1,8 @@
 """Where every parameter lives: one table from its name to its place on the mesh. Data only, no process group.
 
 FSDP splits the model width D of every weight over dp, tensor and expert parallelism split heads, hidden
-units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises.
+units, vocabulary rows or experts over tp. The two never split the same dimension, so no strided shard arises; where tp
+is 1 FSDP splits the experts themselves, if dp divides their number.
 Experts that live on dp ranks are left out of FSDP: there dp splits the experts themselves. Where several groups of dp
 ranks hold the same experts, FSDP may split those across the groups, along the width.
 """
@@ -12,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_dtensor.config.resolve import expert_shards
+from moe_dtensor.config.resolve import expert_shards, shard_ranks
 from moe_dtensor.config.schema import Config
 
 
@@ -97,6 +98,9 @@ def build_table(config: Config) -> tuple[Row, ...]:
     if config.model.num_kv_heads % config.mesh.tp:
         whole |= {r"attention\.w[kv]\.weight", r"attention\.w[kv]\.bias"}
     experts: tuple[Row, ...] = EXPERTS[config.mesh.experts]
+    if config.mesh.tp == 1 and experts[0].fsdp and config.moe.num_experts % shard_ranks(config) == 0:
+        # tp leaves the first dimension alone, along which FSDP gathers and scatters without a copy into place.
+        experts = tuple(replace(row, dp=0, tp=None) for row in experts)
     if expert_shards(config) > 1:
         # Their width, as FSDP splits it where experts are on tp.
         experts = tuple(

@@ -66,7 +66,15 @@ def test_one_row_for_every_parameter(overrides: dict[str, object]) -> None:
         if param.ndim > 1 and not name.endswith("up_bias"):
             widths = {"wq_b": config.model.q_rank, "wkv_b": config.model.kv_rank}
             width = widths.get(name.split(".")[-2], config.model.dim)
+            if ".experts." in name and config.mesh.tp == 1:
+                width = config.moe.num_experts
             assert param.shape[row.dp] == width, f"{name}: dp must split the model width, or the latent's"
+
+
+@pytest.mark.parametrize(("keys", "first"), [({}, True), ({"mesh.tp": 2}, False), ({"moe.num_experts": 12}, False)])
+def test_fsdp_splits_experts_where_tp_does_not_and_dp_divides_them(keys: dict[str, object], first: bool) -> None:
+    config, _ = build(keys)
+    assert find_row(build_table(config), "layers.0.moe.experts.w_up").dp == (0 if first else 3)
 
 
 def test_one_parameter_for_every_row() -> None:
