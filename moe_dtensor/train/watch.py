@@ -133,10 +133,9 @@ class Watch:
         if healthy and self._ranks.rank == healthy[0]:
             self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
             print(words(tale(signs, hung, healthy[0], self._folder)), file=sys.stderr, flush=True)
-            time.sleep(self._period)  # with this one the others end, who may not have written their stacks yet
             self._end(FAILED)
         else:
-            time.sleep(2 * self._period + 1.0)  # leave the one that tells the time to
+            time.sleep(1.0)  # leave the one that tells the time to
             self._end(PEER_LOST)
 
     def _dump(self) -> None:
