@@ -1,150 +1,204 @@
 """One rank of a large world, alone on this machine: what its start, step and checkpoint planning cost in Python.
 
-    python -m moe_dtensor.bench.fake_world --config F --mesh 128x4x8 [--rank R] [--table.key value ...]
+    python -m moe_dtensor.bench.fake_world --config F --mesh 128x4x8 [--rank R] [--only-plan] [--values] [flags]
 
 The process group is torch's fake one: collectives return at once and bring nothing, so values mean nothing, and what
-is left is the work of the host: process groups, modules, DTensors, hooks, planning. Widths should be small
-(``--model.dim 64``), numbers of layers, experts and ranks the real ones.
+is left is the work of the host: process groups, modules, DTensors, hooks, planning. Build and planning have the
+config's widths, on meta unless ``--values``; the step is real, of the same mesh, blocks and experts, with narrow widths
+(:func:`narrow`), not compiled.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.distributed_c10d import _world
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.pipelining import PipelineStage
 
-from moe_dtensor.checkpoint.storage import PlanKeeper, writes
+from moe_dtensor.bench.fake_ranks import member, ready, saved_state, told_by_all, told_by_stage
+from moe_dtensor.checkpoint.folder import INDEX, Manifest
+from moe_dtensor.checkpoint.planner import PlanKeeper, Told
+from moe_dtensor.checkpoint.storage import Writer
 from moe_dtensor.config.command_line import Parser
-from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.load import override
+from moe_dtensor.config.resolve import is_latent, shard_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.estimate.traffic import traffic
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.testing.bytes_sent import BytesSent
-from moe_dtensor.train.build import build, set_vocabulary
+from moe_dtensor.train.build import build
 from moe_dtensor.train.step import read_batch, train_step
 
+MOST_PARTS = 3_000_000
+"""Of a checkpoint whose index is written here; more take more memory than 4 GB."""
 
-def measure(config: Config, rank: int, most_parts: int = 1_000_000) -> dict[str, Any]:
-    """Build, take a step and plan a checkpoint as ``rank`` of the config's mesh.
+
+def measure(config: Config, rank: int, step: bool = True, values: bool = False) -> dict[str, Any]:
+    """Build, plan a checkpoint and take a step as ``rank`` of the config's mesh.
 
     Args:
         config: not resolved.
-        rank: which; 0 also plans for all ranks of its pipeline stage.
-        most_parts: of a checkpoint that rank 0 plans here; more take too much memory.
+        rank: which; 0 also plans for all ranks.
+        step: False leaves the step out.
+        values: draw initial values of the rank's shards in the build of full width.
 
     Returns:
-        Seconds by stage, resident memory in MiB, process groups, and the step's collectives by axis and kind.
+        Seconds of the processor by stage, resident memory in MiB, process groups, and the step's collectives by axis
+        and kind.
     """
     seconds: dict[str, float] = {}
+    mesh, start = config.mesh, time.perf_counter()
+    found: dict[str, Any] = {"mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}", "rank": rank, "seconds": seconds}
+    others = {} if rank else told_by_stage(config)
+    with member(config, rank):
+        found |= _plan(ready(config), rank, seconds, others, values)
+    if step:
+        with member(config, rank):
+            found |= _step(ready(narrow(config)), seconds)
+    found["seconds by the clock"] = round(time.perf_counter() - start, 1)
+    return found | {"resident MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def narrow(config: Config) -> Config:
+    """The config with widths that take next to nothing, and as many heads, blocks and experts as before."""
+    mesh, dim = config.mesh, max(64, shard_ranks(config))
+    heads = {"model.head_dim": 8}
+    if is_latent(config):
+        query = dim if config.model.q_rank else 0
+        heads = {"model.q_rank": query, "model.kv_rank": dim}
+        heads |= {f"model.{name}": 8 for name in ("nope_dim", "rope_dim", "v_dim")}
+    changes = {
+        **heads,
+        "model.dim": dim,
+        "model.hidden_dim": dim,
+        "model.vocab_size": 512,
+        "moe.hidden_dim": 8 * mesh.tp,
+        "training.seq_len": 2 * mesh.tp,
+        "training.microbatch_size": 1,
+        "training.global_batch_size": mesh.dp * (2 * mesh.pp if mesh.pp > 1 else 1),
+        "activation_checkpoint.mode": "none",
+        "compile.enable": False,
+    }
+    return override(config, changes)
+
+
+def _plan(
+    config: Config, rank: int, seconds: dict[str, float], others: dict[int, Told], values: bool
+) -> dict[str, Any]:
+    """Build and plan a save.
+
+    Args:
+        others: what the first ranks of the other stages tell rank 0; see :func:`told_by_stage`.
+    """
     timed = partial(_timed, seconds)
-    mesh = config.mesh
-    world = mesh.dp * mesh.pp * mesh.tp
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    config = resolve(config, world)
-    corpus = build_corpus(config)
-    config = set_vocabulary(config, corpus)
     with timed("build"):
-        trainer = build(config, torch.device("cpu"))
-    loader = Loader(config, corpus)
-    calls: dict[str, int] = {}
-    if mesh.pp == 1:  # stages of a pipeline ask each other for shapes, and would hear noise
-        with timed("first step"):
-            train_step(trainer, read_batch(trainer, loader))
-        with BytesSent(trainer.mesh) as sent, timed("step"):
-            train_step(trainer, read_batch(trainer, loader))
-        calls = {f"{axis} {kind}": count for (axis, kind), count in sorted(sent.calls.items())}
-    state = {name: value for part in trainer.parts for name, value in part.state_dict().items()}
-    state |= trainer.optimizers.state_dict()
+        trainer = build(config, torch.device("cpu"), values=values)
+    with timed("state"):
+        state = saved_state(trainer)
     keeper = PlanKeeper()
     with timed("local plan"):
         planner = keeper.planner()
         planner.set_up_planner(state, is_coordinator=rank == 0)
         plan = planner.create_local_plan()
-    parts = sum(_parts(value) for value in state.values())
-    if rank == 0 and parts <= most_parts:
-        plans = _plans_of_all(state, plan, world)
-        with timed("plan of all ranks"):
-            planner.create_global_plan(plans)
-        planner.finish_plan(plan)
-        with timed("the same at the next save"):
-            planner = keeper.planner()
-            planner.set_up_planner(state, is_coordinator=True)
-            planner.create_local_plan()
-            planner.create_global_plan([SavePlan([], usable=False)] * world)
-    return {
-        "mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
-        "rank": rank,
-        "seconds": seconds,
-        "resident MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    sent = vars(traffic(config))
+    found = {
+        "parameters of the rank": sum(local_part(x).numel() for part in trainer.parts for x in part.parameters()),
         "process groups": len(_world.pg_map),
-        "items of a rank's plan": len(plan.items),
-        "parts of all ranks": parts,
-        "collectives of a step": calls,
+        "GiB sent in a step": {name: round(value / 2**30, 2) for name, value in sent.items() if value},
     }
+    if rank > 0:
+        return found
+    told = told_by_all(config, {0: plan.planner_data, **others})
+    with timed("plan of all ranks"):
+        scattered, metadata = planner.create_global_plan([SavePlan([], planner_data=x) for x in told])
+        planner.finish_plan(scattered[0])
+    with timed("the same at the next save"):
+        planner = keeper.planner()
+        planner.set_up_planner(saved_state(trainer), is_coordinator=True)
+        planner.create_global_plan([planner.create_local_plan(), *([SavePlan([], usable=False)] * (len(told) - 1))])
+    entries = [x for x in metadata.state_dict_metadata.values() if isinstance(x, TensorStorageMetadata)]
+    count = sum(len(entry.chunks) for entry in entries)
+    found |= {"tensors": len(entries), "parts": count}
+    if count <= MOST_PARTS:
+        with timed("index"):
+            found["MiB of the index"] = _index_size(metadata)
+    return found
+
+
+def _index_size(metadata: Metadata) -> float:
+    """MiB of the index that rank 0 writes, once all ranks have told where their parts are."""
+    results = [
+        WriteResult(MetadataIndex(name, part.offsets), 0, _StorageInfo(f"__{number}_0.distcp", 1 << 30, 1 << 20))
+        for name, entry in metadata.state_dict_metadata.items()
+        for number, part in enumerate(entry.chunks)  # type: ignore[union-attr]
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        Writer(Path(folder), Path(folder), Manifest("", "", 0), lambda: None).write_index(metadata, [results])
+        return round((Path(folder) / INDEX).stat().st_size / 2**20, 1)
+
+
+def _step(config: Config, seconds: dict[str, float]) -> dict[str, Any]:
+    """Build with values and take two steps."""
+    with _timed(seconds, "narrow build"):
+        trainer = build(config, torch.device("cpu"))
+    loader = Loader(config, build_corpus(config))
+    with _votes_heard():
+        with _timed(seconds, "first step"):
+            train_step(trainer, read_batch(trainer, loader))
+        with BytesSent(trainer.mesh) as sent, _timed(seconds, "step"):
+            train_step(trainer, read_batch(trainer, loader))
+    calls = {f"{axis} {kind}": count for (axis, kind), count in sorted(sent.calls.items())}
+    return {"collectives of a step": calls}
+
+
+@contextmanager
+def _votes_heard() -> Iterator[None]:
+    """Stages of a pipeline ask each other, before the first step, whether all were given their shapes, as they were;
+    the fake group would answer no."""
+    yes = torch.ones(1, dtype=torch.int32)
+    with ExitStack() as patches:
+        for name in ("_warmup_forward_vote", "_warmup_backward_result"):
+            patches.enter_context(mock.patch.object(PipelineStage, name, create=True, return_value=yes))
+        yield
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
+    """Of the processor, this process's own: what the clock says on a machine that does nothing else."""
+    start = time.process_time()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 2)
-
-
-def _parts(value: Any) -> int:
-    """In how many parts a tensor of the state is written: one from each rank but for those that hold the same."""
-    if not isinstance(value, DTensor):
-        return 1
-    return math.prod(
-        value.device_mesh.size(axis) for axis, place in enumerate(value.placements) if not place.is_replicate()
-    )
-
-
-def _plans_of_all(state: dict[str, Any], own: SavePlan, world: int) -> list[SavePlan]:
-    """What all ranks of this one's stage would send to rank 0, worked out here from where each part lies."""
-    items: list[list[WriteItem]] = [[] for _ in range(world)]
-    for name, value in state.items():
-        if not isinstance(value, DTensor):
-            continue
-        mesh, properties = value.device_mesh, TensorProperties.create_from_tensor(value.to_local())
-        for coordinate in itertools.product(*(range(size) for size in mesh.shape)):
-            if not writes(name, mesh.shape, value.placements, coordinate):
-                continue
-            sizes, offsets = _compute_local_shape_and_global_offset(
-                value.shape, mesh.shape, list(coordinate), value.placements
-            )
-            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            part = TensorWriteData(chunk, properties, value.size())
-            item = WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=part)
-            items[int(mesh.mesh[coordinate])].append(item)
-    plans = [SavePlan(of_rank, planner_data={}) for of_rank in items]
-    return [replace(own, items=own.items), *plans[1:]]
+    seconds[stage] = round(time.process_time() - start, 2)
 
 
 def main(argv: list[str]) -> int:
     """Print the measurement as JSON."""
     parser = Parser("fake_world", "one rank of a large world")
     parser.add_argument("--mesh", required=True, metavar="DPxPPxTP")
-    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=0, help="negative: counted from the last")
+    parser.add_argument("--only-plan", action="store_true", help="take no step")
+    parser.add_argument("--values", action="store_true", help="draw the rank's initial values")
     options, config = parser.load(argv)
     dp, pp, tp = map(int, options.mesh.split("x"))
     config = replace(config, mesh=replace(config.mesh, dp=dp, pp=pp, tp=tp))
-    print(json.dumps(measure(config, options.rank), indent=1))
+    rank = options.rank % (dp * pp * tp)
+    print(json.dumps(measure(config, rank, not options.only_plan, options.values), indent=1))
     return 0
 
 

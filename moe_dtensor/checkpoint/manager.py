@@ -33,8 +33,9 @@ from moe_dtensor.checkpoint.folder import (
     step_folder,
     whole_steps,
 )
+from moe_dtensor.checkpoint.planner import PlanKeeper
 from moe_dtensor.checkpoint.rank0 import on_rank_0
-from moe_dtensor.checkpoint.storage import PlanKeeper, Reader, TensorsPlanner, Writer
+from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, Writer
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config
 
@@ -195,6 +196,9 @@ class CheckpointManager:
         # The generators belong to ranks: those of another number of ranks mean nothing here.
         if any(f"rng.{_rng_key()}.{device}" not in saved for device in state["rng"][_rng_key()]):
             del state["rng"]
+        # Written by another optimizer.rounding: it has no low bits of weights.
+        absent = {k for k in state["optimizer"] if k.endswith(".remainder") and f"optimizer.{k}" not in saved}
+        state["optimizer"] = {k: v for k, v in state["optimizer"].items() if k not in absent}
         try:
             dcp.load(state, storage_reader=reader, planner=TensorsPlanner(), process_group=self._group)
         except CheckpointException as error:

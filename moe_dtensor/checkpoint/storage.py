@@ -1,7 +1,4 @@
-"""DCP's own files, written under a hidden name with checksums, and read without trust in their pickles.
-
-What each rank writes is planned once and kept for the saves that follow.
-"""
+"""DCP's own files, written under a hidden name with checksums, and read without trust in their pickles."""
 
 from __future__ import annotations
 
@@ -9,21 +6,18 @@ import io
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Placement
 from torch.futures import Future
 
 from moe_dtensor.checkpoint.folder import (
@@ -145,9 +139,7 @@ class Writer(FileSystemWriter):
         """Called on rank 0, in the writing thread, after the last rank has written."""
         own = [[result for result in rank if result.index.fqn != _FILES] for rank in results]
         files = {k: v for rank in results for r in rank if r.index.fqn == _FILES for k, v in r.storage_data.items()}
-        self.fs = counting = _CountingFiles()
-        super().finish(metadata, own)
-        files[INDEX] = counting.written[f"{INDEX}.tmp"]
+        files[INDEX] = self.write_index(metadata, own)
         partial, manifest = Path(self.path), self._manifest
         for name, text in self._beside.items():
             write_small(partial / name, text)
@@ -159,6 +151,19 @@ class Writer(FileSystemWriter):
             os.replace(place, partial.with_suffix(".deleted"))
         os.replace(partial, place)
         sync_folder(self._folder)
+
+    def write_index(self, metadata: Metadata, results: list[list[WriteResult]]) -> tuple[int, int]:
+        """Write where every part lies; size and CRC-32 of the file."""
+        # Each rank sends names and offsets of its own. As the same objects they are in the index once.
+        same: dict[Any, Any] = {name: name for name in metadata.state_dict_metadata}
+        for result in (result for rank in results for result in rank):
+            index, place = result.index, result.storage_data
+            index.__dict__["fqn"] = same.setdefault(index.fqn, index.fqn)
+            index.__dict__["offset"] = same.setdefault(index.offset, index.offset)
+            place.relative_path = same.setdefault(place.relative_path, place.relative_path)
+        self.fs = counting = _CountingFiles()
+        super().finish(metadata, results)
+        return counting.written[f"{INDEX}.tmp"]
 
 
 def write_alone(folder: Path, manifest: Manifest, file_per_tensor: bool = False) -> Writer:
@@ -216,70 +221,3 @@ class TensorsPlanner(DefaultLoadPlanner):
 
 
 __all__ = ["INDEX", "MANIFEST", "IndexUnpickler", "Reader", "TensorsPlanner", "Writer", "write_alone"]
-
-
-_NUMBERS = count()
-
-
-class PlanKeeper:
-    """The plans of one state whose tensors keep their names, shapes and places from save to save.
-
-    torch keeps them by a class's name and for good; here they belong to one manager and can be dropped.
-    """
-
-    def __init__(self) -> None:
-        self._key = f"moe_dtensor {next(_NUMBERS)}"
-
-    def planner(self) -> SavePlanner:
-        """For the next save."""
-        return _Planner(self._key)
-
-    def drop(self) -> None:
-        """Plan anew: the state is another one, or a save failed."""
-        for kept in (
-            SavePlanner._cached_save_plan,
-            SavePlanner._cached_final_save_plan,
-            SavePlanner._cached_all_plans,
-            SavePlanner._cached_global_plan,
-            SavePlanner._cached_metadata,
-        ):
-            kept.pop(self._key, None)
-
-
-class _Planner(DefaultSavePlanner):
-    """Of what several ranks hold alike one names itself the writer, so that rank 0 hears of each part once.
-
-    With all ranks' plans of all parts, rank 0's work would grow with the copies; that no rank writes more than others
-    is left to chance: the writer follows from a tensor's name.
-    """
-
-    def __init__(self, key: str) -> None:
-        super().__init__(enable_plan_caching=True)
-        self._cached_plans_key = key
-
-    def create_local_plan(self) -> SavePlan:
-        """What this rank writes; not usable where rank 0 knows it from the save before."""
-        plan = super().create_local_plan()
-        if not plan.usable:
-            return plan
-        return replace(plan, items=[item for item in plan.items if self._writes(item.index.fqn)])
-
-    def _writes(self, name: str) -> bool:
-        value = self.state_dict[name]
-        return not isinstance(value, DTensor) or is_writer(name, value)
-
-
-def is_writer(name: str, tensor: DTensor) -> bool:
-    """Whether this rank writes its part, of the ranks that hold the same."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    return coordinate is not None and writes(name, mesh.shape, tensor.placements, coordinate)
-
-
-def writes(name: str, shape: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]) -> bool:
-    """The same for the rank at a coordinate of a mesh."""
-    number, copies = 0, 1
-    for place, size, index in zip(placements, shape, coordinate, strict=True):
-        if place.is_replicate():
-            number, copies = number * size + index, copies * size
-    return number == zlib.crc32(name.encode()) % copies

@@ -156,7 +156,7 @@ def cut_state(key: str, value: Any, cuts: Mapping[int, Cut]) -> Any:
     """An entry ``state.<parameter>.<moment>`` of the optimizer afterwards."""
     name, _, moment = key.removeprefix("state.").rpartition(".")
     match = PER_EXPERT.fullmatch(name)
-    if match is None or not moment.startswith("exp_avg"):
+    if match is None or moment not in ("exp_avg", "exp_avg_sq", "remainder"):
         return value
     cut = cuts[int(match[1])]
     made = value.new_zeros(len(cut.sources), *value.shape[1:])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
 from moe_dtensor.config.check_model import check_attention, check_experts, check_placement, check_routing
+from moe_dtensor.config.check_precision import check_precision
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.objects import is_pythons_own, names_object
 from moe_dtensor.config.ranges import out_of_range
@@ -23,7 +24,6 @@ from moe_dtensor.config.resolve import (
     resolve,
     shard_ranks,
     shard_words,
-    state_dtype,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
@@ -33,7 +33,6 @@ Broken = Iterator[tuple[str, str]]
 
 ROUTERS = ("sinkhorn", "topk", "expert_choice", *FORCED)
 LOSSES = ("cross_entropy",)
-BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
 
 def check(config: Config, world_size: int) -> None:
@@ -70,9 +69,7 @@ def _broken(config: Config, world_size: int) -> Broken:
     yield from _data_parallel(config)
     yield from _batches(config)
     yield from _pipeline(config)
-    yield from _precision(config)
-    if config.optimizer.state_dtype != "auto":
-        yield from _moments(config)
+    yield from check_precision(config)
     yield from _drift(config)
     yield from _ends(config_as_given)
     yield from check_evaluation(config)
@@ -288,61 +285,6 @@ def _schedule(schedule: str, pp: int, stages: int, count: int) -> Broken:
         yield (
             f"{given} pipeline.schedule = {schedule} goes in rounds of mesh.pp = {pp}.",
             f"To have a multiple of {pp}, {change}.",
-        )
-
-
-def _precision(config: Config) -> Broken:
-    training, backend = config.training, config.moe.backend
-    if training.dtype == "float16":
-        yield (
-            "training.dtype = float16: updates of master weights are below what it resolves, and squares of gradients "
-            "below what it holds.",
-            "Set training.dtype to float32, or bfloat16.",
-        )
-    if training.reduce_dtype == "float16":
-        yield (
-            f"training.reduce_dtype = float16 holds nothing above 65,504, which gradients computed in "
-            f"training.param_dtype = {training.param_dtype} may sum to.",
-            "Set training.reduce_dtype to float32, or bfloat16.",
-        )
-    if training.param_dtype == "float16":
-        yield "training.param_dtype = float16 needs loss scaling, which is not here.", "Set it to bfloat16 or float32."
-    if BITS[training.param_dtype] > BITS[training.dtype]:
-        yield (
-            f"training.param_dtype = {training.param_dtype} is wider than the master weights' "
-            f"training.dtype = {training.dtype}.",
-            f"Set training.dtype = {training.param_dtype}, or lower training.param_dtype.",
-        )
-    if BITS[training.reduce_dtype] < BITS[training.param_dtype]:
-        yield (
-            f"training.reduce_dtype = {training.reduce_dtype} is narrower than "
-            f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
-            f"Set training.reduce_dtype = {training.param_dtype}.",
-        )
-    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
-        yield (
-            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
-            f"training.reduce_dtype = {training.reduce_dtype}.",
-            "Set fsdp.accumulate = whole, or training.dtype = float32.",
-        )
-    if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
-        yield (
-            f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
-            "Set moe.backend to auto or reference, or training.param_dtype = bfloat16.",
-        )
-    if backend in ("torch", "triton") and training.param_dtype == "float64":
-        yield (
-            f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
-            "Set moe.backend to auto or reference.",
-        )
-
-
-def _moments(config: Config) -> Broken:
-    # Rounded to nearest, a number of eight binary digits stays as it is where it changes by less than 2^-8 of itself.
-    if state_dtype(config) == "bfloat16" and config.optimizer.beta2 > 1 - 2**-8:
-        yield (
-            f"optimizer.beta2 = {config.optimizer.beta2} with second moments in bfloat16: they would never decay.",
-            "Set optimizer.beta2 to 0.996 or less, or optimizer.state_dtype = float32.",
         )
 
 

@@ -269,6 +269,11 @@ class Optimizer:
     state_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype in which the two moments are kept; updates are computed in the wider of it and training.dtype. bfloat16
     halves them. auto: training.dtype."""
+    rounding: Literal["nearest", "stochastic", "remainder"] = "nearest"
+    """What becomes of an update that training.dtype = "bfloat16" cannot hold: one below some 1/256 of the weight.
+    nearest: lost. stochastic: updates are computed in float32 and weights rounded up or down by chance, right on
+    average. remainder: 16 low bits are kept beside a weight (2 bytes more); both together are a float32 weight. Under
+    all three gradients come to the update in training.dtype."""
     router_lr: float = 1.0
     """Multiply the learning rate of routers by this, in fine-tuning. 0: they are frozen, and no part of the gradient
     norm. moe.bias_rate has a rate of its own."""

@@ -39,7 +39,7 @@ class Memory:
     """Bytes on one rank. The peak is the sum of all but the moments, of which the largest counts."""
 
     weights: int
-    """Master weights in ``training.dtype``."""
+    """Master weights in ``training.dtype``, and their 16 low bits under ``optimizer.rounding = remainder``."""
     gradients: int
     """Gradients. While microbatches accumulate whole (``fsdp.accumulate``) they are whole over dp, in ``reduce_dtype``;
     else a rank's shard. Those of experts outside of FSDP are a rank's shard, in ``training.dtype``."""
@@ -116,12 +116,13 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
     training, on_gpu = config.training, not config.fsdp.cpu_offload
     compute = BYTES[training.param_dtype]
     stored = sum(shard.local_size for shard in shards) * BYTES[training.dtype] * on_gpu
+    remainder = stored // BYTES[training.dtype] * 2 if config.optimizer.rounding == "remainder" else 0
     own = sum(shard.local_size for shard in shards if not shard.row.fsdp)
     own_stored = own * BYTES[training.dtype]
     whole = sum(shard.used_size for shard in shards if shard.row.fsdp)
     at_loss, at_block, at_reduce = _moments(config, shards, alive, skewed)
     return Memory(
-        weights=stored,
+        weights=stored + remainder,
         gradients=whole * BYTES[training.reduce_dtype] + own_stored if accumulates(config) else stored,
         moments=2 * stored * BYTES[state_dtype(config)] // BYTES[training.dtype],
         compute_copy=_gathered(config, shards) * compute,

@@ -2,7 +2,7 @@
 
 Each tensor (each expert's slice, for stacked weights) is drawn from its own generator, seeded by the
 run's seed and its name, and every rank keeps its part. So no value depends on how many ranks there are,
-and no rank draws experts that it does not hold.
+and no rank draws experts that it does not hold. Large tensors are drawn in blocks of rows, by the ranks that hold any.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moe_dtensor.config.schema import Config
 
 OUTPUT_PROJECTIONS = ("wo.weight", "down.weight", "w_down")
+LARGE = 1 << 27
+"""Elements (512 MiB in float32) above which a tensor is drawn in blocks."""
+BLOCK = 1 << 24
+"""Elements of a block."""
 
 
 @torch.no_grad()
@@ -48,8 +52,21 @@ def _fill_normal(local: Tensor, held: tuple[slice, ...], shape: tuple[int, ...],
     if ".experts." in key:
         for row, expert in zip(local, range(shape[0])[held[0]], strict=True):
             row.copy_(_normal(shape[1:], std, f"{key}/{expert}", local.device)[held[1:]])
+    elif math.prod(shape) > LARGE:
+        _fill_by_rows(local, held, shape, std, key)
     else:
         local.copy_(_normal(shape, std, key, local.device)[held])
+
+
+def _fill_by_rows(local: Tensor, held: tuple[slice, ...], shape: tuple[int, ...], std: float, key: str) -> None:
+    """The same of a tensor in blocks of rows, each with a generator of its own; only blocks that ``held`` reaches."""
+    rows = max(1, BLOCK // math.prod(shape[1:]))
+    wanted = held[0]
+    for first in range(wanted.start // rows * rows, wanted.stop, rows):
+        last = min(first + rows, shape[0])
+        block = _normal((last - first, *shape[1:]), std, f"{key}/rows {first}", local.device)
+        start, stop = max(first, wanted.start), min(last, wanted.stop)
+        local[start - wanted.start : stop - wanted.start] = block[start - first : stop - first][:, *held[1:]]
 
 
 def _normal(shape: tuple[int, ...], std: float, key: str, device: torch.device) -> Tensor:

@@ -15,13 +15,16 @@ from moe_dtensor.parallel.fsdp import apply_fsdp
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 
 
-def build_parts(config: Config, mesh: DeviceMesh, device: torch.device, *, trains: bool = True) -> list[Transformer]:
+def build_parts(
+    config: Config, mesh: DeviceMesh, device: torch.device, *, trains: bool = True, values: bool = True
+) -> list[Transformer]:
     """The model parts (pipeline stages) of this rank, parallel and initialised.
 
     Built on meta, so that no rank ever holds more than its own shards.
 
     Args:
         trains: False: it is never to have gradients, and is left out of FSDP where FSDP would have nothing to do.
+        values: False leaves them on meta.
     """
     parts = []
     for stage in rank_stages(config, mesh["pp"].get_local_rank()):
@@ -31,8 +34,9 @@ def build_parts(config: Config, mesh: DeviceMesh, device: torch.device, *, train
             )
         part.to(getattr(torch, config.training.dtype))
         parallelize(part, config, mesh, trains=trains)
-        part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
-        init_weights(part, config)
+        if values:
+            part.to_empty(device="cpu" if config.fsdp.cpu_offload else device)
+            init_weights(part, config)
         if has_own_experts(config):
             make_copies(part, config)
         parts.append(part)

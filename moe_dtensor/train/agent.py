@@ -118,8 +118,7 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state != WorkerState.FAILED:
             return result
-        rank_of = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        tell(result.failures, rank_of)
+        tell(result.failures, {worker.global_rank: worker.local_rank for worker in worker_group.workers})
         if self.asked_to_end or status_of(result.failures) in (WRONG, AGAIN):
             self._remaining_restarts = 0
         elif self._remaining_restarts:
@@ -150,10 +149,15 @@ def close(context: Any) -> None:
         alive[rank].proc.wait(30)
 
 
-def tell(failures: dict[int, ProcessFailure], rank_of: dict[int, int]) -> None:
-    """Say what the ranks could not say themselves: a signal that killed one, or that all lost each other."""
+def tell(failures: dict[int, ProcessFailure], local_of: dict[int, int]) -> None:
+    """Say what the ranks could not say themselves: a signal that killed one, or that all lost each other.
+
+    Args:
+        failures: of this host's ranks, by their number among all.
+        local_of: that number to the one on this host.
+    """
     host = socket.gethostname()
-    mine = {rank_of[local]: failure for local, failure in failures.items() if local not in Agent.killed_here}
+    mine = {rank: failure for rank, failure in failures.items() if local_of[rank] not in Agent.killed_here}
     for rank, failure in sorted(mine.items()):
         if code_of(failure) < 0:
             name = signal.Signals(-failure.exitcode).name

@@ -43,19 +43,20 @@ class Trainer:
     """K of every MoE block, or of each ``(L,)`` where they differ; made once, since a copy to the device waits."""
 
 
-def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None) -> Trainer:
+def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None, *, values: bool = True) -> Trainer:
     """Build all parts over the default process group.
 
     Args:
         config: resolved, with ``model.vocab_size``.
         device: of this rank.
         mesh: to build on; None makes it.
+        values: False leaves parameters and their optimizer's state on meta, to look at names and places.
     """
     if not config.stages:  # else this is one of them, and all were checked together
         check(config, torch.distributed.get_world_size())
     set_determinism(config)
     mesh = mesh or build_mesh(config, device)
-    parts = build_parts(config, mesh, device)
+    parts = build_parts(config, mesh, device, values=values)
     for part in parts:
         part.train()
     optimizers = build_optimizers(parts, config)  # type: ignore[arg-type]

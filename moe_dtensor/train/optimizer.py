@@ -1,6 +1,7 @@
 """AdamW over the model parts of one rank, with a state that any mesh can load.
 
-Moments may have another dtype than the weights: half the memory in bfloat16, with torch's own update.
+Moments may have another dtype than the weights, and weights in bfloat16 may be rounded by chance or keep their 16 low
+bits aside: half the memory of a tensor or more, with torch's own update.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
@@ -19,13 +20,20 @@ from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
 from moe_dtensor.parallel.gradients import local_part
+from moe_dtensor.train.rounding import Chance, join, round_by_chance, split
 
-PIECE = 1 << 26
+PIECE = 1 << 24
 """Elements that are widened at a time."""
+REMAINDER = "remainder"
+"""Key of the optimizer's state under ``optimizer.rounding = remainder``."""
 
 
-class NarrowMomentsAdamW(AdamW):
-    """Widens a piece of weight, gradient and moments, lets torch's fused AdamW update them, and rounds what is kept."""
+class WideningAdamW(AdamW):
+    """Widens a piece of weight, gradient and moments, lets torch's fused AdamW update them, and rounds what is kept:
+    moments to the nearest, weights as ``optimizer.rounding`` has it."""
+
+    chance: dict[Tensor, Chance] | None = None
+    """Of each parameter, where weights are rounded by chance."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -38,16 +46,16 @@ class NarrowMomentsAdamW(AdamW):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        kept = [_flat(x) for x in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        names = ["exp_avg", "exp_avg_sq", *([REMAINDER] if REMAINDER in state else [])]
+        kept = [_flat(x) for x in (parameter, parameter.grad, *(state[name] for name in names))]
         beta1, beta2 = group["betas"]
-        done = state["step"]
+        done, start = state["step"], 0
         # A rank may hold nothing of a parameter; its count of steps goes on with the others'.
         for pieces in zip(*(x.split(PIECE) for x in kept), strict=True):
             done = state["step"].clone()
-            wide = [x.to(torch.promote_types(pieces[0].dtype, pieces[2].dtype)) for x in pieces]
-            weight, grad, first, second = ([x] for x in wide)
+            weight, grad, first, second = self._widened(pieces)
             adamw(
-                *(weight, grad, first, second, [], [done]),
+                *([weight], [grad], [first], [second], [], [done]),
                 fused=True,
                 found_inf=getattr(self, "found_inf", None),
                 amsgrad=False,
@@ -58,10 +66,29 @@ class NarrowMomentsAdamW(AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            for x, y in zip(pieces, wide, strict=True):
-                if x is not y and x is not pieces[1]:
-                    x.copy_(y)
+            for piece, wide in ((pieces[2], first), (pieces[3], second)):
+                if piece is not wide:
+                    piece.copy_(wide)
+            if len(pieces) == 5:
+                for piece, part in zip((pieces[0], pieces[4]), split(weight), strict=True):
+                    piece.copy_(part)
+            elif self.chance is not None:
+                chance = self.chance[parameter].draw(start, start + len(weight), state["step"])
+                pieces[0].copy_(round_by_chance(weight, chance))
+            elif pieces[0] is not weight:
+                pieces[0].copy_(weight)
+            start += len(weight)
         state["step"].copy_(done)
+
+    def _widened(self, pieces: tuple[Tensor, ...]) -> list[Tensor]:
+        """Weight, gradient and moments in the dtype that they are updated in."""
+        weight, _, first, *_ = pieces
+        exact = len(pieces) == 5 or self.chance is not None
+        dtype = torch.float32 if exact else torch.promote_types(weight.dtype, first.dtype)
+        wide = [x.to(dtype) for x in pieces[:4]]
+        if len(pieces) == 5:
+            wide[0] = join(weight, pieces[4])
+        return wide
 
 
 def _flat(x: Tensor | None) -> Tensor:
@@ -75,7 +102,8 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class Optimizers:
     """One AdamW for each model part (pipeline stage) of this rank, stepped together.
 
-    The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``: free of the mesh, of the
+    The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``, and ``remainder`` where low bits of
+    weights are kept: free of the mesh, of the
     split into stages and of the numbering of parameters. Hyperparameters are not part of the state:
     after a resume they are those of the TOML.
     """
@@ -85,8 +113,8 @@ class Optimizers:
         self._parts = parts
         self._optimizers: list[Optimizer] = []
         same = state_dtype(config) == config.training.dtype
-        self._dtype = None if same else getattr(torch, state_dtype(config))
-        kind = AdamW if same else NarrowMomentsAdamW
+        dtype = None if same else getattr(torch, state_dtype(config))
+        kind = AdamW if same and options.rounding == "nearest" else WideningAdamW
         for part in parts:
             optimizer = kind(
                 parameter_groups(part, options.weight_decay, options.router_lr),
@@ -95,7 +123,11 @@ class Optimizers:
                 eps=options.eps,
                 fused=True,
             )
-            _fill_state(optimizer, self._dtype)
+            _fill_state(optimizer, dtype, options.rounding == "remainder")
+            if options.rounding == "stochastic":
+                seed = config.training.seed
+                names = {p: plain_name(name) for name, p in part.named_parameters()}
+                optimizer.chance = {p: Chance(p, name, seed) for p, name in names.items()}  # type: ignore[attr-defined]
             self._optimizers.append(optimizer)
 
     def __iter__(self) -> Iterator[Optimizer]:
@@ -123,14 +155,20 @@ class Optimizers:
         """Flat optimizer state of all parts; tensors are those of the optimizers, not copies."""
         return {key: value for key, value in self._with_groups().items() if key.startswith("state.")}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over moments and step counts; groups keep their hyperparameters."""
-        groups = {key: value for key, value in self._with_groups().items() if key.startswith("param_groups.")}
-        for part, optimizer in zip(self._parts, self._optimizers, strict=True):
-            set_optimizer_state_dict(part, optimizer, optim_state_dict={**groups, **state_dict}, options=_FLAT)
-            if self._dtype is not None:  # torch gave moments the weights' dtype
-                for state in optimizer.state.values():
-                    state |= {name: state[name].to(self._dtype) for name in ("exp_avg", "exp_avg_sq")}
+        """Take over moments, remainders and step counts, in place; groups keep their hyperparameters.
+
+        Remainders that are not given are 0: the weight is what its bfloat16 says.
+
+        Raises:
+            KeyError: something else is not given.
+        """
+        for key, value in self.state_dict().items():
+            if key not in state_dict and key.endswith(f".{REMAINDER}"):
+                value.zero_()
+            else:
+                local_part(value).copy_(local_part(state_dict[key]))
 
     def _with_groups(self) -> dict[str, Any]:
         """State and hyperparameters of all parts, by parameter name."""
@@ -170,6 +208,11 @@ def parameter_groups(part: nn.Module, weight_decay: float, router_lr: float = 1.
     return [group for group in groups if group["params"]]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what recomputation and compilation put into it: its checkpoint key."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def is_router(name: str) -> bool:
     """Whether a parameter is a router's, by its name."""
     return "router" in name.split(".")
@@ -181,7 +224,7 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and not (name.endswith("bias") or embedding or is_router(name))
 
 
-def _fill_state(optimizer: Optimizer, dtype: torch.dtype | None) -> None:
+def _fill_state(optimizer: Optimizer, dtype: torch.dtype | None, remainder: bool) -> None:
     """Create AdamW's state now, as its first step would.
 
     A checkpoint may be loaded or saved before the first step; torch would then make the state by a step
@@ -194,6 +237,8 @@ def _fill_state(optimizer: Optimizer, dtype: torch.dtype | None) -> None:
                 "exp_avg": torch.zeros_like(parameter.detach(), dtype=dtype),
                 "exp_avg_sq": torch.zeros_like(parameter.detach(), dtype=dtype),
             }
+            if remainder:
+                optimizer.state[parameter][REMAINDER] = torch.zeros_like(parameter.detach(), dtype=torch.int16)
 
 
 def lr_factor(step: int, steps: int, config: LrScheduler) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,10 @@ from moe_dtensor.config.errors import FAILED, WRONG, ConfigError, RunError, word
 from moe_dtensor.config.schema import Config
 
 T = TypeVar("T")
+MOST = 64
+"""Ranks that read what all others say; with more, the store would have ranks x ranks to answer."""
+STORE_SECONDS = 10.0
+"""How long a rank that ends waits for the store."""
 
 
 class Ended(BaseException):
@@ -89,53 +94,91 @@ class Ranks:
             error = {"status": FAILED, "problem": failed.problem, "remedy": failed.remedy}
         except OSError as failed:
             error = {"status": WRONG, "problem": f"{failed.strerror or failed}: {failed.filename}.", "remedy": ""}
-        self._raise_together(self._exchange(error))
+        self._raise_together(*self._exchange(error))
         return value
 
-    def _raise_together(self, errors: list[Any]) -> None:
-        found = {rank: error for rank, error in enumerate(errors) if error}
-        if not found:
+    def _raise_together(self, failures: int, found: dict[int, dict[str, Any]]) -> None:
+        if not failures:
             return
         status = max(error["status"] for error in found.values())
-        common = len(found) == self.world_size and all(error == errors[0] for error in errors)
         mine = found.get(self.rank)
-        first = next((rank for rank, error in found.items() if error == mine), None)
+        common = failures == self.world_size and all(error == mine for error in found.values())
+        first = next((rank for rank, error in sorted(found.items()) if error == mine), None)
         if mine is None or first != self.rank:
             raise Ended(status)
         raise Ended(status, words(mine["problem"], mine["remedy"], "" if common else self.where))
 
-    def _exchange(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in JSON; waits for the slowest."""
-        if self.world_size == 1:
-            return [value]
-        self._round += 1
-        keys = [f"agree/{self._round}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], json.dumps(value))
-        waiting, pause = set(range(self.world_size)), 0.01
-        signs: dict[int, tuple[Any, float]] = {}
-        while waiting:
-            waiting = {rank for rank in waiting if not self.store.check([keys[rank]])}
-            if waiting:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.5)
-                self._check_signs(waiting, signs)
-        return [json.loads(self.store.get(key)) for key in keys]
+    def _exchange(self, error: dict[str, Any] | None) -> tuple[int, dict[int, dict[str, Any]]]:
+        """How many ranks have an error, and the errors by rank, of many the first :data:`MOST`. Waits for the slowest.
 
-    def _check_signs(self, waiting: set[int], signs: dict[int, tuple[Any, float]]) -> None:
+        The ranks are counted, not asked one by one: all would ask all.
+        """
+        if self.world_size == 1:
+            return int(error is not None), {0: error} if error else {}
+        self._round += 1
+        place = f"agree/{self._round}"
+        if error is not None:
+            number = self.store.add(f"{place}/failed", 1)
+            self.store.set(f"{place}/failed/{number}", json.dumps([self.rank, error]))
+        self.store.set(f"{place}/came/{self.rank}", "")
+        self.store.add(f"{place}/came", 1)
+        pause = 0.01
+        signs: dict[int, tuple[Any, float]] = {}
+        while self.store.add(f"{place}/came", 0) < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+            if self.looks_around:
+                self._check_signs(place, signs)
+            elif self.store.check([f"{place}/lost"]):
+                raise RunError(bytes(self.store.get(f"{place}/lost")).decode())
+        failures = self.store.add(f"{place}/failed", 0)
+        entries = [json.loads(self.store.get(f"{place}/failed/{i}")) for i in range(1, min(failures, MOST) + 1)]
+        return failures, dict(entries)
+
+    def _check_signs(self, place: str, signs: dict[int, tuple[Any, float]]) -> None:
         now = time.monotonic()
-        for rank in waiting:
+        for rank in range(self.world_size):
+            if self.store.check([f"{place}/came/{rank}"]):
+                continue
             sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else None
             if rank not in signs or signs[rank][0] != sign:
                 signs[rank] = (sign, now)
             elif now - signs[rank][1] > self.lost_after:
-                raise RunError(f"rank {rank} gives no sign of life for {self.lost_after:.0f} s, before the first step.")
+                text = f"rank {rank} gives no sign of life for {self.lost_after:.0f} s, before the first step."
+                self.store.set(f"{place}/lost", text)
+                raise RunError(text)
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether this rank reads what others say of themselves: all of a small world, of a large one some."""
+        return self.rank % max(1, self.world_size // MOST) == 0
 
     def claims(self, text: str) -> bool:
         """Whether this rank is the first to tell ``text``; ranks that have the same to say stay silent."""
         try:
-            return self.store.add(f"told/{text}", 1) == 1
+            answer = within(STORE_SECONDS, lambda: self.store.add(f"told/{text}", 1))
         except (RuntimeError, dist.DistError):  # the store is gone with its host
             return True
+        return answer is None or answer == 1
+
+
+def within(seconds: float, work: Callable[[], T]) -> T | None:
+    """What ``work()`` gives, or None where it takes longer: a store whose host is cut off never answers."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    return found[0] if found else None
 
 
 def start_ranks(config: Config, ranks: Ranks | None = None) -> torch.device:

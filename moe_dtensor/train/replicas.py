@@ -64,8 +64,9 @@ def replicas(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
         yield name, local_part(parameter)
         for optimizer in trainer.optimizers:
             if parameter in optimizer.state:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    yield f"{moment} of {name}", local_part(optimizer.state[parameter][moment])
+                for moment, value in optimizer.state[parameter].items():
+                    if moment != "step":
+                        yield f"{moment} of {name}", local_part(value)
     yield "the balance's bias", trainer.balance.bias_LE
     yield "the balance's load", trainer.balance.previous_load_LE
 

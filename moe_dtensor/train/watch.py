@@ -1,8 +1,9 @@
 """Notices a rank that hangs, and names it, its step and the operation.
 
 Every rank writes signs of life into torchrun's store: a counter, its step, where its main thread is. A step that takes
-almost as long as ``comm.timeout_seconds`` makes each rank look at the signs of all: a rank that gives none is stopped
-or gone; one that is not in a collective while others are waits for nothing and is waited for.
+almost as long as ``comm.timeout_seconds`` makes ranks (of more than 64 some) look at the signs of all: one that gives
+none is stopped or gone; one that is not in a collective while others are waits for nothing and is waited for. A rank to
+which the store itself gives no answer ends by itself.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 
 from moe_dtensor.config.errors import FAILED, PEER_LOST, words
+from moe_dtensor.train.ranks import STORE_SECONDS
 
 _SHARE = 0.85
 """Of the timeout, after which a step is looked at: before the collectives themselves give up."""
+_WATCHED = 0.4
+"""The same, after which signs are read, so that it is known then which ones stand still."""
 _WAITS_IN = ("torch/distributed/", "moe_dtensor/parallel/collectives.py", "moe_dtensor/parallel/dispatch.py")
 _COMPUTES_IN = ("torch/distributed/tensor/",)
 
@@ -43,7 +47,7 @@ class Watch:
         self._period = min(5.0, max(0.5, timeout / 20))
         self._main = threading.main_thread().ident
         self._step, self._what = 0, "start"
-        self._since = time.monotonic()
+        self._since = self._answered = time.monotonic()
         self._armed = False
         self._folder: Path | None = None
         self._count = 0
@@ -53,6 +57,7 @@ class Watch:
             # A client of its own: another thread may block in the rank's.
             self._store = ranks.store.clone()
             threading.Thread(target=self._run, daemon=True).start()
+            threading.Thread(target=self._guard, daemon=True).start()
 
     def arm(self, folder: Path) -> None:
         """From here on a step that stands still is looked at; what is found goes into ``folder``."""
@@ -72,10 +77,28 @@ class Watch:
         while not self._stop.wait(self._period):
             with contextlib.suppress(RuntimeError):  # the store ends with its host
                 self._give_sign()
-                signs = self._read_signs()
-                late = time.monotonic() - self._since > _SHARE * self._timeout
-                if self._armed and late and self._what == "step":
-                    self._look(signs)
+                self._answered = time.monotonic()
+                late = self._lateness()
+                if late > _WATCHED * self._timeout and self._ranks.looks_around:
+                    signs = self._read_signs()
+                    if late > _SHARE * self._timeout:
+                        self._look(signs)
+                else:
+                    self._seen = {}
+
+    def _lateness(self) -> float:
+        """Seconds that the step takes already; 0 where none is watched."""
+        return time.monotonic() - self._since if self._armed and self._what == "step" else 0.0
+
+    def _guard(self) -> None:
+        """End where neither the step nor the store moves: the host of the store is cut off, and nobody else can end
+        this rank, which may hang in the store as well."""
+        limit = self._timeout + STORE_SECONDS + 2 * self._period
+        while not self._stop.wait(self._period):
+            silent = time.monotonic() - self._answered
+            if min(silent, self._lateness()) > limit:
+                print(words(cut_off(self._ranks, self._step, silent)), file=sys.stderr, flush=True)
+                self._end(FAILED)
 
     def _give_sign(self) -> None:
         self._count += 1
@@ -93,7 +116,7 @@ class Watch:
     def _read_signs(self) -> dict[int, dict[str, Any]]:
         """The last sign of every rank, with its age in seconds."""
         signs = {}
-        for rank in range(self._ranks.world_size) if self._armed else ():
+        for rank in range(self._ranks.world_size):
             key = f"sign/{rank}"
             sign = json.loads(self._store.get(key)) if self._store.check([key]) else {"count": 0, "step": 0}
             if rank not in self._seen or self._seen[rank][0] != sign["count"]:
@@ -110,9 +133,10 @@ class Watch:
         if healthy and self._ranks.rank == healthy[0]:
             self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
             print(words(tale(signs, hung, healthy[0], self._folder)), file=sys.stderr, flush=True)
+            time.sleep(self._period)  # with this one the others end, who may not have written their stacks yet
             self._end(FAILED)
         else:
-            time.sleep(1.0)  # leave the one that tells the time to
+            time.sleep(2 * self._period + 1.0)  # leave the one that tells the time to
             self._end(PEER_LOST)
 
     def _dump(self) -> None:
@@ -124,6 +148,14 @@ class Watch:
             stacks = {str(thread): traceback.format_stack(frame) for thread, frame in sys._current_frames().items()}
             with (self._folder / f"step-{self._step}-rank-{self._ranks.rank}.json").open("w") as file:
                 json.dump({"stacks": stacks, "flight_recorder": flight_recorder()}, file, indent=1)
+
+
+def cut_off(ranks: Any, step: int, silent: float) -> str:
+    """What a rank tells that hears nothing."""
+    return (
+        f"rank {ranks.rank} on {ranks.host} hears nothing from the first host for {silent:.0f} s, and step {step} "
+        "stands still.\nThat host is down, or the network between them."
+    )
 
 
 def find_hung(signs: dict[int, dict[str, Any]], stale: float) -> dict[int, str]:

@@ -53,7 +53,7 @@ LEFT_OUT = (
     ),
     *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
     *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
-    "optimizer.state_dtype",
+    *("optimizer.state_dtype", "optimizer.rounding"),
 )
 VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_layers": (1, 2, 3, 4, 6),

@@ -114,6 +114,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
             # What is rounded on purpose is no error of a mesh.
             "optimizer.state_dtype": "auto",
+            "optimizer.rounding": "nearest",
             "checkpoint.enable": False,
             "checkpoint.export_hf": False,
             "model.vocab_size": config.model.vocab_size or 261,

@@ -278,6 +278,17 @@ WRONG = [
         "training.reduce_dtype = float16 holds",
         "float32",
     ),
+    (
+        "--training.dtype bfloat16 --training.param_dtype bfloat16 --mesh.dp 2 --mesh.experts dp "
+        "--training.microbatch_size 6",
+        "mesh.experts = dp adds gradients of 2 microbatches up in training.dtype = bfloat16",
+        "mesh.experts = tp",
+    ),
+    (
+        "--optimizer.rounding stochastic",
+        "optimizer.rounding = stochastic is for weights in bfloat16, not training.dtype = float32",
+        "training.dtype = bfloat16, or optimizer.rounding = nearest",
+    ),
     ("--training.reduce_dtype bfloat16", "training.reduce_dtype = bfloat16 is narrower", "float32"),
     ("--moe.backend grouped_gemm", "moe.backend = grouped_gemm computes in bfloat16", "reference"),
     (

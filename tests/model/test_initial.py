@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.model import initial
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.train.optimizer import is_decayed
@@ -45,3 +48,31 @@ def test_biases_of_norms_feed_forward_and_head_start_at_0_and_none_decays() -> N
         assert not parameter.any(), name
         assert not is_decayed(name, parameter)
     assert (model.norm.weight == 1).all()
+
+
+def test_a_large_tensor_is_drawn_in_blocks_of_rows_and_only_where_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "LARGE", 100)
+    monkeypatch.setattr(initial, "BLOCK", 24)
+    drawn: list[tuple[int, ...]] = []
+    normal = initial._normal
+
+    def count(shape: tuple[int, ...], *rest: object) -> Tensor:
+        drawn.append(shape)
+        return normal(shape, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(initial, "_normal", count)
+
+    def held(rows: slice, columns: slice) -> Tensor:
+        drawn.clear()
+        local = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+        initial._fill_normal(local, (rows, columns), (18, 6), 1.0, "seed/tok_embeddings.weight")
+        return local
+
+    whole = held(slice(0, 18), slice(0, 6))
+    assert drawn == [(4, 6)] * 4 + [(2, 6)]
+    assert whole.unique().numel() == whole.numel()
+    assert 0.7 < whole.std() < 1.3
+    assert torch.equal(held(slice(5, 17), slice(2, 5)), whole[5:17, 2:5])
+    assert drawn == [(4, 6)] * 3 + [(2, 6)]
+    assert torch.equal(held(slice(9, 10), slice(0, 6)), whole[9:10])
+    assert drawn == [(4, 6)]

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -58,11 +59,11 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def start(host: str, folder: Path, hosts: int, *more: str, **environment: str) -> subprocess.Popen:
-    """``run_train.sh`` on a host; its output goes to ``<folder>/<host>.log``."""
+def start(host: str, folder: Path, hosts: int, *more: str, root: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """``run_train.sh`` of the code in ``root`` on a host; its output goes to ``<folder>/<host>.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"NNODES": str(hosts), "NGPU": "1", "RDZV_ENDPOINT": "10.77.0.1:29500", "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "run_train.sh"), *FLAGS, "--run.folder", str(folder / "run"), *more]
+    command = ["bash", str(root / "run_train.sh"), *FLAGS, "--run.folder", str(folder / "run"), *more]
     with (folder / f"{host}.log").open("w") as log:
         return subprocess.Popen(
             ["ip", "netns", "exec", host, *command],
@@ -101,18 +102,23 @@ def test_losses_are_those_of_one_host(hosts: list[str], tmp_path: Path, count: i
     assert f"host 1 of {count}, address 10.77.0.2, interface net0" in (tmp_path / f"all/{hosts[1]}.log").read_text()
 
 
-def test_a_killed_host_and_a_resume(hosts: list[str], tmp_path: Path) -> None:
-    pair = [start(host, tmp_path / "run", 2, "--training.steps", "400") for host in hosts[:2]]
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_killed_host_and_a_resume(hosts: list[str], tmp_path: Path, count: int) -> None:
+    constant = ["--lr_scheduler.decay", "constant"]
+    running = [start(host, tmp_path / "run", count, "--training.steps", "400", *constant) for host in hosts[:count]]
     deadline = time.monotonic() + 400
     while not list((tmp_path / "run/run").glob("checkpoint*/step-*/.metadata")):
         assert time.monotonic() < deadline, (tmp_path / f"run/{hosts[0]}.log").read_text()
         time.sleep(0.5)
     kill(hosts[1])
-    pair[1].wait()
-    assert pair[0].wait(300) != 0
+    running[1].wait()
+    for i, process in enumerate(running):
+        assert i == 1 or process.wait(300) != 0
     steps = max(int(path.name[5:]) for path in (tmp_path / "run/run").glob("checkpoint*/step-*"))
-    again = [start(host, tmp_path / "run", 2, "--training.steps", str(steps + 2)) for host in hosts[:2]]
-    finish(again, tmp_path / "run")
+    end = ["--training.steps", str(steps + 2), *constant]
+    finish([start(host, tmp_path / "run", count, *end) for host in hosts[:count]], tmp_path / "run")
+    finish([start(hosts[3], tmp_path / "one", 1, *end, NGPU=str(count))], tmp_path / "one")
+    assert losses(tmp_path / "run") == losses(tmp_path / "one")
     assert max(losses(tmp_path / "run")) == steps + 2
 
 
@@ -144,3 +150,60 @@ def test_another_config_on_one_host_is_one_sentence(hosts: list[str], tmp_path: 
     lines = [told(process, tmp_path, host)[0] for process, host in zip(pair, hosts, strict=False)]
     assert lines[0] == lines[1]
     assert "the hosts differ in flags: 10.77.0.1 has" in lines[0]
+
+
+def test_other_code_on_one_host_is_one_sentence(hosts: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "code"
+    for name in ("moe_dtensor", "scripts", "train_configs"):
+        shutil.copytree(ROOT / name, other / name)
+    for name in ("run_train.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, other / name)
+    with (other / "moe_dtensor/placement.py").open("a") as file:
+        file.write("# changed\n")
+    roots = (ROOT, other)
+    pair = [start(host, tmp_path, 2, root=root) for host, root in zip(hosts[:2], roots, strict=True)]
+    lines = [told(process, tmp_path, host)[0] for process, host in zip(pair, hosts, strict=False)]
+    assert lines[0] == lines[1]
+    assert "the hosts differ in code (moe_dtensor/): 10.77.0.1 has" in lines[0]
+
+
+def until_a_step(folder: Path, host: str) -> None:
+    """Return when one is done."""
+    deadline = time.monotonic() + 400
+    while not (folder / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline, (folder / f"{host}.log").read_text()
+        time.sleep(0.5)
+
+
+def pids_of(host: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", host], check=True, capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def test_a_rank_that_is_killed_on_the_second_host_is_named_there(hosts: list[str], tmp_path: Path) -> None:
+    pair = [start(host, tmp_path, 2, "--training.steps", "4000") for host in hosts[:2]]
+    until_a_step(tmp_path, hosts[0])
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids_of(hosts[1])}
+    (rank,) = (
+        pid for pid, words in commands.items() if b"train" in words and b"launch" not in words and b"-u" in words
+    )
+    os.kill(rank, signal.SIGSEGV)
+    assert [process.wait(120) for process in pair] == [1, 1]
+    log = (tmp_path / f"{hosts[1]}.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("error:")] == [
+        f"error: rank 1 on {socket.gethostname()} was killed by SIGSEGV."
+    ]
+    assert "Traceback" not in log
+
+
+def test_a_link_that_breaks_ends_all_within_the_timeout(hosts: list[str], tmp_path: Path) -> None:
+    more = ["--training.steps", "4000", "--comm.timeout_seconds", "20"]
+    pair = [start(host, tmp_path, 2, *more) for host in hosts[:2]]
+    until_a_step(tmp_path, hosts[0])
+    ip("-n", hosts[1], "link", "set", "net0", "down")
+    broke = time.monotonic()
+    for process, host in zip(pair, hosts, strict=False):
+        assert process.wait(200) == 1
+        log = (tmp_path / f"{host}.log").read_text()
+        assert [line for line in log.splitlines() if "error:" in line], log
+    assert time.monotonic() - broke < 90

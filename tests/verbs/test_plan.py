@@ -273,6 +273,18 @@ def test_experts_keep_their_input_and_hidden_rows() -> None:
     assert block_bytes(wider, True).kept - block_bytes(config, True).kept == 4 * tokens * 8 * 512
 
 
+@pytest.mark.parametrize(
+    ("rounding", "state", "size"),
+    [("nearest", "auto", 8), ("stochastic", "auto", 8), ("remainder", "auto", 10), ("remainder", "float32", 14)],
+)
+def test_bytes_of_a_weight_in_bfloat16(rounding: str, state: str, size: int) -> None:
+    """Weight, gradient, moments and what is kept of its low bits."""
+    narrow = {"training__dtype": "bfloat16", "optimizer__rounding": rounding, "optimizer__state_dtype": state}
+    config = preset("olmoe_small", "4x1x1", training__global_batch_size=64, **narrow)
+    memory = rank_memory(config, 0)
+    assert memory.weights + memory.gradients + memory.moments == size * parameters(config)[0] // 4
+
+
 def test_gradients_are_whole_while_microbatches_accumulate() -> None:
     four, one = (rank_memory(preset("olmoe_small", "4x1x1", training__global_batch_size=b), 0) for b in (256, 64))
     assert four.gradients == 4 * parameters(preset("olmoe_small", "4x1x1"))[0]
