@@ -23,7 +23,7 @@ from moe_dtensor.config.errors import FAILED, WRONG, ConfigError, RunError, word
 from moe_dtensor.config.schema import Config
 
 T = TypeVar("T")
-MOST = 64
+MOST = 32
 """Ranks that read what all others say; with more, the store would have ranks x ranks to answer."""
 STORE_SECONDS = 10.0
 """How long a rank that ends waits for the store."""
@@ -122,13 +122,15 @@ class Ranks:
             self.store.set(f"{place}/failed/{number}", json.dumps([self.rank, error]))
         self.store.set(f"{place}/came/{self.rank}", "")
         self.store.add(f"{place}/came", 1)
-        pause = 0.01
+        pause, looked = 0.01, time.monotonic()
         signs: dict[int, tuple[Any, float]] = {}
         while self.store.add(f"{place}/came", 0) < self.world_size:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
             if self.looks_around:
-                self._check_signs(place, signs)
+                if time.monotonic() - looked > self.lost_after / 10:
+                    looked = time.monotonic()
+                    self._check_signs(place, signs)
             elif self.store.check([f"{place}/lost"]):
                 raise RunError(bytes(self.store.get(f"{place}/lost")).decode())
         failures = self.store.add(f"{place}/failed", 0)

@@ -1,7 +1,7 @@
 """Notices a rank that hangs, and names it, its step and the operation.
 
 Every rank writes signs of life into torchrun's store: a counter, its step, where its main thread is. A step that takes
-almost as long as ``comm.timeout_seconds`` makes ranks (of more than 64 some) look at the signs of all: one that gives
+almost as long as ``comm.timeout_seconds`` makes ranks (of 64 or more some) look at the signs of all: one that gives
 none is stopped or gone; one that is not in a collective while others are waits for nothing and is waited for. A rank to
 which the store itself gives no answer ends by itself.
 """
