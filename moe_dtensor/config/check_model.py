@@ -77,6 +77,9 @@ def _latent(config: Config) -> Broken:
 def _rotation(config: Config) -> Broken:
     model = config.model
     query, _, rotated = head_widths(config)
+    for key, base in (("rope_theta", model.rope_theta), ("window_theta", model.window_theta)):
+        if 0 < base <= 1:
+            yield f"model.{key} = {base}: no pair of dimensions turns slower than the one before.", "Set it above 1."
     if rotated % 2:
         key = "rope_dim" if is_latent(config) else "rotary_dim" if rotated != query else "head_dim"
         remedy = f"Set model.{key} = {rotated + 1}"

@@ -65,6 +65,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "model.vocab_size": (5, 61, 64, 130),
     "model.norm_eps": (1e-6, 1e-3),
     "model.rope_theta": (100.0, 1e6),
+    "model.window_theta": (0.0, 50.0),
+    # Normed, a latent of one number is its sign, whose gradient is rounding.
+    "model.q_rank": (0, 4, 8),
+    "model.kv_rank": (0, 4, 8, 12),
     "moe.num_experts": (0, 1, 2, 3, 4, 6, 8, 16),
     "moe.top_k": (1, 2, 3, 4),
     "moe.hidden_dim": (4, 8, 12),

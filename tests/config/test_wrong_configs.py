@@ -21,6 +21,7 @@ WRONG = [
     ("--modle.dim 64", "[modle]: no such table", "Did you mean [model]?"),
     ("--model.num_experts 4", "model.num_experts: no such key", "Did you mean moe.num_experts?"),
     ("--steps 5", "unrecognized arguments: --steps", "--training.steps"),
+    ("--model.rope_theta 1", "model.rope_theta = 1.0: no pair of dimensions turns slower", "Set it above 1"),
     ("--model.dim", "--model.dim has no value", "VALUE"),
     ("--model.dim wide", 'model.dim = "wide" has the wrong type', "an integer, such as 256"),
     ("--model.dim 64.5", 'model.dim = "64.5" has the wrong type', "an integer"),
