@@ -15,10 +15,12 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,17 +65,19 @@ def measure(config: Config, rank: int, step: bool = True, values: bool = False) 
         Seconds of the processor by stage, resident memory in MiB, process groups, and the step's collectives by axis
         and kind.
     """
-    seconds: dict[str, float] = {}
     mesh, start = config.mesh, time.perf_counter()
-    found: dict[str, Any] = {"mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}", "rank": rank, "seconds": seconds}
-    others = {} if rank else told_by_stage(config)
-    with member(config, rank):
-        found |= _plan(ready(config), rank, seconds, others, values)
+    found = {"mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}", "rank": rank, **_apart(_plan, config, rank, values)}
     if step:
-        with member(config, rank):
-            found |= _step(ready(narrow(config)), seconds)
+        stepped = _apart(_step, config, rank)
+        found |= stepped | {"seconds": found["seconds"] | stepped["seconds"]}
     found["seconds by the clock"] = round(time.perf_counter() - start, 1)
-    return found | {"resident MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return found | {"resident MiB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024}
+
+
+def _apart(work: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
+    """``work(*words)`` in a process of its own: torch keeps names of an ended world's groups in its caches."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(work, *words).result()
 
 
 def narrow(config: Config) -> Config:
@@ -99,14 +103,16 @@ def narrow(config: Config) -> Config:
     return override(config, changes)
 
 
-def _plan(
-    config: Config, rank: int, seconds: dict[str, float], others: dict[int, Told], values: bool
-) -> dict[str, Any]:
-    """Build and plan a save.
+def _plan(config: Config, rank: int, values: bool) -> dict[str, Any]:
+    """Build and plan a save."""
+    # What the first ranks of the other stages tell rank 0.
+    others = {} if rank else told_by_stage(config)
+    with member(config, rank):
+        return _planned(ready(config), rank, others, values)
 
-    Args:
-        others: what the first ranks of the other stages tell rank 0; see :func:`told_by_stage`.
-    """
+
+def _planned(config: Config, rank: int, others: dict[int, Told], values: bool) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
     timed = partial(_timed, seconds)
     with timed("build"):
         trainer = build(config, torch.device("cpu"), values=values)
@@ -119,6 +125,7 @@ def _plan(
         plan = planner.create_local_plan()
     sent = vars(traffic(config))
     found = {
+        "seconds": seconds,
         "parameters of the rank": sum(local_part(x).numel() for part in trainer.parts for x in part.parameters()),
         "process groups": len(_world.pg_map),
         "GiB sent in a step": {name: round(value / 2**30, 2) for name, value in sent.items() if value},
@@ -154,8 +161,14 @@ def _index_size(metadata: Metadata) -> float:
         return round((Path(folder) / INDEX).stat().st_size / 2**20, 1)
 
 
-def _step(config: Config, seconds: dict[str, float]) -> dict[str, Any]:
-    """Build with values and take two steps."""
+def _step(config: Config, rank: int) -> dict[str, Any]:
+    """Build with narrow widths and values, and take two steps."""
+    with member(config, rank):
+        return _stepped(ready(narrow(config)))
+
+
+def _stepped(config: Config) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
     with _timed(seconds, "narrow build"):
         trainer = build(config, torch.device("cpu"))
     loader = Loader(config, build_corpus(config))
@@ -165,7 +178,7 @@ def _step(config: Config, seconds: dict[str, float]) -> dict[str, Any]:
         with BytesSent(trainer.mesh) as sent, _timed(seconds, "step"):
             train_step(trainer, read_batch(trainer, loader))
     calls = {f"{axis} {kind}": count for (axis, kind), count in sorted(sent.calls.items())}
-    return {"collectives of a step": calls}
+    return {"seconds": seconds, "collectives of a step": calls}
 
 
 @contextmanager
