@@ -73,5 +73,7 @@ def _view(mesh: DeviceMesh, **sizes: int) -> DeviceMesh:
     made = mesh.__dict__.setdefault("views_of_dp", {})
     key = tuple(sizes.items())
     if key not in made:
-        made[key] = mesh._unflatten("dp", tuple(sizes.values()), tuple(sizes))
+        assert mesh.mesh_dim_names is not None
+        # By number: torch 2.11 refuses every name.
+        made[key] = mesh._unflatten(mesh.mesh_dim_names.index("dp"), tuple(sizes.values()), tuple(sizes))
     return made[key]

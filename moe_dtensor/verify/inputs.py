@@ -168,6 +168,10 @@ def global_batch(config: Config, step: int = 1) -> list[Microbatch]:
     generator = torch.Generator().manual_seed(training.seed + step)
     shape = (training.global_batch_size, training.seq_len)
     tokens, labels = (torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(2))
+    if training.seq_len > 1:
+        # One token over and over makes all rows of Sinkhorn's plan alike, and rounding would choose the experts.
+        alike = (tokens == tokens[:, :1]).all(1)
+        tokens[alike, -1] = (tokens[alike, -1] + 1) % config.model.vocab_size
     ignored = torch.randint(0, training.seq_len // 2 + 1, (shape[0],), generator=generator)
     if shape[0] > 1:
         ignored[0] = training.seq_len - 1

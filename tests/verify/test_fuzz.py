@@ -13,6 +13,7 @@ from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.fuzz import Drawn, command, drawn_keys, draws, shrink_failure, smallest
+from moe_dtensor.verify.inputs import global_batch
 from moe_dtensor.verify.miniature import Layout, legal
 
 DEBUG = str(Path(__file__).parents[2] / "train_configs" / "debug.toml")
@@ -112,3 +113,10 @@ def test_the_command_makes_the_same_case(capsys: object) -> None:
 @pytest.mark.full
 def test_some_cases_pass() -> None:
     assert main(["verify", "--config", DEBUG, "--fuzz", "4", "--seed", "11"]) == 0
+
+
+def test_no_sequence_is_one_token_over_and_over() -> None:
+    config = override(smallest(Layout(1, 1, 1)), {"training.seq_len": 2, "model.vocab_size": 5})
+    batches = [batch for step in range(1, 9) for batch in global_batch(config, step)]
+    assert len(batches) == 32
+    assert all(len(set(row)) > 1 for batch in batches for row in batch.tokens.tolist())
