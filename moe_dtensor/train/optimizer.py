@@ -19,6 +19,8 @@ from torch.optim.adamw import adamw
 from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
+from moe_dtensor.kernels.adamw import Numbers, has_kernel
+from moe_dtensor.kernels.adamw import update as adamw_kernel
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.train.rounding import Chance, join, round_by_chance, split
 
@@ -29,8 +31,8 @@ REMAINDER = "remainder"
 
 
 class WideningAdamW(AdamW):
-    """Widens a piece of weight, gradient and moments, lets torch's fused AdamW update them, and rounds what is kept:
-    moments to the nearest, weights as ``optimizer.rounding`` has it."""
+    """Widens weight, gradient and moments, updates them, and rounds what is kept: moments to the nearest, weights as
+    ``optimizer.rounding`` has it. On a GPU in one kernel, else a piece at a time by torch's fused AdamW."""
 
     chance: dict[Tensor, Chance] | None = None
     """Of each parameter, where weights are rounded by chance."""
@@ -49,6 +51,11 @@ class WideningAdamW(AdamW):
         names = ["exp_avg", "exp_avg_sq", *([REMAINDER] if REMAINDER in state else [])]
         kept = [_flat(x) for x in (parameter, parameter.grad, *(state[name] for name in names))]
         beta1, beta2 = group["betas"]
+        place = self.chance[parameter].elements() if self.chance is not None else None
+        if has_kernel(tuple(kept)) and (self.chance is None or place is not None):
+            numbers = Numbers(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+            adamw_kernel(tuple(kept), state["step"], numbers, place, getattr(self, "found_inf", None))
+            return
         done, start = state["step"], 0
         # A rank may hold nothing of a parameter; its count of steps goes on with the others'.
         for pieces in zip(*(x.split(PIECE) for x in kept), strict=True):

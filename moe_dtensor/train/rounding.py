@@ -6,11 +6,14 @@ A float32 number is a bfloat16 number and 16 bits more: both have one sign and e
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moe_dtensor.kernels.adamw import Elements
 
 HALF = 1 << 15
 
@@ -62,6 +65,19 @@ class Chance:
             self._shape, self._offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
+
+    def elements(self) -> Elements | None:
+        """The elements that this rank holds; None where more than one axis after the first is cut, and they come in no
+        equally long runs."""
+        cut = [i for i in range(1, len(self._shape)) if self._shape[i] * self._strides[i] != self._strides[i - 1]]
+        if len(cut) > 1:
+            return None
+        base = sum(offset * stride for offset, stride in zip(self._offset, self._strides, strict=True))
+        run, stride = math.prod(self._shape), 0
+        if cut:
+            run, stride = self._shape[cut[0]] * self._strides[cut[0]], self._strides[cut[0] - 1]
+        of_name, of_high, of_step = self._keys
+        return Elements((of_name, of_high, of_step), base, run, stride)
 
     def draw(self, start: int, end: int, updates: Tensor) -> Tensor:
         """For elements ``start`` to ``end - 1`` of what this rank holds, int32 in [0, 65536).

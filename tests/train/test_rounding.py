@@ -101,7 +101,12 @@ def _drawn() -> dict[str, Tensor]:
         shape = (7, 5) if name == "uneven" else (6, 4)
         parameter = distribute_tensor(torch.zeros(shape), mesh, places)
         local = parameter.to_local()
-        drawn = Chance(parameter, "w", 0).draw(0, local.numel(), torch.tensor(2.0)).view(local.shape)
+        chance = Chance(parameter, "w", 0)
+        drawn = chance.draw(0, local.numel(), torch.tensor(2.0)).view(local.shape)
+        held, runs = torch.arange(local.numel()), chance.elements()
+        assert runs is not None
+        numbers = runs.base + held // runs.run * runs.stride + held % runs.run
+        assert torch.equal(numbers, chance._elements(0, local.numel(), torch.device("cpu")))
         found[name] = DTensor.from_local(
             drawn, mesh, places, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
         )

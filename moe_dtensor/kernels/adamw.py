@@ -1,0 +1,63 @@
+"""AdamW's update of one tensor in float32, of whatever dtypes weight, gradient and moments are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dtensor.kernels.library import launches_triton, triton_kernels
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Which elements of a whole tensor a rank holds, where they come in equally long runs: its i-th is number
+    ``base + i // run * stride + i % run``. ``keys`` and these numbers are what rounding by chance draws from
+    (:class:`moe_dtensor.train.rounding.Chance`)."""
+
+    keys: tuple[int, int, int]
+    base: int
+    run: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Hyperparameters of a parameter group, as torch names them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def has_kernel(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether :func:`update` takes these: on a GPU, contiguous, and none wider than float32."""
+    narrow = (torch.float32, torch.bfloat16, torch.int16)
+    return launches_triton(tensors[0]) and all(x.is_contiguous() and x.dtype in narrow for x in tensors)
+
+
+def update(
+    tensors: tuple[Tensor, ...],
+    step: Tensor,
+    numbers: Numbers,
+    chance: Elements | None,
+    found_inf: Tensor | None,
+) -> None:
+    """AdamW with decoupled weight decay (arXiv:1711.05101, algorithm 2), in place, all in one pass.
+
+    Args:
+        tensors: weight, gradient, both moments, and the weight's low bits (int16) where they are kept, all of one size.
+            The gradient is not written.
+        step: updates so far, a float32 scalar on the device; one more afterwards.
+        numbers: of the parameter group.
+        chance: round the weight up or down by chance; None: to the nearest.
+        found_inf: above 0: nothing is updated. None: everything is.
+    """
+    betas = torch.tensor([numbers.beta1, numbers.beta2], dtype=torch.float64, device=step.device)
+    corrections = (1 - betas ** (step + 1)).to(torch.float32)
+    skipped = torch.zeros_like(step) if found_inf is None else (found_inf > 0).to(step.dtype).view(())
+    triton_kernels("adamw").update(tensors, step, corrections, skipped, numbers, chance)
+    step += 1 - skipped

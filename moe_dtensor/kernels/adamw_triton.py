@@ -1,0 +1,136 @@
+"""Triton kernel of :mod:`.adamw`, bound by memory bandwidth."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_dtensor.kernels.adamw import Elements, Numbers
+from moe_dtensor.kernels.library import ceil_div
+
+_BLOCK = 1024
+_ALL = Elements((0, 0, 0), 0, 1, 1)
+
+
+def update(
+    tensors: tuple[Tensor, ...],
+    step: Tensor,
+    corrections: Tensor,
+    skipped: Tensor,
+    numbers: Numbers,
+    chance: Elements | None,
+) -> None:
+    """See :func:`moe_dtensor.kernels.adamw.update`."""
+    elements = tensors[0].numel()
+    if not elements:
+        return
+    place = chance or _ALL
+    rounding = "remainder" if len(tensors) == 5 else "nearest" if chance is None else "stochastic"
+    _update[(ceil_div(elements, _BLOCK),)](
+        *(tensors if len(tensors) == 5 else (*tensors, tensors[0])),
+        step,
+        corrections,
+        skipped,
+        elements,
+        numbers.lr,
+        numbers.beta1,
+        numbers.beta2,
+        numbers.eps,
+        numbers.weight_decay,
+        place.base,
+        place.run,
+        place.stride,
+        *place.keys,
+        ROUNDING=rounding,
+        IN_RUNS=place.run < elements,
+        BLOCK=_BLOCK,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "elements",
+        "lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "decay",
+        "base",
+        "run",
+        "stride",
+        "low",
+        "high",
+        "turn",
+    ]
+)
+def _update(
+    weight_ptr,
+    grad_ptr,
+    first_ptr,
+    second_ptr,
+    remainder_ptr,
+    step_ptr,
+    corrections_ptr,
+    skipped_ptr,
+    elements,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    decay,
+    base,
+    run,
+    stride,
+    low,
+    high,
+    turn,
+    ROUNDING: tl.constexpr,
+    IN_RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(skipped_ptr) > 0:
+        return
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    grad = tl.load(grad_ptr + place, mask=inside).to(tl.float32)
+    first = tl.load(first_ptr + place, mask=inside).to(tl.float32)
+    second = tl.load(second_ptr + place, mask=inside).to(tl.float32)
+    weight = tl.load(weight_ptr + place, mask=inside)
+    if ROUNDING == "remainder":
+        rest = tl.load(remainder_ptr + place, mask=inside).to(tl.int32)
+        bits = (weight.to(tl.int16, bitcast=True).to(tl.int32) << 16) + rest
+        weight = bits.to(tl.float32, bitcast=True)
+    else:
+        weight = weight.to(tl.float32)
+
+    weight -= lr * decay * weight
+    first += (1 - beta1) * (grad - first)
+    second = beta2 * second + (1 - beta2) * grad * grad
+    size = tl.sqrt_rn(second) / tl.sqrt_rn(tl.load(corrections_ptr + 1)) + eps
+    weight -= lr / tl.load(corrections_ptr) * first / size
+
+    tl.store(first_ptr + place, first.to(first_ptr.dtype.element_ty), mask=inside)
+    tl.store(second_ptr + place, second.to(second_ptr.dtype.element_ty), mask=inside)
+    if ROUNDING == "nearest":
+        tl.store(weight_ptr + place, weight.to(weight_ptr.dtype.element_ty), mask=inside)
+    elif ROUNDING == "remainder":
+        bits = weight.to(tl.int32, bitcast=True)
+        upper = (bits + 32768) >> 16
+        tl.store(weight_ptr + place, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(remainder_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
+    else:
+        element = base + (place // run) * stride + place % run if IN_RUNS else base + place
+        count = _mix(tl.load(step_ptr).to(tl.int32).to(tl.uint32) ^ turn.to(tl.uint32))
+        upper = _mix((element >> 32).to(tl.uint32) ^ high.to(tl.uint32))
+        chance = _mix(_mix(element.to(tl.uint32) ^ low.to(tl.uint32)) ^ upper ^ count) >> 16
+        bits = (weight.to(tl.uint32, bitcast=True) + chance) & 0xFFFF0000
+        tl.store(weight_ptr + place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _mix(x):
+    """:func:`moe_dtensor.train.rounding._mix`."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
