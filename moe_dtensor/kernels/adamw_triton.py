@@ -121,11 +121,17 @@ def _update(
         tl.store(remainder_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
     else:
         element = base + (place // run) * stride + place % run if IN_RUNS else base + place
-        count = _mix(tl.load(step_ptr).to(tl.int32).to(tl.uint32) ^ turn.to(tl.uint32))
-        upper = _mix((element >> 32).to(tl.uint32) ^ high.to(tl.uint32))
-        chance = _mix(_mix(element.to(tl.uint32) ^ low.to(tl.uint32)) ^ upper ^ count) >> 16
+        chance = _draw(element, tl.load(step_ptr), low, high, turn)
         bits = (weight.to(tl.uint32, bitcast=True) + chance) & 0xFFFF0000
         tl.store(weight_ptr + place, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _draw(element, updates, low, high, turn):
+    """:meth:`moe_dtensor.train.rounding.Chance.draw`."""
+    count = _mix(updates.to(tl.int32).to(tl.uint32) ^ turn.to(tl.uint32))
+    upper = _mix((element >> 32).to(tl.uint32) ^ high.to(tl.uint32))
+    return _mix(_mix(element.to(tl.uint32) ^ low.to(tl.uint32)) ^ upper ^ count) >> 16
 
 
 @triton.jit
