@@ -11,7 +11,6 @@ from moe_dtensor.train.optimizer import REMAINDER, WideningAdamW
 from moe_dtensor.train.rounding import Chance, round_by_chance, split
 
 KINDS = {
-    "moments in bfloat16": (torch.float32, torch.bfloat16, "nearest"),
     "all in bfloat16": (torch.bfloat16, torch.bfloat16, "nearest"),
     "by chance": (torch.bfloat16, torch.float32, "stochastic"),
     "remainder": (torch.bfloat16, torch.bfloat16, "remainder"),
