@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--between", type=float, default=defaults.between / 1e9, metavar="GB/s", help="between hosts; default: 50"
     )
     group.add_argument(
-        "--tflops", type=float, default=defaults.flops / 1e12, help="TFLOP/s a device makes of products; default: 340"
+        "--tflops", type=float, default=defaults.flops / 1e12, help="TFLOP/s a device makes of products; default: 380"
     )
     group.add_argument("--routing", choices=ROUTINGS, default="learned", help="what to rank by; default: learned")
     group.add_argument("--top", type=int, default=8, metavar="N", help="ways to show; default: 8")
@@ -179,6 +179,8 @@ def measurements() -> Iterator[dict[str, Any]]:
             if not {"result", "config", "ranks"} <= record.keys():
                 continue
             config = config_of(record)
+            if config.fsdp.cpu_offload:
+                continue  # the estimate knows nothing of the way to host memory
             speeds = Speeds(inside=config.mesh.link_bandwidth * 1e9)
             estimate = tokens_per_second(config, step_time(config, speeds, "balanced"))
             real = record["result"]["tokens_per_second"]

@@ -112,8 +112,8 @@ def test_the_estimate_is_near_what_was_measured() -> None:
     """Steps of bench train on one and two GPUs; debug is bound by the host, of which the estimate knows nothing."""
     errors = {m["name"]: m["error"] for m in measurements()}
     assert len(errors) >= 20
-    assert median(abs(error) for error in errors.values()) < 0.15
-    assert all(abs(error) < 0.6 for name, error in errors.items() if "debug" not in name)
+    assert median(abs(error) for error in errors.values()) < 0.12
+    assert all(abs(error) < 0.7 for name, error in errors.items() if "debug" not in name)
 
 
 @pytest.mark.parametrize(
