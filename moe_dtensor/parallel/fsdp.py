@@ -73,10 +73,11 @@ def _shard_placement(config: Config, mesh: DeviceMesh) -> Callable[[Row], Any]:
             f"mesh.expert_weights = sharded needs a newer torch than {torch.__version__}.",
             "Install torch 2.13, or set mesh.expert_weights = replicated.",
         ) from None
-    groups = expert_fsdp_mesh(config, mesh)
-    across = FSDPMeshInfo(groups, 0) if groups.ndim == 1 else HSDPMeshInfo(groups, 1, 0)
-    dense = fsdp_mesh(config, mesh)
+    dense, groups = fsdp_mesh(config, mesh), expert_fsdp_mesh(config, mesh)
     over_dp = FSDPMeshInfo(dense, 0) if dense.ndim == 1 else HSDPMeshInfo(dense, 1, 0)
+    across = FSDPMeshInfo(groups, 0) if groups.ndim == 1 else HSDPMeshInfo(groups, 1, 0)
+    if groups.mesh.equal(dense.mesh):  # each rank has all experts: the same ranks, of which FSDP wants one object
+        across = over_dp
 
     def place(row: Row) -> Any:
         if row.groups is None:

@@ -50,6 +50,7 @@ def groups(experts: str, ranks: int, **more: Any) -> Keys:
 
 SHARDED: Keys = {"mesh.expert_weights": "sharded"}
 PROVEN: list[tuple[Layout, Keys]] = [
+    (Layout(2, 1, 1), groups("dp", 1) | SHARDED),
     (Layout(4, 1, 1), groups("dp", 2) | {"mesh.dp_replicate": 2, "fsdp.accumulate": "sharded"}),
     (Layout(4, 1, 1), groups("dp", 2) | SHARDED | {"mesh.dispatch": "all_to_all"}),
 ]
