@@ -94,8 +94,12 @@ class Watch:
         """End where neither the step nor the store moves: the host of the store is cut off, and nobody else can end
         this rank, which may hang in the store as well."""
         limit = self._timeout + STORE_SECONDS + 2 * self._period
+        looked = time.monotonic()
         while not self._stop.wait(self._period):
-            silent = time.monotonic() - self._answered
+            now = time.monotonic()
+            # One that was frozen asked for nothing either: that time does not count.
+            self._answered += max(0.0, now - looked - 2 * self._period)
+            looked, silent = now, now - self._answered
             if min(silent, self._lateness()) > limit:
                 print(words(cut_off(self._ranks, self._step, silent)), file=sys.stderr, flush=True)
                 self._end(FAILED)

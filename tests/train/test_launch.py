@@ -117,6 +117,8 @@ def test_a_thawed_run_writes_nothing(tmp_path: Path) -> None:
     """Launcher and ranks frozen, the run ended by a second launcher, the first thawed: both wrote the same files."""
     folder = tmp_path / "run"
     changes = {"training__steps": "600", "checkpoint__interval": "100", "run__fresh": "false"}
+    # A collective that outlasts its time while it is frozen would be the error that is told.
+    changes["comm__timeout_seconds"] = "600"
     first = launch(folder, **changes)
     holder(folder)
     frozen = [first.pid, *children(first.pid)]
