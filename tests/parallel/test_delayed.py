@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dtensor.config.load import load, override
-from moe_dtensor.parallel import collectives
+from moe_dtensor.parallel import collectives, lending
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import Verdict
@@ -28,12 +28,12 @@ DEBUG = load(Path(__file__).parents[2] / "train_configs" / "debug.toml")
 @contextmanager
 def delayed() -> Iterator[None]:
     """A result is NaN until it is waited for; what was sent has to be what it was until then."""
-    right_call, right_wait = collectives._call, collectives._wait_one
+    right_call, right_finish = collectives._call, collectives.finish
     under_way: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def start_one(x: Tensor, kind: Any, collective: Any) -> Tensor:
+    def start(x: Tensor, kind: Any, collective: Any) -> Tensor:
         sent = x.contiguous()
-        done = right_wait(right_call(sent, kind, collective), kind)
+        done = right_finish(right_call(sent, kind, collective), kind)
         if kind in ("local_slice", "identity") or not done.is_floating_point() or not done.numel():
             return done
         late = torch.full_like(done, torch.nan)
@@ -41,14 +41,15 @@ def delayed() -> Iterator[None]:
         under_way[late.data_ptr()] = done, sent, sent.clone()
         return late
 
-    def wait_one(x: Tensor, kind: Any) -> Tensor:
+    def finish(x: Tensor, kind: Any) -> Tensor:
         if x.numel() and x.data_ptr() in under_way:
             done, sent, as_sent = under_way.pop(x.data_ptr())
             assert torch.equal(sent, as_sent), f"what {kind} sends was changed before it was waited for"
             x.data.copy_(done)
         return x.view_as(x)
 
-    with mock.patch.multiple(collectives, _start_one=start_one, _wait_one=wait_one):
+    late = {"start": start, "finish": finish}
+    with mock.patch.multiple(collectives, **late), mock.patch.multiple(lending, **late):
         yield
 
 
@@ -85,6 +86,10 @@ CASES = {
         {"mesh.experts": "tp_hidden", "activation_checkpoint.mode": "full"},
     ),
     "dp by all-to-all": (Layout(2, 1, 1), {"mesh.experts": "dp", "mesh.dispatch": "all_to_all"}),
+    "dp, experts lent": (
+        Layout(2, 1, 1),
+        {"mesh.experts": "dp", "mesh.lent_experts": 2, "moe.router": "zipf", "mesh.dispatch": "all_gather"},
+    ),
     "dp and tp, a shared expert": (Layout(2, 1, 2), {"mesh.experts": "dp_tp", "moe.num_shared_experts": 1}),
 }
 
