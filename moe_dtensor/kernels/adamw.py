@@ -58,8 +58,9 @@ def update(
         chance: round the weight up or down by chance; None: to the nearest.
         found_inf: above 0: nothing is updated. None: everything is.
     """
-    betas = torch.tensor([numbers.beta1, numbers.beta2], dtype=torch.float64, device=step.device)
-    corrections = (1 - betas ** (step + 1)).to(torch.float32)
+    # No tensor of numbers is made on the host: bringing it to the device would wait for the device.
+    count = step.double() + 1
+    corrections = torch.stack([1 - numbers.beta1**count, 1 - numbers.beta2**count]).float()
     skipped = torch.zeros_like(step) if found_inf is None else (found_inf > 0).to(step.dtype).view(())
     triton_kernels("adamw").update(tensors, step, corrections, skipped, numbers, chance)
     step += 1 - skipped

@@ -109,6 +109,7 @@ class Agent(LocalElasticAgent):
             os._exit(130)
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        Agent.killed_here = frozenset()
         started = super()._start_workers(worker_group)
         assert isinstance(self._pcontext, SubprocessContext)
         self._pcontext._close = lambda death_sig, timeout=30: close(self._pcontext)  # type: ignore[method-assign]
@@ -142,8 +143,9 @@ def close(context: Any) -> None:
     end = time.monotonic() + grace
     while time.monotonic() < end and any(handler.proc.poll() is None for handler in alive.values()):
         time.sleep(0.05)
-    Agent.killed_here = frozenset(rank for rank, handler in alive.items() if handler.proc.poll() is None)
-    for rank in Agent.killed_here:
+    killed = {rank for rank, handler in alive.items() if handler.proc.poll() is None}
+    Agent.killed_here |= killed  # kept where torchrun closes once more
+    for rank in killed:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(alive[rank].proc.pid, signal.SIGKILL)
         alive[rank].proc.wait(30)

@@ -1,7 +1,7 @@
 """AdamW over the model parts of one rank, with a state that any mesh can load.
 
 Moments may have another dtype than the weights, and weights in bfloat16 may be rounded by chance or keep their 16 low
-bits aside: half the memory of a tensor or more, with torch's own update.
+bits aside: half the memory of a tensor or more. The update is torch's own, but for weights in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ REMAINDER = "remainder"
 
 class WideningAdamW(AdamW):
     """Widens weight, gradient and moments, updates them, and rounds what is kept: moments to the nearest, weights as
-    ``optimizer.rounding`` has it. On a GPU in one kernel, else a piece at a time by torch's fused AdamW."""
+    ``optimizer.rounding`` has it. Weights in bfloat16 on a GPU in one kernel, all else a piece at a time by torch's
+    fused AdamW."""
 
     chance: dict[Tensor, Chance] | None = None
     """Of each parameter, where weights are rounded by chance."""
@@ -51,7 +52,7 @@ class WideningAdamW(AdamW):
         names = ["exp_avg", "exp_avg_sq", *([REMAINDER] if REMAINDER in state else [])]
         kept = [_flat(x) for x in (parameter, parameter.grad, *(state[name] for name in names))]
         beta1, beta2 = group["betas"]
-        place = self.chance[parameter].elements() if self.chance is not None else None
+        place = self.chance[parameter].elements if self.chance is not None else None
         if has_kernel(tuple(kept)) and (self.chance is None or place is not None):
             numbers = Numbers(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             adamw_kernel(tuple(kept), state["step"], numbers, place, getattr(self, "found_inf", None))
@@ -110,8 +111,8 @@ class Optimizers:
     """One AdamW for each model part (pipeline stage) of this rank, stepped together.
 
     The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``, and ``remainder`` where low bits of
-    weights are kept: free of the mesh, of the
-    split into stages and of the numbering of parameters. Hyperparameters are not part of the state:
+    weights are kept: free of the mesh, of the split into stages and of the numbering of parameters. Hyperparameters are
+    not part of the state:
     after a resume they are those of the TOML.
     """
 

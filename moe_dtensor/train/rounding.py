@@ -5,6 +5,7 @@ A float32 number is a bfloat16 number and 16 bits more: both have one sign and e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -66,6 +67,7 @@ class Chance:
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
 
+    @functools.cached_property
     def elements(self) -> Elements | None:
         """The elements that this rank holds; None where more than one axis after the first is cut, and they come in no
         equally long runs."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moe_dtensor.testing.ranks import run_on_ranks
+from tests.processes import children, is_alive
 
 
 def _sum() -> tuple[int, torch.Tensor]:
@@ -48,22 +48,14 @@ def test_ranks_that_hang_are_ended() -> None:
     assert time.monotonic() - start < 20
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def test_ranks_end_with_the_process_that_started_them() -> None:
     """They went on, waiting for each other, when verify was killed."""
     parent = os.fork()
     if not parent:
         run_on_ranks(_sleep, 2)
         os._exit(0)
-    children = Path(f"/proc/{parent}/task/{parent}/children")
     end = time.monotonic() + 30
-    while len(ranks := [int(pid) for pid in children.read_text().split()]) < 2 and time.monotonic() < end:
+    while len(ranks := children(parent)) < 2 and time.monotonic() < end:
         time.sleep(0.05)
     time.sleep(1)
     assert all(map(is_alive, ranks))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.train.run_folder import HANG_FOLDER
+from tests.processes import children, is_alive
 
 from .starts import tiny
 
@@ -36,17 +37,6 @@ def holder(folder: Path, other_than: int = 0) -> int:
             pass
         time.sleep(0.1)
     raise TimeoutError
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def wait_for_children(process: subprocess.Popen[str], number: int) -> None:

@@ -103,7 +103,7 @@ def _drawn() -> dict[str, Tensor]:
         local = parameter.to_local()
         chance = Chance(parameter, "w", 0)
         drawn = chance.draw(0, local.numel(), torch.tensor(2.0)).view(local.shape)
-        held, runs = torch.arange(local.numel()), chance.elements()
+        held, runs = torch.arange(local.numel()), chance.elements
         assert runs is not None
         numbers = runs.base + held // runs.run * runs.stride + held % runs.run
         assert torch.equal(numbers, chance._elements(0, local.numel(), torch.device("cpu")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dtensor.train import optimizer as module
 from moe_dtensor.train.optimizer import REMAINDER, WideningAdamW
@@ -58,6 +59,29 @@ def test_three_steps_one_of_them_skipped(kind, device, monkeypatch):
         # Under the interpreter a cast to bfloat16 cuts digits off.
         narrow = {"rtol": 2e-2, "atol": 5e-3} if a.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(a.float(), b.float(), **narrow)
+
+
+class Operations(TorchDispatchMode):
+    """Names of all that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_number_is_brought_from_the_host(device):
+    """It would wait for the device, once a parameter."""
+    parameter, made = make("by chance", device, torch.randn(3, 1100), 1e-2, 0.1)
+    parameter.grad = torch.ones_like(parameter)
+    made.found_inf = torch.zeros((), device=device)
+    with Operations() as called:
+        made.step()
+    assert called.names
+    assert not [name for name in called.names if "lift" in name or "local_scalar" in name]
 
 
 @pytest.mark.parametrize("kind", ["by chance", "remainder"])
