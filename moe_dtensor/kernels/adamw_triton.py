@@ -50,7 +50,6 @@ def update(
 
 @triton.jit(
     do_not_specialize=[
-        "elements",
         "lr",
         "beta1",
         "beta2",

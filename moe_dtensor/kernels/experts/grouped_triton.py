@@ -1,9 +1,12 @@
 """Our own grouped GEMMs: which tiles, how many programs, and the kernels.
 
-The kernels are persistent: bulk tensor loads (TMA), tensor cores, one program per multiprocessor. Rows are sorted by
-expert, and an expert's rows begin anywhere, so a tile of rows may reach into the next expert's. The extra rows are
-computed and not stored: ``triton.tools.ragged_tma`` clips a store (and zero-fills a load) at the expert's end in
-hardware, which a branch could not do without ending the loop's software pipeline.
+Bulk tensor loads (TMA), tensor cores, one program at a time on a multiprocessor. Rows are sorted by expert, and an
+expert's rows begin anywhere, so a tile of rows may reach into the next expert's. The extra rows are computed and not
+stored: ``triton.tools.ragged_tma`` clips a store (and zero-fills a load) at the expert's end in hardware, which a
+branch could not do without ending the loop's software pipeline.
+
+No program is given its share of the whole work beforehand. Beside a collective, which takes some multiprocessors for
+itself, those that come last would double the time; and tiles of a weight's gradient are as long as their expert's rows.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from torch import Tensor
 from triton.tools.ragged_tma import to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_dtensor.kernels.library import next_power_of_2
+from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
 _L2_BYTES = 24 << 20
 _WEIGHT_GROUP = 4
+_PARTS = 4
+"""Parts of a product of rows, one after the other, each with a program for every multiprocessor. With more of them
+pipelines fill and drain more often."""
 
 
 class Tile(NamedTuple):
@@ -90,7 +96,7 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor,
     columns = p if transposed else q
     out_N = a_N.new_empty(rows, columns)
     tile, programs = choose_tile(a_N.dtype, columns), _num_programs(a_N.get_device())
-    rows_kernel[(programs,)](
+    rows_kernel[(_PARTS * programs,)](
         describe(a_N, [ROW_TILE, tile.k]),
         describe(w_EPQ, [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]),
         describe_ragged(out_N, [ROW_TILE, tile.n // tile.epilogue]),
@@ -105,6 +111,7 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor,
         COLUMN_TILE=tile.n,
         INNER_TILE=tile.k,
         EPILOGUE=tile.epilogue,
+        PARTS=_PARTS,
         PROGRAMS=programs,
         PRECISION=_precision(a_N.dtype),
         num_stages=tile.stages,
@@ -117,13 +124,12 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor) -
     """See :data:`moe_dtensor.kernels.experts.grouped.weight_gradient`."""
     experts, p, q = ends_E.shape[0], l_NP.shape[1], r_NQ.shape[1]
     out_EPQ = l_NP.new_empty(experts, p, q)
-    tile, programs = choose_tile(l_NP.dtype, q), _num_programs(l_NP.get_device())
-    weight_kernel[(programs,)](
+    tile = choose_tile(l_NP.dtype, q)
+    weight_kernel[(experts * ceil_div(p, tile.m) * ceil_div(q, tile.n),)](
         describe_ragged(l_NP, [tile.k, tile.m]),
         describe_ragged(r_NQ, [tile.k, tile.n]),
         describe(out_EPQ, [1, tile.m, tile.n // tile.epilogue]),
         ends_E,
-        experts,
         p,
         q,
         P_TILE=tile.m,
@@ -131,7 +137,6 @@ def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor) -
         ROWS_TILE=tile.k,
         EPILOGUE=tile.epilogue,
         GROUP=_WEIGHT_GROUP,
-        PROGRAMS=programs,
         PRECISION=_precision(l_NP.dtype),
         num_stages=tile.stages,
         num_warps=tile.warps,
@@ -220,6 +225,7 @@ def rows_kernel(
     COLUMN_TILE: tl.constexpr,
     INNER_TILE: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -231,7 +237,10 @@ def rows_kernel(
     row_tiles = tl.load(table_ptr)
     column_tiles = tl.cdiv(columns, COLUMN_TILE)
     inner_tiles = tl.cdiv(inner, INNER_TILE)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
+    tiles = row_tiles * column_tiles
+    part = tl.cdiv(tiles, PARTS * PROGRAMS) * PROGRAMS
+    first = tl.program_id(0) // PROGRAMS * part
+    for tile in tl.range(first + tl.program_id(0) % PROGRAMS, tl.minimum(first + part, tiles), PROGRAMS, flatten=True):
         group = tile // (GROUP * column_tiles)
         rest = tile % (GROUP * column_tiles)
         height = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -260,7 +269,6 @@ def weight_kernel(
     r_desc,
     out_desc,
     ends_ptr,
-    experts,
     p,
     q,
     P_TILE: tl.constexpr,
@@ -268,29 +276,28 @@ def weight_kernel(
     ROWS_TILE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``out[e] = l[rows of e]^T @ r[rows of e]``; zeros for an expert with no row."""
     p_tiles = tl.cdiv(p, P_TILE)
     q_tiles = tl.cdiv(q, Q_TILE)
-    for tile in tl.range(tl.program_id(0), experts * p_tiles * q_tiles, PROGRAMS):
-        expert = tile // (p_tiles * q_tiles)
-        within = tile % (p_tiles * q_tiles)
-        group = within // (GROUP * q_tiles)
-        rest = within % (GROUP * q_tiles)
-        height = tl.minimum(p_tiles - group * GROUP, GROUP)
-        p_start = (group * GROUP + rest % height) * P_TILE
-        q_start = (rest // height) * Q_TILE
-        end = tl.load(ends_ptr + expert)
-        begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        acc = tl.zeros((P_TILE, Q_TILE), tl.float32)
-        for row in range(0, end - begin, ROWS_TILE):
-            left_rows = _load_ragged(l_desc, begin, end - begin, row, p_start, ROWS_TILE, P_TILE)
-            right_rows = _load_ragged(r_desc, begin, end - begin, row, q_start, ROWS_TILE, Q_TILE)
-            acc = tl.dot(left_rows.T, right_rows, acc, input_precision=PRECISION)
-        left, right = _split_columns(acc, EPILOGUE)
-        half: tl.constexpr = Q_TILE // EPILOGUE
-        out_desc.store([expert, p_start, q_start], left.to(out_desc.dtype).reshape(1, P_TILE, half))
-        if EPILOGUE == 2:
-            out_desc.store([expert, p_start, q_start + half], right.to(out_desc.dtype).reshape(1, P_TILE, half))
+    tile = tl.program_id(0)
+    expert = tile // (p_tiles * q_tiles)
+    within = tile % (p_tiles * q_tiles)
+    group = within // (GROUP * q_tiles)
+    rest = within % (GROUP * q_tiles)
+    height = tl.minimum(p_tiles - group * GROUP, GROUP)
+    p_start = (group * GROUP + rest % height) * P_TILE
+    q_start = (rest // height) * Q_TILE
+    end = tl.load(ends_ptr + expert)
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    acc = tl.zeros((P_TILE, Q_TILE), tl.float32)
+    for row in range(0, end - begin, ROWS_TILE):
+        left_rows = _load_ragged(l_desc, begin, end - begin, row, p_start, ROWS_TILE, P_TILE)
+        right_rows = _load_ragged(r_desc, begin, end - begin, row, q_start, ROWS_TILE, Q_TILE)
+        acc = tl.dot(left_rows.T, right_rows, acc, input_precision=PRECISION)
+    left, right = _split_columns(acc, EPILOGUE)
+    half: tl.constexpr = Q_TILE // EPILOGUE
+    out_desc.store([expert, p_start, q_start], left.to(out_desc.dtype).reshape(1, P_TILE, half))
+    if EPILOGUE == 2:
+        out_desc.store([expert, p_start, q_start + half], right.to(out_desc.dtype).reshape(1, P_TILE, half))
