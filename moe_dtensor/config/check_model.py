@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from moe_dtensor.config.resolve import (
     FORCED,
+    SPLIT_BACKWARD,
     expert_dp_ranks,
     expert_groups,
     expert_ranks,
@@ -296,6 +297,7 @@ def check_placement(config: Config) -> Broken:
                 "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
             )
     yield from _lending(config)
+    yield from _one_sided(config)
     if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % shard_ranks(config):
         yield (
             f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of {shard_words(config)}, along which FSDP cuts the "
@@ -307,6 +309,30 @@ def check_placement(config: Config) -> Broken:
             f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",
             "Set fsdp.cpu_offload = false, or mesh.experts to tp or tp_hidden.",
         )
+
+
+def _one_sided(config: Config) -> Broken:
+    """What ``mesh.dispatch = one_sided`` asks."""
+    mesh, moe = config.mesh, config.moe
+    if mesh.dispatch != "one_sided":
+        return
+    splits = mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
+    for wrong, words, remedy in (
+        (mesh.experts == "dp_tp", "mesh.experts = dp_tp", "mesh.experts to dp or tp"),
+        (
+            mesh.experts != "dp" and mesh.tp > 1 and not mesh.sequence_parallel,
+            "mesh.sequence_parallel = false, under which tp ranks hold the same tokens",
+            "mesh.sequence_parallel = true",
+        ),
+        (moe.expert_bias, "moe.expert_bias = true", "moe.expert_bias = false"),
+        (moe.gate_on == "input", "moe.gate_on = input", "moe.gate_on = output"),
+        (splits, f"pipeline.schedule = {config.pipeline.schedule}, which splits backward passes", "another schedule"),
+    ):
+        if wrong:
+            yield (
+                f"mesh.dispatch = one_sided does not go with {words}.",
+                f"Set {remedy}, or mesh.dispatch = all_gather.",
+            )
 
 
 def _lending(config: Config) -> Broken:

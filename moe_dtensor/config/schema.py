@@ -55,10 +55,11 @@ class Mesh:
     """Even work where routing is uneven: each of the ranks that share experts lends so many to the others, in each
     microbatch and block those with most copies. Ranks below the mean compute copies of those above it. Needs dispatch
     = all_gather. 0: each rank computes its own experts alone."""
-    dispatch: Literal["all_gather", "all_to_all", "auto"] = "all_gather"
+    dispatch: Literal["all_gather", "all_to_all", "one_sided", "auto"] = "all_gather"
     """How tokens reach experts on other ranks. all_gather: all tokens to all. all_to_all: each token once to each rank
-    that holds one of its experts; reads counts from the device once a layer. auto: the cheaper by ``plan``'s cost
-    model."""
+    that holds one of its experts; reads counts from the device once a layer. one_sided: as all_gather, but the experts'
+    kernels read and write the other ranks' memory; for GPUs of one host. auto: of the first two the cheaper by
+    ``plan``'s cost model."""
     link_bandwidth: float = 450.0
     """GB/s that a rank can send to the ranks it shares experts with; dispatch = auto and ``plan`` reckon with it."""
     device_memory: float = 75.0

@@ -31,7 +31,7 @@ READ = 50e-6
 """Seconds that a GPU waits when the host reads a number from it."""
 
 Axis = Literal["dp", "tp", "dp_tp"]
-Name = Literal["all_gather", "all_to_all"]
+Name = Literal["all_gather", "all_to_all", "one_sided"]
 
 
 class Move(NamedTuple):
@@ -92,14 +92,16 @@ def choose_dispatch(config: Config) -> Name:
 
 
 def cheaper(costs: Mapping[Name, DispatchCost]) -> Name:
-    """The one that takes fewer seconds; all-gather if they are alike."""
-    return min(costs, key=lambda name: costs[name].seconds)
+    """The one that takes fewer seconds, of those for any GPUs; all-gather if they are alike."""
+    return min((name for name in costs if name != "one_sided"), key=lambda name: costs[name].seconds)
 
 
 def dispatch_costs(config: Config) -> dict[Name, DispatchCost]:
-    """The cost of each dispatch that ``mesh.experts`` and ``mesh.lent_experts`` allow; ``config`` is resolved."""
+    """The cost of each dispatch that ``mesh.experts`` and ``mesh.lent_experts`` allow, of ``one_sided`` where it is
+    named; ``config`` is resolved."""
     either = expert_ranks(config) > 1 and not lent_experts(config)
     names: tuple[Name, ...] = ("all_gather", "all_to_all") if either else ("all_gather",)
+    names = (*names, "one_sided") if config.mesh.dispatch == "one_sided" else names
     return {name: _cost(replace(config, mesh=replace(config.mesh, dispatch=name))) for name in names}
 
 
@@ -142,6 +144,9 @@ def _steps(config: Config) -> Steps:
     mesh, whole = config.mesh, tokens(config).whole
     if mesh.dispatch == "all_to_all":
         return [*_shares(config), *_shared(config)] if repeats_tokens(config) else _all_to_all(config, _shared(config))
+    if mesh.dispatch == "one_sided":
+        axis: Literal["dp", "tp"] = "dp" if mesh.experts == "dp" else "tp"
+        return [*_all_gather(config, axis, tokens(config).own, [Saved()]), *_shared(config)]
     if mesh.experts == "dp":
         return [*_all_gather(config, "dp", tokens(config).own, [*_lent(config), Saved()]), *_shared(config)]
     inner: Steps = [*_lent(config), Saved()]

@@ -53,7 +53,7 @@ class Memory:
     activations: int
     """Kept by autograd, of all microbatches in flight."""
     buffers: int
-    """Receive buffers of the pipeline, one for each microbatch and direction."""
+    """Receive buffers of the pipeline, one for each microbatch and direction; and what one-sided dispatch needs."""
     workspaces: int
     """cuBLAS."""
     at_loss: int
@@ -128,7 +128,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
         compute_copy=_gathered(config, shards) * compute,
         expert_copy=own * compute if _cast_bytes(config) else 0,
         activations=sum(count * _stage_kept(config, stage, skewed) for stage, count in alive.items()),
-        buffers=_receive_buffers(config, alive),
+        buffers=_receive_buffers(config, alive) + _peers_rooms(config),
         workspaces=2 * CUBLAS_WORKSPACE,
         at_loss=at_loss,
         at_block=at_block,
@@ -197,6 +197,14 @@ def _receive_buffers(config: Config, alive: dict[int, int]) -> int:
     at, last = tokens(config), num_stages(config) - 1
     ends = sum((stage > 0) + (stage < last) for stage in alive)
     return ends * microbatches(config) * at.own * stream_width(config) * at.compute
+
+
+def _peers_rooms(config: Config) -> int:
+    """Under ``mesh.dispatch = one_sided`` a rank's tokens where others read them, and room for what each rank sends."""
+    if config.mesh.dispatch != "one_sided" or not moe_layers(config):
+        return 0
+    at = tokens(config)
+    return (1 + expert_ranks(config)) * at.own * config.model.dim * at.compute
 
 
 def _cast_bytes(config: Config) -> int:

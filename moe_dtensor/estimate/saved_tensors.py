@@ -157,7 +157,7 @@ def _shared_has_own_input(config: Config) -> bool:
         return False
     together = mesh.experts == "dp_tp" and expert_dp_ranks(config) == 1
     experts_read_them = mesh.experts in ("tp", "tp_hidden") or together
-    return mesh.dispatch == "all_to_all" or not experts_read_them
+    return mesh.dispatch != "all_gather" or not experts_read_them
 
 
 def _router(config: Config, at: Sizes) -> int:
@@ -210,7 +210,7 @@ def _sums(config: Config, at: Sizes, met: AtExperts | None) -> int:
     """Tokens of what reduce-scatters and all-reduces bring out of the second half of a block."""
     mesh = config.mesh
     over_tp = at.own if mesh.tp > 1 else 0
-    if met is None or (mesh.dispatch == "all_gather" and mesh.experts in ("tp", "tp_hidden")):
+    if met is None or (mesh.dispatch != "all_to_all" and mesh.experts in ("tp", "tp_hidden")):
         return over_tp
     shared = over_tp if config.moe.shared_hidden_dim else 0
     if mesh.dispatch == "all_to_all":

@@ -46,6 +46,7 @@ class Experts(Layer):
         expert_TK: Tensor,
         rows: int | None = None,
         weights: dict[str, Tensor] | None = None,
+        group: str | None = None,
     ) -> Tensor:
         """The gate-weighted sum of the held experts' outputs, ``(T, D)``; an id of -1 is no copy.
 
@@ -53,6 +54,8 @@ class Experts(Layer):
             rows: copies for the held experts, where the caller knows. None: ``moe.rows`` says how to tell.
             weights: those of :meth:`weight_names` in place of its own; ids then count from 0 among them, and they are
                 a part of all the weights that the ranks have together.
+            group: of ranks whose tokens come together in the kernels
+                (:func:`moe_dtensor.kernels.experts.mlp.expert_mlp`).
         """
         if weights is None:
             weights = {name: self.local_weight(name) for name in self.weight_names()}
@@ -74,6 +77,7 @@ class Experts(Layer):
             split_backward=self.split_backward,
             num_experts=num_experts,
             up_bias_EGF=weights.get("up_bias"),
+            group=group,
         )
 
 

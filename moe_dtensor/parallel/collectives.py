@@ -199,6 +199,11 @@ def _call(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
     return x.chunk(collective.ranks)[collective.rank] if kind == "local_slice" else x.view_as(x)
 
 
+def run(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
+    """:func:`start` and :func:`finish`."""
+    return finish(start(x, kind, collective), kind)
+
+
 def finish(x: Tensor, kind: Kind) -> Tensor:
     """The result of :func:`start`."""
     x = x.view_as(x)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_dtensor.config.resolve import expert_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import choose_dispatch
+from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.kernels.experts.permute import permute_to, unpermute_from
 from moe_dtensor.layers.feed_forward import FeedForward
 from moe_dtensor.layers.moe import Dispatch, Experts, Route, run_experts
@@ -20,6 +21,7 @@ from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.parallel import collectives
 from moe_dtensor.parallel.collectives import Borders, token_borders
 from moe_dtensor.parallel.lending import Lending, build_lending
+from moe_dtensor.parallel.peers import install_peers
 
 
 class AllGather:
@@ -70,6 +72,33 @@ class AllGather:
         leaving = borders.leave(y_TD)
         apart_TD = shared(x_TD) if shared is not None and not self.shared_inside else None
         return leaving() if apart_TD is None else leaving() + apart_TD, record_R
+
+
+class OneSided:
+    """Experts' kernels read the tokens of all ranks out of their memory, and write each token's sum to its rank: what
+    :class:`AllGather` sends, without collectives of tokens. Gates and ids are gathered; they are small.
+
+    The backend ``reference`` has no kernels: tokens are gathered.
+
+    Args:
+        borders: of the axis that shares the experts.
+    """
+
+    def __init__(self, borders: Borders) -> None:
+        self.gathered = AllGather(borders, shared_inside=False)
+        self.group = install_peers(borders.axis)
+
+    def __call__(
+        self, experts: Experts, shared: FeedForward | None, x_TD: Tensor, route: Route
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of a rank's own tokens in and out; and the record."""
+        if choose_backend(experts.backend, x_TD, experts.local_weight("w_up")) == "reference":
+            return self.gathered(experts, shared, x_TD, route)
+        borders = self.gathered.borders
+        gate_TK, expert_TK, record_R = route()
+        gates, ids = borders.enter(gate_TK), borders.enter_data(expert_TK)
+        y_TD = experts(x_TD, gates(), ids(), group=self.group)
+        return y_TD if shared is None else y_TD + shared(x_TD), record_R
 
 
 class AllToAll:
@@ -164,6 +193,9 @@ def build_dispatch(config: Config, mesh: DeviceMesh) -> tuple[Dispatch, bool]:
         # Over dp alone, tp ranks hold the same experts and stay among themselves.
         repeated = tp.size() > 1 and not config.mesh.sequence_parallel and place != "dp"
         return Scattered(tp, inner) if repeated else inner, False
+    if choose_dispatch(config) == "one_sided" and expert_ranks(config) > 1:
+        axis = expert_axis(config, mesh)
+        return OneSided(Borders(axis, 0) if place == "dp" else token_borders(config, axis)), False
     lending = build_lending(config, mesh)
     if place in ("dp", "dp_tp"):
         both = expert_mesh(config, mesh)

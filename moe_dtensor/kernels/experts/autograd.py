@@ -2,6 +2,8 @@
 
     x_TD -> gather -> X_N -> [w_up] -> H_NP -> activation -> A_NF -> [w_down] -> Y_ND -> gate, gather, sum -> y_TD
 
+With a ``group`` x and y are a rank's own tokens, gates and route those of all ranks of the group (:mod:`.exchange`).
+
 Kept for the backward pass: x, H, the gates and the route. X and A are recomputed, and Y is never needed: the gate's
 gradient is ``<dA', A>`` with ``dA' = dO w_down``.
 """
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moe_dtensor.kernels.experts import split_nodes
+from moe_dtensor.kernels.experts.exchange import gather_permute, unpermute_scatter
 from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
 from moe_dtensor.kernels.experts.permute import activate_rows, activation_backward, permute, unpermute
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
@@ -28,20 +31,30 @@ def run_forward(
     num_rows: int,
     activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``(y_TD, h_NP)``: the output, and what the backward needs of what came in between."""
-    x_ND = permute(x_TD, route.position, num_rows)
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y_TD, x_SD, h_NP)``: the output, and what the backward needs: all tokens, and what came in between."""
+    if group is None:
+        x_ND, x_SD = permute(x_TD, route.position, num_rows), x_TD
+    else:
+        x_ND, x_SD = gather_permute(x_TD, route.position, num_rows, group)
     h_NP = rows_times_weight(x_ND, w_up_EGFD.flatten(1, 2), route.ends, tiles, True, backend)
     del x_ND
     a_NF = activate_rows(h_NP, route.ends, activation)
     y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
     del a_NF
-    return unpermute(y_ND, route.position, gate_TK), h_NP
+    return _leave(y_ND, route.position, gate_TK, group), x_SD, h_NP
+
+
+def _leave(y_ND: Tensor, position_SK: Tensor, gate_SK: Tensor | None, group: str | None) -> Tensor:
+    return (
+        unpermute(y_ND, position_SK, gate_SK) if group is None else unpermute_scatter(y_ND, position_SK, gate_SK, group)
+    )
 
 
 def run_backward(
     dy_TD: Tensor,
-    x_TD: Tensor,
+    x_SD: Tensor,
     w_up_EGFD: Tensor,
     w_down_EDF: Tensor,
     gate_TK: Tensor,
@@ -51,6 +64,7 @@ def run_backward(
     wanted: tuple[bool, ...],
     activation: str,
     backend: str,
+    group: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of x, w_up, w_down (None where not wanted) and the gate (float32).
 
@@ -61,7 +75,10 @@ def run_backward(
     dx_TD = dw_up_EGFD = dw_down_EDF = None
     h_NP = saved.pop()
     num_rows = h_NP.shape[0]
-    do_ND = permute(dy_TD, position_TK, num_rows)
+    if group is None:
+        do_ND = permute(dy_TD, position_TK, num_rows)
+    else:
+        do_ND, _ = gather_permute(dy_TD, position_TK, num_rows, group)
     da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, tiles, False, backend)
     dh_NP, weighted_NF, dgate_TK = activation_backward(h_NP, da_NF, gate_TK, *route, activation)
     del da_NF, h_NP
@@ -69,13 +86,13 @@ def run_backward(
         dw_down_EDF = weight_gradient(do_ND, weighted_NF, ends_E, tiles, backend)
     del do_ND, weighted_NF
     if wanted[1]:
-        x_ND = permute(x_TD, position_TK, num_rows, dh_NP)
+        x_ND = permute(x_SD, position_TK, num_rows, dh_NP)
         dw_up_EGFD = weight_gradient(dh_NP, x_ND, ends_E, tiles, backend).view(w_up_EGFD.shape)
         del x_ND
     if wanted[0]:
         dx_ND = rows_times_weight(dh_NP, w_up_EGFD.flatten(1, 2), ends_E, tiles, False, backend)
         del dh_NP
-        dx_TD = unpermute(dx_ND, position_TK, None)
+        dx_TD = _leave(dx_ND, position_TK, None, group)
     return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK
 
 
@@ -93,6 +110,7 @@ def expert_mlp(
     num_experts: int | None = None,
     split_backward: bool = False,
     up_bias_EGF: Tensor | None = None,
+    group: str | None = None,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
@@ -104,23 +122,26 @@ def expert_mlp(
     tiles = make_tiles(route.ends, num_rows, backend)
     arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
     if split_backward or up_bias_EGF is not None:
+        assert group is None
         return split_nodes.expert_mlp(*arguments, up_bias_EGF)
-    return _ExpertMLP.apply(*arguments)
+    return _ExpertMLP.apply(*arguments, group)
 
 
 class _ExpertMLP(Function):
     """All of it as one node: the host's time of a small layer is that of its nodes and launches."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend):
-        y_TD, h_NP = run_forward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
-        ctx.save_for_backward(x_TD, w_up_EGFD, w_down_EDF, gate_TK, *route, tiles, h_NP)
-        ctx.activation, ctx.backend = activation, backend
+    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group):
+        y_TD, x_SD, h_NP = run_forward(
+            x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group
+        )
+        ctx.save_for_backward(x_SD, w_up_EGFD, w_down_EDF, gate_TK, *route, tiles, h_NP)
+        ctx.activation, ctx.backend, ctx.group = activation, backend, group
         return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD):
-        x_TD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, tiles, h_NP = ctx.saved_tensors
+        x_SD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, tiles, h_NP = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             # H is dropped as soon as it has been used; not if the graph is retained.
             ctx.maybe_clear_saved_tensors()
@@ -128,7 +149,7 @@ class _ExpertMLP(Function):
         del h_NP
         dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run_backward(
             dy_TD,
-            x_TD,
+            x_SD,
             w_up_EGFD,
             w_down_EDF,
             gate_TK,
@@ -138,5 +159,6 @@ class _ExpertMLP(Function):
             ctx.needs_input_grad,
             ctx.activation,
             ctx.backend,
+            ctx.group,
         )
-        return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), None, None, None, None, None
+        return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), *[None] * 6

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dtensor.kernels.experts import autograd, reference
 from moe_dtensor.kernels.experts.activation import num_up_projections
+from moe_dtensor.kernels.experts.exchange import PEERS
 
 _LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[str, str]] = set()
@@ -31,6 +32,7 @@ def expert_mlp(
     num_experts: int | None = None,
     split_backward: bool = False,
     up_bias_EGF: Tensor | None = None,
+    group: str | None = None,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
@@ -54,6 +56,9 @@ def expert_mlp(
         num_experts: experts of all ranks. None: those held here, when ``first_expert`` is 0.
         split_backward: weights' gradients as nodes of their own, for schedules that run them apart; else one node.
         up_bias_EGF: added to the up-projections' outputs; None: nothing. Takes the nodes of ``split_backward``.
+        group: of ranks that share the experts and reach each other's memory (:mod:`.exchange`). ``x_TD`` and the output
+            are then a rank's own tokens, gates and ids those of all ranks, one rank after the other; the output is
+            summed over them. Not with the backend ``reference``, nor with ``split_backward`` or a bias.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights, the bias and the gate.
@@ -61,12 +66,15 @@ def expert_mlp(
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or sizes that the backend cannot take.
     """
-    check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation)
+    ranks = 1 if group is None else PEERS[group].ranks
+    check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation, ranks)
     if isinstance(rows, str) and rows not in ("exact", "worst"):
         raise ValueError(f"rows = {rows!r} is not known. Use exact, worst or a number of rows.")
     chosen = choose_backend(backend, x_TD, w_up_EGFD)
     _log_once(backend, chosen, x_TD)
-    run = reference.expert_mlp if chosen == "reference" else partial(autograd.expert_mlp, backend=chosen)
+    run = reference.expert_mlp if chosen == "reference" else partial(autograd.expert_mlp, backend=chosen, group=group)
+    if group is not None and (chosen == "reference" or split_backward or up_bias_EGF is not None):
+        raise ValueError("A group needs one node of a backend other than reference, without a bias.")
     return run(
         x_TD,
         w_up_EGFD,
@@ -116,9 +124,16 @@ def _log_once(backend: str, chosen: str, x_TD: Tensor) -> None:
 
 
 def check_shapes(
-    x_TD: Tensor, w_up_EGFD: Tensor, w_down_EDF: Tensor, gate_TK: Tensor, expert_TK: Tensor, activation: str
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    expert_TK: Tensor,
+    activation: str,
+    ranks: int = 1,
 ) -> None:
-    """Raise ValueError unless the five tensors fit each other and the activation."""
+    """Raise ValueError unless the five tensors fit each other and the activation; gates and ids are of so many ranks'
+    tokens."""
     experts, groups, hidden, width = w_up_EGFD.shape
     if groups != num_up_projections(activation):
         raise ValueError(
@@ -131,10 +146,10 @@ def check_shapes(
         )
     if x_TD.dim() != 2 or x_TD.shape[1] != width:
         raise ValueError(f"x is {tuple(x_TD.shape)}, but the weights ask for (T, {width}).")
-    if gate_TK.shape != expert_TK.shape or gate_TK.dim() != 2 or gate_TK.shape[0] != x_TD.shape[0]:
+    if gate_TK.shape != expert_TK.shape or gate_TK.dim() != 2 or gate_TK.shape[0] != ranks * x_TD.shape[0]:
         raise ValueError(
             f"gate {tuple(gate_TK.shape)} and expert {tuple(expert_TK.shape)} must both be (T, K) with T = "
-            f"{x_TD.shape[0]}."
+            f"{ranks * x_TD.shape[0]}."
         )
     if expert_TK.dtype != torch.int64:
         raise ValueError(f"expert ids must be int64, not {expert_TK.dtype}.")
