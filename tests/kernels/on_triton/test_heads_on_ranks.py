@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate import attention as estimate
+from moe_dtensor.estimate.sizes import tokens
 from moe_dtensor.kernels.library import triton_kernels
 from moe_dtensor.layers import attention
 from moe_dtensor.layers.block import Block
@@ -68,10 +71,12 @@ KERNELS = {
 }
 
 
-def _block(keys: Keys) -> tuple[Config, Block]:
+def _config(keys: Keys, ranks: int) -> Config:
+    return resolve(override(Config(), SMALL | keys | {"mesh.dp": 1, "mesh.pp": 1, "mesh.tp": ranks}), ranks)
+
+
+def _block(config: Config) -> Block:
     """Split over tp, with weights by chance that are the same on all ranks."""
-    ranks = torch.distributed.get_world_size()
-    config = resolve(override(Config(), SMALL | keys | {"mesh.dp": 1, "mesh.pp": 1, "mesh.tp": ranks}), ranks)
     mesh = build_mesh(config, torch.device("cpu"))
     part = Transformer(config, range(1), first=True, last=True)
     torch.manual_seed(0)
@@ -82,11 +87,11 @@ def _block(keys: Keys) -> tuple[Config, Block]:
     install_collectives(part, config, mesh)
     apply_recompute(part, config)
     apply_compile(part, config, mesh["tp"])
-    return config, part.layers["0"]
+    return part.layers["0"]
 
 
 def _results(block: Block, config: Config) -> Results:
-    """Output and gradients, from what is the same at each call."""
+    """Output and gradients, from what is the same at each call; bytes that were kept for the backward pass."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     sequence_parallel = config.mesh.sequence_parallel
     torch.manual_seed(1 + rank if sequence_parallel else 1)
@@ -98,18 +103,29 @@ def _results(block: Block, config: Config) -> Results:
     positions = build_positions(config, range(1), (BATCH, LENGTH), positions_BS, None, **make)
     x_BSD.requires_grad_()
     block.zero_grad()
-    y_BSD, _ = block(x_BSD, positions, torch.zeros(BATCH, own, dtype=torch.int64))
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.to_local().untyped_storage() if isinstance(x, DTensor) else x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y_BSD, _ = block(x_BSD, positions, torch.zeros(BATCH, own, dtype=torch.int64))
     y_BSD.backward(dy_BSD)
     of_weights = {name: weight.grad.to_local() for name, weight in block.named_parameters()}
-    return {"y": y_BSD.detach(), "x": x_BSD.grad} | of_weights
+    return {"y": y_BSD.detach(), "x": x_BSD.grad, "kept": torch.tensor(sum(kept.values()))} | of_weights
 
 
 def _run(cases: list[Keys]) -> list[tuple[Results, Results, Counter[str]]]:
     """With kernels, without, and how often each kernel ran."""
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # this process ends with the function
+    torch.compile = functools.partial(
+        torch.compile, backend="aot_eager_decomp_partition"
+    )  # this process ends with the function
     found = []
     for keys in cases:
-        config, block = _block(keys)
+        config = _config(keys, torch.distributed.get_world_size())
+        block = _block(config)
         ran: Counter[str] = Counter()
         with pytest.MonkeyPatch.context() as patch:
             for module, names in KERNELS.items():
@@ -134,15 +150,27 @@ def _count(module: ModuleType, name: str, ran: Counter[str], patch: pytest.Monke
     patch.setattr(module, name, counted)
 
 
+def _planned(config: Config) -> int:
+    """What attention is planned to keep."""
+    return estimate.attention_bytes(config, tokens(config), 0)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize(("ranks", "cases"), [(2, ON_2), (4, ON_4)])
-def test_equals_blocks_without_kernels(ranks: int, cases: list[Keys]) -> None:
+def test_equals_blocks_without_kernels(ranks: int, cases: list[Keys], monkeypatch: pytest.MonkeyPatch) -> None:
     for results in run_on_ranks(_run, ranks, cases, timeout=300):
         for keys, (got, expected, ran) in zip(cases, results, strict=True):
             backward = KERNELS["heads_parts"] if FULL.items() <= keys.items() else ("norm_and_rotate_backward",)
             assert set(ran) == {"norm_and_rotate", *backward}, keys
             assert ran["norm_and_rotate"] == (4 if SELECTIVE.items() <= keys.items() else 2), f"{keys}: recomputed"
             assert got.keys() == expected.keys()
+            more = expected.pop("kept") - got.pop("kept")
+            if COMPILED.items() <= keys.items():
+                config = _config(keys, ranks)
+                with_kernels = _planned(config)
+                with monkeypatch.context() as patch:
+                    patch.setattr(estimate, "has_kernel", lambda *_: False)
+                    assert more == _planned(config) - with_kernels, f"{keys}: kept"
             for name in got:
                 error = (got[name] - expected[name]).abs().max() / expected[name].abs().max()
                 assert error < 1e-5, f"{keys}: {name}"
