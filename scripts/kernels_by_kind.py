@@ -19,7 +19,7 @@ KINDS = {
     "routing": ("_iterate", "_finish", "_top_k", "_gates", "top_k_gates", "_place", "_count", "_statistics_kernel"),
     "loss": ("_row_statistics", "_write_gradient"),
     "dense products": ("nvjet", "cutlass", "cublas", "gemm"),
-    "norm and rotation of heads": ("_forward", "_backward"),
+    "norm and rotation of heads": ("_forward", "_backward", "_squares"),
     "optimizer, norm, clipping": ("FusedOptimizer", "multi_tensor_apply"),
     "adding gradients up": ("_accumulate", "CUDAFunctor_add<float>"),
     "collectives": ("nccl",),

@@ -5,7 +5,7 @@ D model width, H query heads, G key and value heads, C width of a query or key h
 
 from __future__ import annotations
 
-from moe_dtensor.config.resolve import block_window, head_widths, is_latent, sees_more_than_causal
+from moe_dtensor.config.resolve import block_rotates, block_window, head_widths, is_latent, sees_more_than_causal
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import Sizes
 
@@ -87,14 +87,13 @@ def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     output = heads * value * at.compute
     per_token = model.dim * at.compute + output + 4 * heads
-    together = tp > 1 and config.mesh.sequence_parallel
-    if together:
+    if tp > 1 and config.mesh.sequence_parallel:
         per_token += output
     read = (heads + kv_heads) * query + kv_heads * value
     if is_latent(config):
         per_token += _latent_bytes(config, at, heads)
     else:
-        per_token += read * at.compute + _qk_norm_bytes(config, at, heads, kv_heads, together)
+        per_token += read * at.compute + _qk_norm_bytes(config, at, heads, kv_heads, layer)
         if model.clip_qkv:
             per_token += read * at.compute
     if model.attention_gate:  # the sigmoid, and what it makes of the output
@@ -113,17 +112,29 @@ def _latent_bytes(config: Config, at: Sizes, heads: int) -> int:
     return (latents + made + 2 * heads * (model.nope_dim + model.rope_dim)) * at.compute + norms
 
 
-def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, together: bool) -> int:
-    """A token's q and k before their norm, and the reciprocal deviations.
+def has_kernel(config: Config, layer: int) -> bool:
+    """Whether on a GPU kernels norm and rotate queries and keys of block ``layer`` (``layers/attention.py``)."""
+    model, widths = config.model, head_widths(config)
+    plain = block_rotates(config, layer) and not model.clip_qkv and model.qk_norm != "head_after_rope"
+    return (
+        plain and config.training.param_dtype != "float64" and widths.rotated == widths.query and not is_latent(config)
+    )
 
-    Over the whole width, compiled and where ranks' tokens come together, also q and k between norm and weight.
+
+def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, layer: int) -> int:
+    """A token's q and k before their norm, and of a norm over the whole width that tp splits the sums of squares.
+
+    Where no kernel does it, the reciprocal deviations of any norm, and of one over the whole width, compiled and where
+    ranks' tokens come together, also q and k between norm and weight.
     """
-    model, width = config.model, (heads + kv_heads) * config.model.head_dim
+    model, mesh, width = config.model, config.mesh, (heads + kv_heads) * config.model.head_dim
     if model.qk_norm == "none":
         return 0
+    if has_kernel(config, layer):
+        return width * at.compute + (2 * at.wide if model.qk_norm == "full" and mesh.tp > 1 else 0)
     if model.qk_norm != "full":
         return width * at.compute + (heads + kv_heads) * at.wide
-    compiled = at.compute * (2 if together else 1)
+    compiled = at.compute * (2 if mesh.tp > 1 and mesh.sequence_parallel else 1)
     return width * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
 
 

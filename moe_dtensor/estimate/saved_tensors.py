@@ -6,10 +6,10 @@ vectors are at hand at a rank's experts, D the width, F an expert's hidden width
 and else 1, E experts, K choices, N rows of copies that are made room for (``estimate/sizes.py``).
 
 Compiled, inductor chooses what to save, and its cut through the graph comes to the same but for two things: a
-whole-width norm of queries and keys keeps its input in the compute dtype (eager: in float32, and the result too), and
-of a dense gated feed-forward ``act(gate)`` is recomputed. What a matrix product's or the attention's backward reads
-(normalised x, rotated q and k) it saves although it could recompute it from the norm's input: torch's partitioner
-does not recompute what the backward pass would have to write to memory again.
+whole-width norm of queries and keys that has no kernel keeps its input in the compute dtype (eager: in float32, and the
+result too), and of a dense gated feed-forward ``act(gate)`` is recomputed. What a matrix product's or the attention's
+backward reads (normalised x, rotated q and k) it saves although it could recompute it from the norm's input: torch's
+partitioner does not recompute what the backward pass would have to write to memory again.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from moe_dtensor.config.resolve import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.attention.attend import attend
 from moe_dtensor.kernels.heads import norm_and_rotate, takes
+from moe_dtensor.kernels.heads_parts import norm_parts_and_rotate
 from moe_dtensor.layers.positions import Place, Positions, rotate
 from moe_dtensor.layers.weights import HeadsNorm, Layer, Linear, RMSNorm
 
@@ -19,9 +20,10 @@ class Attention(Layer):
     """Causal attention with rotary positions and grouped keys and values (GQA, arXiv:2305.13245).
 
     How many heads it has is read off its weights, so a part of the heads is computed by the same code; ``sum_heads``
-    then adds what is summed over heads of queries and of keys to that of the other parts, ``sum_output`` the output.
-    The projections take tokens in any order: ``to_sequences`` brings what they give into whole sequences,
-    ``from_sequences`` back. ``attend`` may be another that remembers keys and values.
+    then adds what is summed over heads of queries and of keys to that of the other parts (and is its own adjoint),
+    ``sum_output`` the output. The projections take tokens in any order: ``to_sequences`` brings what they give into
+    whole sequences, ``from_sequences`` back; ``shards`` tells kernels the order, which is that of so many shards of the
+    positions, one after the other. ``attend`` may be another that remembers keys and values.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
@@ -41,6 +43,7 @@ class Attention(Layer):
         self.sum_output: Callable[[Tensor], Tensor] = _as_they_are
         self.to_sequences: Callable[[Tensor], Tensor] = _as_they_are
         self.from_sequences: Callable[[Tensor], Tensor] = _as_they_are
+        self.shards = 1
 
     def build_projections(self, config: Config) -> None:
         """The layers that :meth:`project` uses."""
@@ -50,8 +53,8 @@ class Attention(Layer):
         self.wk = Linear(model.dim, kv_width, bias=biased)
         self.wv = Linear(model.dim, kv_width, bias=biased)
         if model.qk_norm == "full":
-            self.q_norm: Layer = HeadsNorm(width, model.norm_eps)
-            self.k_norm: Layer = HeadsNorm(kv_width, model.norm_eps)
+            self.q_norm: RMSNorm | HeadsNorm = HeadsNorm(width, model.norm_eps)
+            self.k_norm: RMSNorm | HeadsNorm = HeadsNorm(kv_width, model.norm_eps)
         elif model.qk_norm != "none":
             self.q_norm = RMSNorm(model.head_dim, model.norm_eps)
             self.k_norm = RMSNorm(model.head_dim, model.norm_eps)
@@ -94,9 +97,10 @@ class Attention(Layer):
     def project(self, x_BSD: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, ``(B, S, heads, C)`` each, rotated."""
         q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
-        if self._in_one_pass(q, place):
-            q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-            return self._norm_and_rotate(q, "q_norm", place), self._norm_and_rotate(k, "k_norm", place), v
+        if self._has_kernel(q, place):
+            v_BSGC = self.to_sequences(v).unflatten(-1, (-1, self.head_dim))
+            q, k = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
+            return *self._norm_and_rotate(q, k, place), v_BSGC
         if self.qk_norm == "full":
             q, k = HeadsNorm.widen(q), HeadsNorm.widen(k)
             q_squares, k_squares = self.sum_heads(HeadsNorm.squares(q), HeadsNorm.squares(k))
@@ -112,17 +116,22 @@ class Attention(Layer):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _in_one_pass(self, q: Tensor, place: Place) -> bool:
-        """Whether a kernel does all that is done to queries and keys: heads are turned last, and nothing of them is
-        with other ranks."""
-        alone = self.to_sequences is _as_they_are and (self.qk_norm != "full" or self.sum_heads is _all_here)
+    def _has_kernel(self, q: Tensor, place: Place) -> bool:
+        """Whether kernels do all that is done to queries and keys: heads are turned last."""
         plain = self.rotates and not self.clip_qkv and self.qk_norm != "head_after_rope"
-        return alone and plain and takes(q, self.head_dim, place.cos)
+        return plain and takes(q, self.head_dim, place.cos)
 
-    def _norm_and_rotate(self, x_BSHC: Tensor, norm: str, place: Place) -> Tensor:
-        layer = getattr(self, norm) if self.qk_norm != "none" else None
-        weight_W, eps = (None, 0.0) if layer is None else (layer.local_weight("weight"), layer.eps)
-        return norm_and_rotate(x_BSHC, weight_W, eps, place.cos, place.sin)
+    def _norm_and_rotate(self, q: Tensor, k: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """In the order of the projections' tokens, ``(…, heads, C)``, to whole sequences."""
+        rest = place.cos, place.sin, self.shards
+        if self.qk_norm == "none":
+            return norm_and_rotate(q, None, 0.0, *rest), norm_and_rotate(k, None, 0.0, *rest)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        weights = q_norm.local_weight("weight"), k_norm.local_weight("weight")
+        if isinstance(q_norm, HeadsNorm) and isinstance(k_norm, HeadsNorm) and self.sum_heads is not _all_here:
+            widths = q_norm.dim, k_norm.dim
+            return norm_parts_and_rotate((q, k), weights, widths, q_norm.eps, *rest, self.sum_heads)
+        return norm_and_rotate(q, weights[0], q_norm.eps, *rest), norm_and_rotate(k, weights[1], k_norm.eps, *rest)
 
 
 def _as_they_are(x: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ KEPT = (
     "_c10d_functional::reduce_scatter_tensor",
     "_c10d_functional::all_reduce",
 )
+# Of our own operators, which are kept as well, those whose outputs are not.
+RECOMPUTED = ("moe_dtensor::norm_and_rotate", "moe_dtensor::squares_of_heads")
 
 
 def apply_recompute(part: Transformer, config: Config) -> None:
@@ -107,5 +109,5 @@ def _selective_contexts() -> tuple:
 
 def _policy(_context: object, op: torch._ops.OpOverload, *_args: object, **_kwargs: object) -> CheckpointPolicy:
     name = op.name().split(".")[0]
-    keep = name in KEPT or name.startswith("moe_dtensor::")
+    keep = name in KEPT or (name.startswith("moe_dtensor::") and name not in RECOMPUTED)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

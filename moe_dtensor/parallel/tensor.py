@@ -107,6 +107,7 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             module.sum_output = functools.partial(_leave, by_token)
             _split_heads(module, config, tp)
             if config.mesh.sequence_parallel:
+                module.shards = tp.size()
                 module.to_sequences = functools.partial(collectives.merge_shards, ranks=tp.size(), dim=1)
                 module.from_sequences = functools.partial(collectives.split_shards, ranks=tp.size(), dim=1)
         elif isinstance(module, MoE) and config.mesh.sequence_parallel:
@@ -153,7 +154,7 @@ def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:
 
 
 def _sum_over(tp: DeviceMesh, copies: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Sum parts over tp, in one collective, when each part of the keys is held by ``copies`` ranks."""
+    """Sum parts over tp, in one collective, when each part of the keys is held by ``copies`` ranks. Its own adjoint."""
 
     def sum_heads(of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
         of_queries, of_keys = collectives.all_reduce_partials(torch.stack([of_queries, of_keys / copies]), tp).unbind()

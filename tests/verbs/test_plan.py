@@ -16,6 +16,7 @@ import pytest
 from moe_dtensor.config.load import build, load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate import attention
 from moe_dtensor.estimate.dispatch import LATENCY, READ, choose_dispatch, dispatch_costs
 from moe_dtensor.estimate.memory import fullest_rank, rank_memory
 from moe_dtensor.estimate.saved_tensors import block_bytes
@@ -66,8 +67,10 @@ def test_memory_of_windows_and_latents_is_what_was_measured() -> None:
         assert peak == pytest.approx(record["result"]["peak_memory_gib"], rel=0.02), record["name"]
 
 
-def test_memory_of_two_gpus_is_what_was_measured() -> None:
-    """Of the fullest rank, under every placement, dispatch and schedule that was run."""
+def test_memory_of_two_gpus_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fullest rank, under every placement, dispatch and schedule that was run, when norm and rotation of heads
+    had no kernels yet."""
+    monkeypatch.setattr(attention, "has_kernel", lambda *_: False)
     records = json.loads((RESULTS / "h100x2_train_olmoe_small.json").read_text())["variants"]
     assert len(records) > 10
     for record in records:
@@ -271,6 +274,41 @@ def test_experts_keep_their_input_and_hidden_rows() -> None:
     wider = preset("olmoe_small", "1x1x1", moe__hidden_dim=1024)
     tokens = 16 * 2048
     assert block_bytes(wider, True).kept - block_bytes(config, True).kept == 4 * tokens * 8 * 512
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "numbers"),
+    [
+        ({}, 2 * 2, 0),  # without a kernel: q and k before their norm, and between it and the weight; deviations
+        ({"mesh__sequence_parallel": False}, 2, 0),
+        ({"model__qk_norm": "head"}, 2, 16),
+    ],
+)
+def test_norm_and_rotation_keep_less_by_kernels(
+    keys: dict[str, Any], values: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """olmoe_small on tp = 2: with kernels q and k before their norm, 512 wide each; of one over the whole width sums of
+    squares take the place of deviations."""
+    config = preset("olmoe_small", "1x1x2", **keys)
+    kernels = block_bytes(config, is_moe=True).kept
+    monkeypatch.setattr(attention, "has_kernel", lambda *_: False)
+    plain = block_bytes(config, is_moe=True).kept
+    assert plain - kernels == 16 * 2048 * (2 * 512 * (values - 2) + 4 * numbers)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model__clip_qkv": 8.0},
+        {"model__qk_norm": "head_after_rope"},
+        {"model__rope_layers": ("none",)},
+        {"model__rotary_dim": 32},
+        {"training__param_dtype": "float64"},
+    ],
+)
+def test_heads_that_have_no_kernel(keys: dict[str, Any]) -> None:
+    assert attention.has_kernel(preset("olmoe_small", "1x1x2"), 0)
+    assert not attention.has_kernel(preset("olmoe_small", "1x1x2", **keys), 0)
 
 
 @pytest.mark.parametrize(
