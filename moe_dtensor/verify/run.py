@@ -22,7 +22,6 @@ from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.step import StepResult, evaluate, train_step
 from moe_dtensor.verify import inputs
-from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.compare import (
     FLOOR,
     Deviation,
@@ -33,6 +32,7 @@ from moe_dtensor.verify.compare import (
     relative_to,
     worst_of_each,
 )
+from moe_dtensor.verify.miniature import Case
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
 from moe_dtensor.verify.subject import (
     Recorder,
