@@ -17,11 +17,11 @@ from moe_dtensor.config.load import build, load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import LATENCY, READ, choose_dispatch, dispatch_costs
-from moe_dtensor.estimate.memory import fullest_rank, rank_memory
+from moe_dtensor.estimate.memory import fullest_rank, in_flight, rank_memory
 from moe_dtensor.estimate.saved_tensors import block_bytes
-from moe_dtensor.estimate.schedule import SOURCES, bubble, in_flight
 from moe_dtensor.estimate.shards import all_shards, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
+from moe_dtensor.estimate.speed import SOURCES, bubble
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.verbs import plan
 
