@@ -23,22 +23,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_dtensor.bench.measure import (
-    dense_products,
-    graph_milliseconds,
-    kernel_times,
+    break_down,
     measure_memory,
     peak_mib,
     provenance,
+    record_kernels,
     several,
     wait,
 )
 from moe_dtensor.bench.shapes import Layer, parse_shape
 from moe_dtensor.config.command_line import write_json
+from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
 MAX_ERROR = 2e-2
 """Relative error in bf16 above which a time is not reported."""
 _ROUNDS = 6
+RECORDED = 3
+"""Steps whose kernels are recorded."""
 
 
 @dataclass
@@ -198,7 +200,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.tflops = layer.shape.flops / result.milliseconds / 1e9
         result.dense_tflops = layer.shape.expert_flops / statistics.median(dense_times) / 1e9
         if cuda:
-            result.kernels = kernel_times(runs[name])
+            result.kernels = break_down(record_kernels(runs[name], RECORDED), RECORDED).kernels
         if cuda and name in ("torch", "triton"):
             result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
 
@@ -265,3 +267,41 @@ def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None
         x_1TD.grad = None
 
     return step
+
+
+def graph_milliseconds(layer: Layer, backend: str) -> float:
+    """Milliseconds of a step captured in a CUDA graph and replayed."""
+    leaves = list(layer.leaves.values())
+
+    def step() -> None:
+        torch.autograd.grad(layer(backend), leaves, layer.dy_TD)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return statistics.median(several(graph.replay, True) + several(graph.replay, True))
+
+
+def dense_products(layer: Layer) -> Callable[[], None]:
+    """Run the matrix products of a layer's experts and their gradients with one weight for all rows: what a card does
+    with the same FLOPs where nothing is routed."""
+    shape = layer.shape
+    rows, up = shape.tokens * shape.top_k, num_up_projections(shape.activation) * shape.hidden
+    sizes = [(rows, shape.dim, up), (rows, shape.hidden, shape.dim)]
+    operands = [
+        tuple(torch.randn(size, device=layer.x_TD.device, dtype=layer.x_TD.dtype) for size in ((n, d), (f, d), (n, f)))
+        for n, d, f in sizes
+    ]
+
+    def run() -> None:
+        for x, w, dy in operands:
+            x @ w.T
+            dy @ w
+            dy.T @ x
+
+    return run

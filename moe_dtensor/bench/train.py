@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
-from moe_dtensor.bench.measure import provenance
+from moe_dtensor.bench.measure import Breakdown, measure_breakdown, provenance
 from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
 from moe_dtensor.config.command_line import read_world_size, write_json
 from moe_dtensor.config.schema import Config
