@@ -13,7 +13,7 @@ from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sourc
 from moe_dtensor.config.check_mesh import check_mesh, check_pipeline, check_stages_per_rank
 from moe_dtensor.config.check_model import check_attention, check_experts, check_model, check_routing
 from moe_dtensor.config.errors import Broken, ConfigError
-from moe_dtensor.config.objects import is_pythons_own, names_object
+from moe_dtensor.config.load import is_pythons_own, names_object
 from moe_dtensor.config.resolve import (
     FORCED,
     expert_shards,

@@ -17,8 +17,8 @@ from moe_dtensor.config.load import load_variants, override
 from moe_dtensor.config.schema import Config, Schedule
 
 if TYPE_CHECKING:
-    from moe_dtensor.verify.compare import Verdict
     from moe_dtensor.verify.miniature import Case, Layout
+    from moe_dtensor.verify.verdict import Verdict
 
 HELP = "prove on a miniature of a config that every mesh computes the same gradients"
 DEFAULT_MESHES = ("1x1x1", "2x1x1", "1x1x2", "1x1x4", "1x1x8", "2x1x2", "1x2x2", "2x2x2", "1x3x2")
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.verify.miniature import judged, shrink, whole_case
-    from moe_dtensor.verify.report import write_record
     from moe_dtensor.verify.run import computation
+    from moe_dtensor.verify.verdict import write_record
 
     cases: list[tuple[str, Case]] = []
     for name, variant in variants.items():
@@ -262,8 +262,8 @@ def _reason(config: Config, layout: Layout) -> str:
 
 
 def _judge(cases: Sequence[tuple[str, Case]], dtype: str) -> list[Verdict]:
-    from moe_dtensor.verify.report import Report
     from moe_dtensor.verify.run import prove
+    from moe_dtensor.verify.verdict import Report
 
     verdicts = []
     with Report(cases[0][1].config, dtype) as report:

@@ -16,9 +16,9 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config, Schedule
 from moe_dtensor.config.tables import Field, all_fields, show_value
-from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.miniature import Case, Layout, legal, whole_case
 from moe_dtensor.verify.run import computation, prove
+from moe_dtensor.verify.verdict import Verdict
 
 MESHES = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1), (1, 3, 1))
 SMALLEST: dict[str, Any] = {

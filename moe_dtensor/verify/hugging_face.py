@@ -25,9 +25,9 @@ from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from moe_dtensor.config.command_line import write_json
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers
-from moe_dtensor.verify.compare import Deviation, Verdict, deviate, deviate_scalar, missing
 from moe_dtensor.verify.oracle import Microbatch, Transformer, cross_entropy, gradient_norm
 from moe_dtensor.verify.oracle_routing import Balance
+from moe_dtensor.verify.verdict import Deviation, Verdict, deviate, deviate_scalar, missing
 
 LIMITS = {"float32": 2e-5, "float64": 1e-9}
 """Of logits and streams ``‖difference‖ / ‖oracle's‖``, of loss and gradients likewise."""
@@ -130,7 +130,7 @@ def explain(verdict: Verdict, source: HuggingFaceSource) -> list[str]:
         names = _tensors_before(wrong.name, source)
         lines.append(f"{wrong.name} differs by {wrong.error:.1e}, all before it agrees: it is made by {names}")
     for d in sorted((d for d in failed if d.kind == "gradient"), key=lambda d: -d.error)[:8]:
-        lines.append(f"gradient of {d.name}: error {d.error:.2e} (limit {d.limit:.0e}), {d.ratio:.6g} times the norm")
+        lines.append(f"gradient of {d.name}: {d.told}")
     return lines
 
 

@@ -19,7 +19,7 @@ from moe_dtensor.config.tables import all_fields
 from moe_dtensor.train.kept_config import comparable, with_defaults
 
 if TYPE_CHECKING:
-    from moe_dtensor.verify.compare import Verdict
+    from moe_dtensor.verify.verdict import Verdict
 
 CONFIG_FILE = "config.toml"
 NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profiling", "comm")
