@@ -10,7 +10,6 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ from moe_dtensor.bench.measure import (
     several,
     wait,
 )
-from moe_dtensor.bench.shapes import Layer, parse_shape
+from moe_dtensor.bench.shapes import Layer, Shape, parse_shape
 from moe_dtensor.config.command_line import write_json
 from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
@@ -110,7 +109,7 @@ def bench_layer(
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     compiled = cuda if compiled is None else compiled
-    peers = installed_peers() if cuda and not backends else {}
+    peers = {"torchtitan": _torchtitan} if cuda and not backends and find_spec("torchtitan") else {}
     names = tuple(backends) or (_installed_backends() if cuda else ("reference",))
     for name in names:
         if name not in (*BACKENDS, "auto"):
@@ -226,17 +225,6 @@ def _write_json(path: Path, results: list[Result]) -> None:
     what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
     record = what | provenance() | {"results": [asdict(result) for result in results]}
     write_json(path, record)
-
-
-if TYPE_CHECKING:
-    from moe_dtensor.bench.shapes import Layer, Shape
-
-Build = Callable[["Shape", "Layer", bool], Callable[[], None]]
-
-
-def installed_peers() -> dict[str, Build]:
-    """Names and builders of the peers that can be imported here."""
-    return {"torchtitan": _torchtitan} if importlib.util.find_spec("torchtitan") else {}
 
 
 def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None]:

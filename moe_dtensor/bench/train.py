@@ -75,7 +75,7 @@ class Options:
     """File for results, configs and provenance."""
     peers: tuple[str, ...] = ()
     """Other projects' models of the same sizes, trained after each variant: names of
-    :data:`moe_dtensor.bench.torchtitan_model.PEERS`."""
+    :class:`moe_dtensor.bench.torchtitan_model.Peer`."""
     peer_microbatch: int = 0
     """Sequences in a peer's forward. 0: the config's, halved until a step fits."""
 
