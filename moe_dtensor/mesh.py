@@ -54,11 +54,6 @@ def expert_axis(config: Config, mesh: DeviceMesh) -> DeviceMesh:
     return both[over_dp.mesh_dim_names[0], "tp"]._flatten("dp_tp")  # type: ignore[index]
 
 
-def flat_dp_tp(mesh: DeviceMesh) -> DeviceMesh:
-    """dp and tp as one axis, dp outermost: the ranks of a pipeline stage."""
-    return mesh["dp", "tp"]._flatten("dp_tp")
-
-
 def _replicated_view(config: Config, mesh: DeviceMesh) -> DeviceMesh:
     return _view(mesh, dp_groups=expert_groups(config), dp_experts=expert_dp_ranks(config))
 

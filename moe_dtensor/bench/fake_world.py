@@ -5,16 +5,20 @@
 The process group is torch's fake one: collectives return at once and bring nothing, so values mean nothing, and what
 is left is the work of the host: process groups, modules, DTensors, hooks, planning. Build and planning have the
 config's widths, on meta unless ``--values``; the step is real, of the same mesh, blocks and experts, with narrow widths
-(:func:`narrow`), not compiled.
+(:func:`narrow`), not compiled. Rank 0 plans a checkpoint for all: what the others tell it is worked out here too,
+by being the first rank of one pipeline rank after the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import tempfile
 import time
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -26,26 +30,28 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.pipelining import PipelineStage
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_dtensor.bench.fake_ranks import member, ready, saved_state, told_by_all, told_by_stage
 from moe_dtensor.checkpoint.folder import INDEX, Manifest
-from moe_dtensor.checkpoint.planner import PlanKeeper, Told
+from moe_dtensor.checkpoint.planner import Layout, Outline, PlanKeeper, Told
 from moe_dtensor.checkpoint.storage import Writer
 from moe_dtensor.config.command_line import Parser
 from moe_dtensor.config.load import override
-from moe_dtensor.config.resolve import is_latent, shard_ranks
+from moe_dtensor.config.resolve import is_latent, resolve, shard_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.testing.bytes_sent import BytesSent
-from moe_dtensor.train.build import build
+from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.step import read_batch, train_step
 
 MOST_PARTS = 3_000_000
@@ -198,6 +204,67 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.process_time()
     yield
     seconds[stage] = round(time.process_time() - start, 2)
+
+
+@contextmanager
+def member(config: Config, rank: int) -> Iterator[None]:
+    """As a rank of a fake world; at the end there is none."""
+    mesh = config.mesh
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.dp * mesh.pp * mesh.tp)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def ready(config: Config) -> Config:
+    """Resolved, with random data; a vocabulary that the config names stays."""
+    config = replace(config, data=replace(config.data, corpus="random"))
+    resolved = resolve(config, dist.get_world_size())
+    return set_vocabulary(resolved, build_corpus(resolved))
+
+
+def saved_state(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What a checkpoint saves of it."""
+    model = {name: value for part in trainer.parts for name, value in get_model_state_dict(part).items()}
+    rng = {f"rank_{dist.get_rank()}_of_{dist.get_world_size()}.cpu": torch.get_rng_state()}
+    balance = trainer.balance.state_dict()
+    return {"model": model, "optimizer": trainer.optimizers.state_dict(), "balance": balance, "rng": rng}
+
+
+def told_by_stage(config: Config) -> dict[int, Told]:
+    """What the first rank of each pipeline rank but the first's tells, by its rank."""
+    told = {}
+    for rank in range(config.mesh.tp, config.mesh.pp * config.mesh.tp, config.mesh.tp):
+        with member(config, rank):
+            planner = PlanKeeper().planner()
+            planner.set_up_planner(saved_state(build(ready(config), torch.device("cpu"), values=False)))
+            told[rank] = planner.create_local_plan().planner_data
+    return told
+
+
+def told_by_all(config: Config, first: dict[int, Told]) -> list[Told]:
+    """What every rank tells, worked out from what the first rank of each pipeline rank does."""
+    mesh = config.mesh
+    world = mesh.dp * mesh.pp * mesh.tp
+    claims: dict[int, dict[str, Outline]] = defaultdict(dict)
+    for start, told in first.items():
+        for name, outline in told.tensors.items():
+            if not name.startswith("model."):
+                continue
+            step = f"optimizer.state.{name.removeprefix('model.')}.step"
+            number = zlib.crc32(step.encode()) % math.prod(outline.layout.mesh)
+            dp, tp = divmod(number, mesh.tp)
+            claims[dp * mesh.pp * mesh.tp + start + tp][step] = _scalar("optimizer", step)
+    for rank in range(world):
+        state = f"rng.rank_{rank}_of_{world}.cpu"
+        claims[rank] |= {name: _scalar("balance", name) for name in ("balance.bias", "balance.previous_load")}
+        claims[rank][state] = _scalar("rng", state)
+    return [first.get(rank, Told(claims=claims[rank])) for rank in range(world)]
+
+
+def _scalar(table: str, name: str) -> Outline:
+    return Outline(Layout(torch.Size([]), (), ()), TensorProperties(), (table, name.removeprefix(f"{table}.")))
 
 
 def main(argv: list[str]) -> int:

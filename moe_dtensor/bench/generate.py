@@ -24,8 +24,6 @@ from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.train.ranks import end_ranks, start_ranks
 
 OURS = "moe_dtensor"
-PEERS = ("grouped_mm", "eager")
-"""Values of transformers' ``experts_implementation``."""
 _ROUNDS = 3
 
 
@@ -42,6 +40,7 @@ class Options:
     tokens: int
     """New tokens of each."""
     peers: tuple[str, ...]
+    """Values of transformers' ``experts_implementation``: grouped_mm, eager."""
     json: Path | None
 
 

@@ -10,7 +10,6 @@ for plain ones) plus ``6 * T * D * E`` for the router. Activation, top-k and sum
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,27 +17,29 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moe_dtensor.bench.measure import (
-    dense_products,
-    graph_milliseconds,
-    kernel_times,
+    break_down,
     measure_memory,
     peak_mib,
     provenance,
+    record_kernels,
     several,
     wait,
 )
-from moe_dtensor.bench.shapes import Layer, parse_shape
+from moe_dtensor.bench.shapes import Layer, Shape, parse_shape
 from moe_dtensor.config.command_line import write_json
+from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.mlp import BACKENDS, choose_backend
 
 MAX_ERROR = 2e-2
 """Relative error in bf16 above which a time is not reported."""
 _ROUNDS = 6
+RECORDED = 3
+"""Steps whose kernels are recorded."""
 
 
 @dataclass
@@ -108,7 +109,7 @@ def bench_layer(
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     compiled = cuda if compiled is None else compiled
-    peers = installed_peers() if cuda and not backends else {}
+    peers = {"torchtitan": _torchtitan} if cuda and not backends and find_spec("torchtitan") else {}
     names = tuple(backends) or (_installed_backends() if cuda else ("reference",))
     for name in names:
         if name not in (*BACKENDS, "auto"):
@@ -198,7 +199,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.tflops = layer.shape.flops / result.milliseconds / 1e9
         result.dense_tflops = layer.shape.expert_flops / statistics.median(dense_times) / 1e9
         if cuda:
-            result.kernels = kernel_times(runs[name])
+            result.kernels = break_down(record_kernels(runs[name], RECORDED), RECORDED).kernels
         if cuda and name in ("torch", "triton"):
             result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
 
@@ -224,17 +225,6 @@ def _write_json(path: Path, results: list[Result]) -> None:
     what = {"what": "MoE layer, forward + backward; FLOPs = 6 T K (G + 1) D F + 6 T D E"}
     record = what | provenance() | {"results": [asdict(result) for result in results]}
     write_json(path, record)
-
-
-if TYPE_CHECKING:
-    from moe_dtensor.bench.shapes import Layer, Shape
-
-Build = Callable[["Shape", "Layer", bool], Callable[[], None]]
-
-
-def installed_peers() -> dict[str, Build]:
-    """Names and builders of the peers that can be imported here."""
-    return {"torchtitan": _torchtitan} if importlib.util.find_spec("torchtitan") else {}
 
 
 def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None]:
@@ -265,3 +255,41 @@ def _torchtitan(shape: Shape, layer: Layer, compiled: bool) -> Callable[[], None
         x_1TD.grad = None
 
     return step
+
+
+def graph_milliseconds(layer: Layer, backend: str) -> float:
+    """Milliseconds of a step captured in a CUDA graph and replayed."""
+    leaves = list(layer.leaves.values())
+
+    def step() -> None:
+        torch.autograd.grad(layer(backend), leaves, layer.dy_TD)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return statistics.median(several(graph.replay, True) + several(graph.replay, True))
+
+
+def dense_products(layer: Layer) -> Callable[[], None]:
+    """Run the matrix products of a layer's experts and their gradients with one weight for all rows: what a card does
+    with the same FLOPs where nothing is routed."""
+    shape = layer.shape
+    rows, up = shape.tokens * shape.top_k, num_up_projections(shape.activation) * shape.hidden
+    sizes = [(rows, shape.dim, up), (rows, shape.hidden, shape.dim)]
+    operands = [
+        tuple(torch.randn(size, device=layer.x_TD.device, dtype=layer.x_TD.dtype) for size in ((n, d), (f, d), (n, f)))
+        for n, d, f in sizes
+    ]
+
+    def run() -> None:
+        for x, w, dy in operands:
+            x @ w.T
+            dy @ w
+            dy.T @ x
+
+    return run

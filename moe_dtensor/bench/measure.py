@@ -1,26 +1,40 @@
-"""Time and memory of a step, for ``bench``, and what a measured number rests on."""
+"""Time and memory of a step, where its time goes on the GPUs, and what a measured number rests on."""
 
 from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-from moe_dtensor.bench.shapes import Layer
-from moe_dtensor.kernels.experts.activation import num_up_projections
+from torch.autograd import DeviceType
 
 STEPS = 6
 """Steps that are issued together."""
+Span = tuple[float, float]
+"""Start and end, microseconds."""
+RECORDED = 2
+"""Steps whose breakdown is recorded."""
+NAME = 120
+"""Characters of a kernel's name that are kept."""
+NCCL = {
+    "AllGather": "all_gather",
+    "ReduceScatter": "reduce_scatter",
+    "AllReduce": "all_reduce",
+    "SendRecv": "send_receive",
+    "Broadcast": "broadcast",
+    "Reduce": "reduce",
+}
+"""Part of an NCCL kernel's name, and what is reported. An all-to-all is a send_receive, and so is a pipeline's."""
 
 
 def measure_memory(forward: Callable[[], Tensor], dy: Tensor, parameters: set[int]) -> tuple[float, float]:
@@ -78,55 +92,99 @@ def several(run: Callable[[], None], cuda: bool) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def graph_milliseconds(layer: Layer, backend: str) -> float:
-    """Milliseconds of a step captured in a CUDA graph and replayed."""
-    leaves = list(layer.leaves.values())
+@dataclass(frozen=True)
+class Breakdown:
+    """One rank's step, milliseconds: ``computing``, ``exposed`` and ``idle`` add up to ``step``."""
 
-    def step() -> None:
-        torch.autograd.grad(layer(backend), leaves, layer.dy_TD)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return statistics.median(several(graph.replay, True) + several(graph.replay, True))
-
-
-def dense_products(layer: Layer) -> Callable[[], None]:
-    """Run the matrix products of a layer's experts and their gradients with one weight for all rows: what a card does
-    with the same FLOPs where nothing is routed."""
-    shape = layer.shape
-    rows, up = shape.tokens * shape.top_k, num_up_projections(shape.activation) * shape.hidden
-    sizes = [(rows, shape.dim, up), (rows, shape.hidden, shape.dim)]
-    operands = [
-        tuple(torch.randn(size, device=layer.x_TD.device, dtype=layer.x_TD.dtype) for size in ((n, d), (f, d), (n, f)))
-        for n, d, f in sizes
-    ]
-
-    def run() -> None:
-        for x, w, dy in operands:
-            x @ w.T
-            dy @ w
-            dy.T @ x
-
-    return run
+    step: float
+    computing: float
+    """Some kernel other than a collective runs."""
+    exposed: float
+    """Only collectives run. One that waits for another rank runs: a pipeline's bubble is in here."""
+    idle: float
+    """Nothing runs."""
+    collectives: dict[str, float]
+    """All of their time, by kind."""
+    exposed_collectives: dict[str, float]
+    """Their time while nothing else computes, by kind."""
+    kernels: dict[str, float]
+    """All of the time of each kernel, copy and fill, by name, longest first."""
 
 
-def kernel_times(run: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step by kernel name, longest first."""
-    steps = 3
+def measure_breakdown(step: Callable[[], object]) -> list[Breakdown]:
+    """Record some steps on every rank; the breakdown of each, in rank order. All ranks call it together, on GPUs."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    everyone: list[Breakdown | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, break_down(record_kernels(step, RECORDED), RECORDED))
+    return [each for each in everyone if each is not None]
+
+
+def record_kernels(step: Callable[[], object], steps: int) -> list[tuple[str, Span]]:
+    """Name and span of everything that runs on this process's GPU in some steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(steps):
-            run()
+            step()
         torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    for event in profile.events():
-        times[event.name[:80]] = times.get(event.name[:80], 0.0) + event.device_time / 1e3 / steps
-    return dict(sorted(((name, round(t, 4)) for name, t in times.items() if t > 0), key=lambda item: -item[1]))
+    return [
+        (event.name, (event.time_range.start, event.time_range.end))
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA and event.time_range.end > event.time_range.start
+    ]
+
+
+def break_down(kernels: Iterable[tuple[str, Span]], steps: int) -> Breakdown:
+    """The breakdown of a step, of ``steps`` recorded ones.
+
+    Args:
+        kernels: name and span of everything that ran on one GPU.
+        steps: recorded from the first span's start to the last one's end.
+    """
+    by_kind: dict[str, list[Span]] = {}
+    by_name: dict[str, list[Span]] = {}
+    computing: list[Span] = []
+    for name, span in kernels:
+        by_name.setdefault(name[:NAME], []).append(span)
+        kind = kind_of(name)
+        (computing if kind is None else by_kind.setdefault(kind, [])).append(span)
+    busy = union(computing)
+    moving = union(span for spans in by_kind.values() for span in spans)
+    both = union([*busy, *moving])
+
+    def milliseconds(spans: Iterable[Span]) -> float:
+        return sum(end - start for start, end in spans) / 1e3 / steps
+
+    kinds = {kind: union(spans) for kind, spans in sorted(by_kind.items())}
+    whole = milliseconds([(both[0][0], both[-1][1])]) if both else 0.0
+    computed, active = milliseconds(busy), milliseconds(both)
+    names = sorted(((name, milliseconds(spans)) for name, spans in by_name.items()), key=lambda item: -item[1])
+    return Breakdown(
+        step=whole,
+        computing=computed,
+        exposed=active - computed,
+        idle=whole - active,
+        collectives={kind: milliseconds(spans) for kind, spans in kinds.items()},
+        exposed_collectives={kind: milliseconds(union([*busy, *spans])) - computed for kind, spans in kinds.items()},
+        kernels={name: round(time, 4) for name, time in names},
+    )
+
+
+def kind_of(kernel: str) -> str | None:
+    """What collective a kernel is; None for one that computes."""
+    if "nccl" not in kernel.lower():
+        return None
+    return next((kind for part, kind in NCCL.items() if part in kernel), "other_collective")
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time without overlaps, in order."""
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def provenance() -> dict[str, Any]:

@@ -24,12 +24,6 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader
 from moe_dtensor.data.loader import IGNORED
 
-PEERS = {
-    "torchtitan": "weights in float32, computing in param_dtype by FSDP2, on one rank too",
-    "torchtitan_amp": "as its trainer does on one GPU: no FSDP, torch.autocast",
-}
-"""What is trained by what name."""
-
 
 def check_peer(name: str, config: Config, world_size: int) -> None:
     """Raise ConfigError unless torchtitan's Qwen3 can have a resolved config's sizes."""
@@ -101,7 +95,11 @@ def prepared(device: torch.device) -> Iterator[None]:
 
 
 class Peer:
-    """The model, its optimizer and its share of the data, on this rank."""
+    """The model, its optimizer and its share of the data, on this rank.
+
+    By the name ``torchtitan`` with weights in float32, computing in ``param_dtype`` by FSDP2, on one rank too; by
+    ``torchtitan_amp`` as its trainer does on one GPU: no FSDP, torch.autocast.
+    """
 
     def __init__(self, name: str, config: Config, corpus: Corpus, device: torch.device, microbatch: int) -> None:
         from torchtitan.components.loss import cross_entropy_loss

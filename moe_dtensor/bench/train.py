@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dtensor.bench.breakdown import Breakdown, measure_breakdown
-from moe_dtensor.bench.measure import provenance
+from moe_dtensor.bench.measure import Breakdown, measure_breakdown, provenance
 from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, prepared
 from moe_dtensor.config.command_line import read_world_size, write_json
 from moe_dtensor.config.schema import Config
@@ -76,7 +75,7 @@ class Options:
     """File for results, configs and provenance."""
     peers: tuple[str, ...] = ()
     """Other projects' models of the same sizes, trained after each variant: names of
-    :data:`moe_dtensor.bench.torchtitan_model.PEERS`."""
+    :class:`moe_dtensor.bench.torchtitan_model.Peer`."""
     peer_microbatch: int = 0
     """Sequences in a peer's forward. 0: the config's, halved until a step fits."""
 

@@ -1,38 +1,52 @@
-"""Rules that span fields and tables: each broken one is one ConfigError. Loads no torch."""
+"""Rules of a config: each broken one is one ConfigError. Loads no torch.
+
+Here are those of single fields, of [training], [optimizer] and [checkpoint], and of names; beside it those of the model
+(``check_model``), of meshes and pipelines (``check_mesh``) and of data, stages and evaluation (``check_data``).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import math
 
 from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
-from moe_dtensor.config.check_model import check_attention, check_experts, check_placement, check_routing
-from moe_dtensor.config.check_precision import check_precision
-from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.objects import is_pythons_own, names_object
-from moe_dtensor.config.ranges import out_of_range
+from moe_dtensor.config.check_mesh import check_mesh, check_pipeline, check_stages_per_rank
+from moe_dtensor.config.check_model import check_attention, check_experts, check_model, check_routing
+from moe_dtensor.config.errors import Broken, ConfigError
+from moe_dtensor.config.load import is_pythons_own, names_object
 from moe_dtensor.config.resolve import (
     FORCED,
-    INTERLEAVED,
-    SPLIT_BACKWARD,
-    V_SCHEDULES,
+    expert_shards,
     microbatches,
     moe_kinds,
     moe_layers,
-    num_stages,
-    padded_vocab,
     resolve,
-    shard_ranks,
-    shard_words,
+    state_dtype,
 )
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import stage_at
-
-Broken = Iterator[tuple[str, str]]
-"""(rule with its values, remedy), for each broken rule."""
+from moe_dtensor.config.tables import all_fields, show
 
 ROUTERS = ("sinkhorn", "topk", "expert_choice", *FORCED)
 LOSSES = ("cross_entropy",)
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+AT_LEAST_ONE = (
+    *("model.num_layers", "model.dim", "model.num_heads", "moe.top_k", "moe.hidden_dim", "moe.every"),
+    *("moe.sinkhorn_iterations", "mesh.pp", "mesh.tp", "mesh.dp_replicate", "training.steps", "training.seq_len"),
+    *("training.global_batch_size", "training.microbatch_size", "training.max_skipped", "training.sample_tokens"),
+    *("checkpoint.interval", "metrics.log_interval", "profiling.first_step", "profiling.steps", "comm.timeout_seconds"),
+)
+ABOVE_ZERO = (
+    *("model.norm_eps", "model.rope_theta", "model.init_std", "rope.factor", "rope.low", "rope.beta_slow"),
+    *("moe.gate_scale", "model.embedding_scale", "model.residual_scale", "model.logit_scale", "mesh.link_bandwidth"),
+    *("mesh.device_memory", "optimizer.eps"),
+)
+FROM_ZERO_TO_ONE = (
+    *("data.max_bad_records", "moe.jitter", "optimizer.beta1", "optimizer.beta2", "lr_scheduler.decay_fraction"),
+    "lr_scheduler.min_lr_ratio",
+)
+BY_ITSELF = ("mesh.dp", "training.norm_type")
+"""Numbers with a rule of their own. All that are in none of these lists are 0 or more."""
 
 
 def check(config: Config, world_size: int) -> None:
@@ -51,28 +65,60 @@ def check(config: Config, world_size: int) -> None:
 
 
 def _broken(config: Config, world_size: int) -> Broken:
-    yield from out_of_range(config)
-    yield from _stages_per_rank(config)
-    config_as_given, config = config, resolve(config, world_size)
+    yield from _ranges(config)
+    yield from check_stages_per_rank(config)
+    as_given, config = config, resolve(config, world_size)
     yield from _names(config)
     yield from _checkpoint(config)
-    yield from _model(config_as_given)
+    yield from check_model(as_given)
     yield from check_attention(config)
     yield from check_experts(config)
     for kind in moe_kinds(config):
         yield from check_routing(kind)
-    yield from _mesh(config_as_given, world_size)
-    yield from _levels(config)
-    yield from _tensor_parallel(config)
-    yield from check_placement(config)
-    yield from _async_tp(config)
-    yield from _data_parallel(config)
+    yield from check_mesh(as_given, config, world_size)
     yield from _batches(config)
-    yield from _pipeline(config)
-    yield from check_precision(config)
+    yield from check_pipeline(config)
+    yield from _precision(config)
     yield from _drift(config)
-    yield from _ends(config_as_given)
+    yield from _ends(as_given)
     yield from check_evaluation(config)
+
+
+def _ranges(config: Config) -> Broken:
+    """Fields whose value makes no sense whatever the others say."""
+    values = {key: getattr(getattr(config, field.table), field.name) for key, field in all_fields().items()}
+    numbers = [key for key, field in all_fields().items() if field.type in (int, float)]
+    for key in (key for key in numbers if key not in (*ABOVE_ZERO, *FROM_ZERO_TO_ONE, *BY_ITSELF)):
+        least = int(key in AT_LEAST_ONE)
+        if values[key] < least:
+            yield f"{key} = {show(values[key])} is too small.", f"Set {key} to {least} or more."
+    for key in ABOVE_ZERO:
+        if values[key] <= 0:
+            yield f"{key} = {show(values[key])} must be above 0.", f"The default is {show(all_fields()[key].default)}."
+    for key in FROM_ZERO_TO_ONE:
+        if not 0 <= values[key] <= 1:
+            yield f"{key} = {show(values[key])} lies outside 0 to 1.", f"Give {key} a share from 0 to 1."
+    for key, what in (
+        ("optimizer.beta1", "would never forget"),
+        ("optimizer.beta2", "would never forget"),
+        ("moe.jitter", "could hide the router's input altogether"),
+    ):
+        if values[key] == 1:
+            yield f"{key} = 1.0 {what}.", f"Set {key} below 1."
+    for key in numbers:
+        if values[key] == math.inf and key != "training.norm_type":
+            yield f"{key} = inf is not finite.", f"Set {key} to a finite number."
+    if values["mesh.dp"] < 1 and values["mesh.dp"] != -1:
+        yield f"mesh.dp = {values['mesh.dp']} is no number of ranks.", "Set mesh.dp to 1 or more, or -1 for the rest."
+    if values["training.seed"] >= 2**63:
+        yield f"training.seed = {values['training.seed']} is too large.", "Set training.seed below 2^63."
+    if values["checkpoint.keep_last"] == 1:
+        yield (
+            "checkpoint.keep_last = 1 would delete the only whole checkpoint while the next is written.",
+            "Set checkpoint.keep_last to 2 or more, or 0 to keep all.",
+        )
+    if values["training.norm_type"] not in (2.0, math.inf):
+        yield f"training.norm_type = {values['training.norm_type']} is not supported.", "Set it to 2 or inf."
 
 
 def _names(config: Config) -> Broken:
@@ -103,100 +149,6 @@ def _checkpoint(config: Config) -> Broken:
         )
 
 
-def _model(config: Config) -> Broken:
-    model = config.model
-    if model.head_dim == 0 and not model.kv_rank and model.dim % model.num_heads:
-        yield (
-            f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
-            "Change one of them, or set model.head_dim.",
-        )
-    if model.norm_bias and model.norm != "layernorm":
-        yield (
-            f"model.norm_bias = true with model.norm = {model.norm}, which has no bias.",
-            "Set model.norm = layernorm, or take model.norm_bias out.",
-        )
-    if model.head_bias and model.tie_embeddings:
-        yield (
-            "model.head_bias = true with model.tie_embeddings = true: the embedding is the head, and has no bias.",
-            "Take one of them out.",
-        )
-
-
-def _mesh(config: Config, world_size: int) -> Broken:
-    mesh = config.mesh
-    if world_size < 1:
-        yield f"there are {world_size} ranks.", "Start 1 or more."
-    elif mesh.dp == -1:
-        if world_size % (mesh.pp * mesh.tp):
-            inner = mesh.pp * mesh.tp
-            yield (
-                f"[mesh] needs a multiple of pp={mesh.pp} x tp={mesh.tp} = {inner} ranks, but there are {world_size}.",
-                f"Start {-(-world_size // inner) * inner} ranks, or change mesh.pp or mesh.tp.",
-            )
-    elif world_size != mesh.dp * mesh.pp * mesh.tp:
-        ranks = mesh.dp * mesh.pp * mesh.tp
-        fits = world_size % (mesh.pp * mesh.tp) == 0
-        yield (
-            f"[mesh] needs dp={mesh.dp} x pp={mesh.pp} x tp={mesh.tp} = {ranks} ranks, but there are {world_size}.",
-            f"Start {ranks} ranks, or {'set mesh.dp = -1' if fits else 'change mesh.pp or mesh.tp'}.",
-        )
-
-
-def _levels(config: Config) -> Broken:
-    dp, copies = config.mesh.dp, config.mesh.dp_replicate
-    if dp % copies:
-        yield (
-            f"mesh.dp_replicate = {copies} does not divide mesh.dp = {dp} into groups.",
-            f"Set mesh.dp_replicate to a divisor of {dp}.",
-        )
-
-
-def _tensor_parallel(config: Config) -> Broken:
-    model, moe, tp = config.model, config.moe, config.mesh.tp
-    kv_heads = model.num_kv_heads
-    has_dense = len(moe_layers(config)) < model.num_layers
-    for key, value, matters in (
-        ("model.num_heads", model.num_heads, True),
-        ("training.seq_len", config.training.seq_len, config.mesh.sequence_parallel),
-        ("model.hidden_dim", model.hidden_dim, has_dense),
-        ("moe.shared_hidden_dim, or moe.num_shared_experts * moe.hidden_dim", moe.shared_hidden_dim, True),
-        ("model.vocab_size, padded to a multiple of 64,", padded_vocab(config), True),
-    ):
-        if matters and value % tp:
-            more = ", or mesh.sequence_parallel = false" if key == "training.seq_len" else ""
-            yield (
-                f"{key} = {value} is not a multiple of mesh.tp = {tp}.",
-                f"Set mesh.tp to a divisor of {value}, or that to {-(-value // tp) * tp}{more}.",
-            )
-    if kv_heads % tp and tp % kv_heads:
-        yield (
-            f"model.num_kv_heads = {kv_heads} and mesh.tp = {tp}: neither divides the other.",
-            "Key/value heads are split over tp or repeated on it: make one a multiple of the other.",
-        )
-
-
-def _async_tp(config: Config) -> Broken:
-    if not config.compile.async_tp:
-        return
-    if not config.compile.enable:
-        yield "compile.async_tp = true needs compile.enable = true.", "Set both, or neither."
-    if not config.mesh.sequence_parallel:
-        yield (
-            "compile.async_tp = true needs mesh.sequence_parallel = true: it cuts all-gathers and reduce-scatters.",
-            "Set mesh.sequence_parallel = true, or compile.async_tp = false.",
-        )
-
-
-def _data_parallel(config: Config) -> Broken:
-    model = config.model
-    shards, over = shard_ranks(config), shard_words(config)
-    if model.dim % shards:
-        yield (
-            f"model.dim = {model.dim} is not a multiple of {over}, along which FSDP cuts the width of weights.",
-            f"Set mesh.dp to a divisor of {model.dim}, or model.dim = {-(-model.dim // shards) * shards}.",
-        )
-
-
 def _batches(config: Config) -> Broken:
     training, dp = config.training, config.mesh.dp
     size, each = training.global_batch_size, dp * training.microbatch_size
@@ -219,72 +171,87 @@ def _batches(config: Config) -> Broken:
         )
 
 
-def _stages_per_rank(config: Config) -> Broken:
-    schedule, given = config.pipeline.schedule, config.pipeline.stages_per_rank
-    if config.mesh.pp == 1 or given == 0:
-        return
-    if schedule in INTERLEAVED:
-        if given < 2:
-            yield (
-                f"pipeline.schedule = {schedule} wants several stages on a rank, not {given}.",
-                "Set pipeline.stages_per_rank to 2 or more.",
-            )
-    elif given != (fixed := 2 if schedule in V_SCHEDULES else 1):
+def _precision(config: Config) -> Broken:
+    """What is kept, computed and summed in which dtype."""
+    yield from _dtypes(config)
+    yield from _sums_of_experts(config)
+    yield from _rounding(config)
+    if config.optimizer.state_dtype != "auto":
+        yield from _moments(config)
+
+
+def _dtypes(config: Config) -> Broken:
+    training, backend = config.training, config.moe.backend
+    if training.dtype == "float16":
         yield (
-            f"pipeline.stages_per_rank = {given}, but pipeline.schedule = {schedule} has {fixed} on a rank.",
-            "Set pipeline.stages_per_rank = 0.",
+            "training.dtype = float16: updates of master weights are below what it resolves, and squares of gradients "
+            "below what it holds.",
+            "Set training.dtype to float32, or bfloat16.",
+        )
+    if training.reduce_dtype == "float16":
+        yield (
+            f"training.reduce_dtype = float16 holds nothing above 65,504, which gradients computed in "
+            f"training.param_dtype = {training.param_dtype} may sum to.",
+            "Set training.reduce_dtype to float32, or bfloat16.",
+        )
+    if training.param_dtype == "float16":
+        yield "training.param_dtype = float16 needs loss scaling, which is not here.", "Set it to bfloat16 or float32."
+    if BITS[training.param_dtype] > BITS[training.dtype]:
+        yield (
+            f"training.param_dtype = {training.param_dtype} is wider than the master weights' "
+            f"training.dtype = {training.dtype}.",
+            f"Set training.dtype = {training.param_dtype}, or lower training.param_dtype.",
+        )
+    if BITS[training.reduce_dtype] < BITS[training.param_dtype]:
+        yield (
+            f"training.reduce_dtype = {training.reduce_dtype} is narrower than "
+            f"training.param_dtype = {training.param_dtype}: gradients would lose digits when summed.",
+            f"Set training.reduce_dtype = {training.param_dtype}.",
+        )
+    if config.fsdp.accumulate == "sharded" and BITS[training.dtype] < BITS[training.reduce_dtype]:
+        yield (
+            f"fsdp.accumulate = sharded adds shards up in training.dtype = {training.dtype}, which is narrower than "
+            f"training.reduce_dtype = {training.reduce_dtype}.",
+            "Set fsdp.accumulate = whole, or training.dtype = float32.",
+        )
+    if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
+        yield (
+            f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
+            "Set moe.backend to auto or reference, or training.param_dtype = bfloat16.",
+        )
+    if backend in ("torch", "triton") and training.param_dtype == "float64":
+        yield (
+            f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
+            "Set moe.backend to auto or reference.",
         )
 
 
-def _pipeline(config: Config) -> Broken:
-    pp, schedule, layers = config.mesh.pp, config.pipeline.schedule, config.model.num_layers
-    if pp == 1:
-        return
-    stages, count = num_stages(config), microbatches(config)
-    if layers < stages:
+def _sums_of_experts(config: Config) -> Broken:
+    training, own = config.training, config.mesh.experts in ("dp", "dp_tp") and expert_shards(config) == 1
+    if own and microbatches(config) > 1 and BITS[training.dtype] < BITS[training.reduce_dtype]:
         yield (
-            f"model.num_layers = {layers} is below the {stages} stages of mesh.pp = {pp} under {schedule}.",
-            f"Set model.num_layers to {stages} or more, or lower mesh.pp or pipeline.stages_per_rank.",
+            f"mesh.experts = {config.mesh.experts} adds gradients of {microbatches(config)} microbatches up "
+            f"in training.dtype = {training.dtype}, which is narrower than training.reduce_dtype = "
+            f"{training.reduce_dtype}.",
+            "Set mesh.experts = tp, or training.dtype = float32.",
         )
-    if config.model.tie_embeddings:
-        yield (
-            f"model.tie_embeddings = true with mesh.pp = {pp}: embedding and head are on different ranks.",
-            "Set model.tie_embeddings = false, or mesh.pp = 1.",
-        )
-    if config.compile.enable and schedule in SPLIT_BACKWARD:
-        yield (
-            f"compile.enable = true with pipeline.schedule = {schedule}, which splits the backward pass: "
-            "a compiled block would run the whole of it twice.",
-            "Set compile.enable = false, or pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
-        )
-    if config.activation_checkpoint.mode == "selective" and schedule in SPLIT_BACKWARD:
-        yield (
-            f"activation_checkpoint.mode = selective with pipeline.schedule = {schedule}, which splits the backward "
-            "pass: what selective recomputation keeps is given up after its first half.",
-            "Set activation_checkpoint.mode to full or none, or pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
-        )
-    if config.fsdp.reshard_after_forward == "always":
-        yield (
-            f"fsdp.reshard_after_forward = always with mesh.pp = {pp} loses gradients between microbatches.",
-            "Set fsdp.reshard_after_forward to auto or never.",
-        )
-    yield from _schedule(schedule, pp, stages, count)
 
 
-def _schedule(schedule: str, pp: int, stages: int, count: int) -> Broken:
-    """What torch.distributed.pipelining asks of the number of microbatches."""
-    change = "change training.global_batch_size or training.microbatch_size"
-    given = f"A dp rank runs {count} microbatches (global_batch_size / (dp * microbatch_size)), but"
-    if schedule in ("1F1B", "DualPipeV") and count < stages:
+def _moments(config: Config) -> Broken:
+    # Rounded to nearest, a number of eight binary digits stays as it is where it changes by less than 2^-8 of itself.
+    if state_dtype(config) == "bfloat16" and config.optimizer.beta2 > 1 - 2**-8:
         yield (
-            f"{given} pipeline.schedule = {schedule} needs one for each of {stages} stages.",
-            f"To have {stages} or more, {change}.",
+            f"optimizer.beta2 = {config.optimizer.beta2} with second moments in bfloat16: they would never decay.",
+            "Set optimizer.beta2 to 0.996 or less, or optimizer.state_dtype = float32.",
         )
-    rounds = max(1, count // pp)
-    if schedule in INTERLEAVED and count % rounds:
+
+
+def _rounding(config: Config) -> Broken:
+    training, rounding = config.training, config.optimizer.rounding
+    if rounding != "nearest" and training.dtype != "bfloat16":
         yield (
-            f"{given} pipeline.schedule = {schedule} goes in rounds of mesh.pp = {pp}.",
-            f"To have a multiple of {pp}, {change}.",
+            f"optimizer.rounding = {rounding} is for weights in bfloat16, not training.dtype = {training.dtype}.",
+            "Set training.dtype = bfloat16, or optimizer.rounding = nearest.",
         )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
+from moe_dtensor.config.errors import Broken
 from moe_dtensor.config.resolve import has_conversations
 from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.config.stages import tokens_through
 
-Broken = Iterator[tuple[str, str]]
 CORPORA = ("stdlib", "files", "conversations", "datasets", "tokens", "random")
 SMALLEST_SHARE = 1e-5
 """Of the sequences that a source may have: where a turn comes less often, finding one takes too long."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe_dtensor.config.check_data import data_parts
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.objects import names_object
+from moe_dtensor.config.load import names_object
 from moe_dtensor.config.schema import Config
 
 

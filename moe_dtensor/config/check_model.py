@@ -1,17 +1,13 @@
-"""Rules about attention and experts: heads, rotation, windows; how experts are chosen and where they live. No torch."""
+"""Rules about the model: widths and norms; heads, rotation, windows; how many experts there are and how they are
+chosen. No torch."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
+from moe_dtensor.config.errors import Broken
 from moe_dtensor.config.resolve import (
     FORCED,
-    SPLIT_BACKWARD,
-    expert_dp_ranks,
-    expert_groups,
-    expert_ranks,
-    expert_shards,
     head_widths,
     is_latent,
     moe_layers,
@@ -20,8 +16,25 @@ from moe_dtensor.config.resolve import (
 )
 from moe_dtensor.config.schema import Config
 
-Broken = Iterator[tuple[str, str]]
-"""(rule with its values, remedy), for each broken rule."""
+
+def check_model(config: Config) -> Broken:
+    """Widths, norms and biases, of a config that is not resolved."""
+    model = config.model
+    if model.head_dim == 0 and not model.kv_rank and model.dim % model.num_heads:
+        yield (
+            f"model.dim = {model.dim} is not a multiple of model.num_heads = {model.num_heads}.",
+            "Change one of them, or set model.head_dim.",
+        )
+    if model.norm_bias and model.norm != "layernorm":
+        yield (
+            f"model.norm_bias = true with model.norm = {model.norm}, which has no bias.",
+            "Set model.norm = layernorm, or take model.norm_bias out.",
+        )
+    if model.head_bias and model.tie_embeddings:
+        yield (
+            "model.head_bias = true with model.tie_embeddings = true: the embedding is the head, and has no bias.",
+            "Take one of them out.",
+        )
 
 
 def check_attention(config: Config) -> Broken:
@@ -265,129 +278,4 @@ def _expert_groups(config: Config) -> Broken:
             f"moe.top_k = {moe.top_k} is above the {within} experts of moe.expert_groups_kept = "
             f"{moe.expert_groups_kept} groups.",
             "Keep more groups, or lower moe.top_k.",
-        )
-
-
-def check_placement(config: Config) -> Broken:
-    """What ``mesh.experts`` and ``mesh.dispatch`` ask of the sizes."""
-    moe, mesh = config.moe, config.mesh
-    if not moe_layers(config):
-        return
-    ranks = expert_ranks(config)
-    yield from _groups(config)
-    dp = "mesh.expert_ranks" if mesh.expert_ranks else "mesh.dp" if mesh.dp_replicate == 1 else "mesh.dp / dp_replicate"
-    over = {"tp": "mesh.tp", "dp": dp, "dp_tp": f"{dp} * mesh.tp"}.get(mesh.experts)
-    if over and moe.num_experts % ranks:
-        at = "" if mesh.experts == "tp" else f", over which mesh.experts = {mesh.experts} spreads them"
-        yield (
-            f"moe.num_experts = {moe.num_experts} is not a multiple of {over} = {ranks}{at}.",
-            f"Set {over} to a divisor of {moe.num_experts}, or that to {-(-moe.num_experts // ranks) * ranks}.",
-        )
-    if mesh.experts == "tp_hidden":
-        if moe.hidden_dim % mesh.tp:
-            yield (
-                f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of mesh.tp = {mesh.tp}, over which "
-                "mesh.experts = tp_hidden splits it.",
-                f"Set moe.hidden_dim = {-(-moe.hidden_dim // mesh.tp) * mesh.tp}.",
-            )
-        if mesh.dispatch == "all_to_all":
-            yield (
-                "mesh.dispatch = all_to_all sends tokens to where their experts are, but with mesh.experts = tp_hidden "
-                "each is on every rank.",
-                "Set mesh.dispatch = all_gather, or mesh.experts to tp, dp or dp_tp.",
-            )
-    yield from _lending(config)
-    yield from _one_sided(config)
-    if moe.expert_bias and mesh.experts == "tp" and moe.hidden_dim % shard_ranks(config):
-        yield (
-            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of {shard_words(config)}, along which FSDP cuts the "
-            "experts' biases (moe.expert_bias).",
-            f"Set mesh.dp to a divisor of {moe.hidden_dim}, or mesh.experts = dp.",
-        )
-    if mesh.experts in ("dp", "dp_tp") and config.fsdp.cpu_offload:
-        yield (
-            f"fsdp.cpu_offload = true with mesh.experts = {mesh.experts}, which leaves the experts out of FSDP.",
-            "Set fsdp.cpu_offload = false, or mesh.experts to tp or tp_hidden.",
-        )
-
-
-def _one_sided(config: Config) -> Broken:
-    """What ``mesh.dispatch = one_sided`` asks."""
-    mesh, moe = config.mesh, config.moe
-    if mesh.dispatch != "one_sided":
-        return
-    splits = mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
-    for wrong, words, remedy in (
-        (mesh.experts == "dp_tp", "mesh.experts = dp_tp", "mesh.experts to dp or tp"),
-        (
-            mesh.experts != "dp" and mesh.tp > 1 and not mesh.sequence_parallel,
-            "mesh.sequence_parallel = false, under which tp ranks hold the same tokens",
-            "mesh.sequence_parallel = true",
-        ),
-        (moe.expert_bias, "moe.expert_bias = true", "moe.expert_bias = false"),
-        (moe.gate_on == "input", "moe.gate_on = input", "moe.gate_on = output"),
-        (splits, f"pipeline.schedule = {config.pipeline.schedule}, which splits backward passes", "another schedule"),
-    ):
-        if wrong:
-            yield (
-                f"mesh.dispatch = one_sided does not go with {words}.",
-                f"Set {remedy}, or mesh.dispatch = all_gather.",
-            )
-
-
-def _lending(config: Config) -> Broken:
-    """What ``mesh.lent_experts`` asks."""
-    mesh, lent, ranks = config.mesh, config.mesh.lent_experts, expert_ranks(config)
-    if not lent:
-        return
-    for key, value, wrong, right in (
-        ("experts", mesh.experts, mesh.experts == "tp_hidden", "tp, dp or dp_tp"),
-        ("dispatch", mesh.dispatch, mesh.dispatch != "all_gather", "all_gather"),
-    ):
-        if wrong:
-            why = "whole experts" if key == "experts" else "all choices on every rank"
-            yield (
-                f"mesh.lent_experts = {lent} needs {why}, but mesh.{key} = {value}.",
-                f"Set mesh.{key} to {right}, or mesh.lent_experts = 0.",
-            )
-    held = config.moe.num_experts // ranks
-    if lent > held:
-        yield (
-            f"mesh.lent_experts = {lent} is above the {held} experts of a rank (moe.num_experts = "
-            f"{config.moe.num_experts} over {ranks} ranks).",
-            f"Set mesh.lent_experts to at most {held}.",
-        )
-
-
-def _groups(config: Config) -> Broken:
-    """What ``mesh.expert_ranks`` and ``mesh.expert_weights`` ask."""
-    moe, mesh, ranks = config.moe, config.mesh, expert_dp_ranks(config)
-    on_dp = mesh.experts in ("dp", "dp_tp")
-    for key, given in (("expert_ranks", mesh.expert_ranks), ("expert_weights", mesh.expert_weights)):
-        if given not in (0, "replicated") and not on_dp:
-            yield (
-                f"mesh.{key} = {given} is about experts on dp ranks, but mesh.experts = {mesh.experts}.",
-                f"Set mesh.experts to dp or dp_tp, or take mesh.{key} out.",
-            )
-            return
-    if not on_dp:
-        return
-    if mesh.dp % ranks:
-        yield (
-            f"mesh.expert_ranks = {ranks} does not divide mesh.dp = {mesh.dp} into groups.",
-            f"Set mesh.expert_ranks to a divisor of {mesh.dp}, or to 0 for one group.",
-        )
-        return
-    if mesh.expert_weights == "sharded" and expert_groups(config) % mesh.dp_replicate:
-        yield (
-            f"mesh.expert_weights = sharded with mesh.dp_replicate = {mesh.dp_replicate}, which does not divide the "
-            f"{expert_groups(config)} groups of mesh.expert_ranks = {ranks}.",
-            f"Set mesh.expert_ranks to a divisor of {shard_ranks(config)}, or mesh.expert_weights = replicated.",
-        )
-    shards = expert_shards(config)
-    if moe.expert_bias and moe.hidden_dim % shards:
-        yield (
-            f"moe.hidden_dim = {moe.hidden_dim} is not a multiple of the {shards} groups across which "
-            "mesh.expert_weights = sharded cuts the experts' biases (moe.expert_bias).",
-            "Change one of them, or set mesh.expert_weights = replicated.",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 DONE = 0
 FAILED = 1
 WRONG = 2
@@ -10,6 +12,10 @@ AGAIN = 75
 """Asked to end, saved and ended: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 PEER_LOST = 76
 """Of a rank that ends because another one did; what a launcher makes of it is ``FAILED``."""
+
+
+Broken = Iterator[tuple[str, str]]
+"""(rule with its values, remedy) of each rule that a config breaks."""
 
 
 class ConfigError(ValueError):

@@ -1,11 +1,15 @@
-"""TOML file and command line → Config, strictly: every wrong key, type or choice is a ConfigError; and back to TOML."""
+"""TOML file and command line → Config, strictly: every wrong key, type or choice is a ConfigError; and back to TOML.
+Last, the parts of one's own that a config names: ``package.module:Name`` → the object. Loads no torch by itself."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import re
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from moe_dtensor.config.tables import (
     tables,
     typed_value,
 )
+
+_FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def build(values: Mapping[str, Any], base: Config | None = None) -> Config:
@@ -267,3 +273,43 @@ def _read(path: Path) -> dict[str, Any]:
         beside = sorted(p.name for p in folder.glob("*.toml")) if folder.is_dir() else []
         remedy = f"{folder} has: {', '.join(beside)}." if beside else "The presets are in train_configs/."
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.", remedy) from None
+
+
+def names_object(name: str) -> bool:
+    """Whether ``name`` has the form ``package.module:Name``."""
+    return _FORM.fullmatch(name) is not None
+
+
+def is_pythons_own(name: str) -> bool:
+    """Whether ``package.module:Name`` names something of Python's standard library, which no own part is."""
+    return name.partition(":")[0].partition(".")[0] in {*sys.stdlib_module_names, "__main__", "builtins"}
+
+
+def load_object(key: str, name: str, suits: Callable[[Any], bool], what: str) -> Any:
+    """The object that ``name`` = ``package.module:Name`` names, for the config key ``key``.
+
+    A config may come from someone else, so not everything that can be imported may be called by it.
+
+    Args:
+        key: of the config.
+        name: its value.
+        suits: whether an object can serve there; looks at it, and does not call it.
+        what: what has to be named, for the error.
+
+    Raises:
+        ConfigError: the module cannot be imported, has no such object, or one that does not suit.
+    """
+    module_name, _, attribute = name.partition(":")
+    if is_pythons_own(name):
+        raise ConfigError(f"{key} = {name!r} must name {what}, not a part of Python itself.", "Name one of your own.")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"{key} = {name!r} must name an object as package.module:Name; {error}.",
+            "Check the spelling, and that the module can be imported from here (PYTHONPATH).",
+        ) from error
+    if not suits(found):
+        kind = f"the class {found.__qualname__}" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise ConfigError(f"{key} = {name!r} must name {what}; it is {kind}.", "docs/own_parts.md shows each.")
+    return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.objects import load_object
+from moe_dtensor.config.load import load_object
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.conversations import ConversationsCorpus
 from moe_dtensor.data.hub import DatasetsCorpus

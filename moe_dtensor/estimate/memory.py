@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_dtensor.config.resolve import (
+    INTERLEAVED,
     expert_ranks,
     expert_shards,
     lent_experts,
     microbatches,
     moe_layers,
     num_stages,
+    rank_stages,
     shard_ranks,
     stage_layers,
     state_dtype,
@@ -25,7 +27,6 @@ from moe_dtensor.config.resolve import (
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import settle
 from moe_dtensor.estimate.saved_tensors import block_bytes, head_bytes
-from moe_dtensor.estimate.schedule import in_flight
 from moe_dtensor.estimate.shards import ParameterShard, accumulates, stage_shards, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, expert_weights, lent_gradient_bytes, tokens
 
@@ -135,6 +136,33 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
         at_reduce=at_reduce,
         one_backward=microbatches(config) == 1 and config.mesh.pp == 1,
     )
+
+
+def in_flight(config: Config, pp_rank: int) -> dict[int, int]:
+    """For each stage of a rank, the microbatches whose activations are alive when most are.
+
+    p are the pipeline ranks, v the stages on one rank, m the microbatches of a step. Warm-up forwards as
+    torch.distributed.pipelining lays them out, and one more: GPipe m; 1F1B one for each stage from here on; interleaved
+    (v-1) rounds of p and twice (zero-bubble: once) the ranks after this one, there also the microbatches whose weight
+    gradients wait; ZBV 2p stage passes, DualPipeV 2p+1 (github.com/deepseek-ai/DualPipe).
+    """
+    p, m, schedule = config.mesh.pp, microbatches(config), config.pipeline.schedule
+    stages = rank_stages(config, pp_rank)
+    if p == 1:
+        return {0: 1}
+    if schedule == "GPipe":
+        return dict.fromkeys(stages, m)
+    if schedule == "1F1B":
+        return {stages[0]: min(m, p - pp_rank)}
+    if schedule in INTERLEAVED:
+        per_round = m // max(1, m // p)
+        after = p - 1 - pp_rank
+        passes = (len(stages) - 1) * per_round + (2 * after if schedule == "Interleaved1F1B" else after + pp_rank) + 1
+        turns = [i // per_round % len(stages) for i in range(min(passes, len(stages) * m))]
+        return {stage: turns.count(i) for i, stage in enumerate(stages)}
+    one_more = schedule == "DualPipeV"
+    counts = (2 * p - pp_rank - 1 + one_more, pp_rank + 1)
+    return {stage: min(m, count) for stage, count in zip(stages, counts, strict=True)}
 
 
 def _gathered(config: Config, shards: list[ParameterShard]) -> int:

@@ -1,9 +1,10 @@
 """Bytes that a block keeps between its forward and its backward pass, by arithmetic. Loads no torch.
 
-Counted is what autograd saves on a GPU, term by term from ``layers/`` and ``kernels/``. T are the tokens of a
-microbatch, t those of one tp rank's slice of the sequence (T / tp under sequence parallelism, else T), U those whose
-vectors are at hand at a rank's experts, D the width, F an expert's hidden width on a rank, G 2 for gated activations
-and else 1, E experts, K choices, N rows of copies that are made room for (``estimate/sizes.py``).
+Counted is what autograd saves on a GPU, term by term from ``layers/`` and ``kernels/``: feed-forward and experts first,
+attention below. T are the tokens of a microbatch, t those of one tp rank's slice of the sequence (T / tp under sequence
+parallelism, else T), U those whose vectors are at hand at a rank's experts, D the width, F an expert's hidden width on
+a rank, G 2 for gated activations and else 1, E experts, K choices, N rows of copies that are made room for
+(``estimate/sizes.py``).
 
 Compiled, inductor chooses what to save, and its cut through the graph comes to the same but for two things: a
 whole-width norm of queries and keys that has no kernel keeps its input in the compute dtype (eager: in float32, and the
@@ -20,14 +21,16 @@ from moe_dtensor.config.resolve import (
     GATED,
     block_config,
     block_norms,
+    block_rotates,
     expert_dp_ranks,
     expert_ranks,
     head_widths,
+    is_latent,
     lent_experts,
     padded_vocab,
+    sees_more_than_causal,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.attention import attention_bytes, gradient_bytes
 from moe_dtensor.estimate.sizes import (
     BYTES,
     Sizes,
@@ -81,7 +84,7 @@ def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int =
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
     # Attention's backward pass comes when what the feed-forward kept is freed.
-    gradients = max(_gradients(config, at, met), gradient_bytes(config, at) - ffn)
+    gradients = max(_gradients(config, at, met), attention_gradient_bytes(config, at) - ffn)
     return BlockBytes(kept, everything - kept + gradients)
 
 
@@ -239,3 +242,81 @@ def uses_reference(config: Config) -> bool:
     size = BYTES[config.training.param_dtype]
     aligned = config.model.dim * size % 16 == 0 and config.moe.hidden_dim * size % 16 == 0
     return config.moe.backend == "reference" or (config.moe.backend == "auto" and (size == 8 or not aligned))
+
+
+def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
+    """What attention of block ``layer`` keeps of a microbatch: the projections' input; q, k, v as they are read; output
+    and row sums; what norms, clamps, latents, gate and sinks read.
+
+    Where tp brings ranks' tokens together also the output in their order.
+    """
+    model, tp = config.model, config.mesh.tp
+    query, value, _ = head_widths(config)
+    heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
+    output = heads * value * at.compute
+    per_token = model.dim * at.compute + output + 4 * heads
+    if tp > 1 and config.mesh.sequence_parallel:
+        per_token += output
+    read = (heads + kv_heads) * query + kv_heads * value
+    if is_latent(config):
+        per_token += _latent_bytes(config, at, heads)
+    else:
+        per_token += read * at.compute + _qk_norm_bytes(config, at, heads, kv_heads, layer)
+        if model.clip_qkv:
+            per_token += read * at.compute
+    if model.attention_gate:  # the sigmoid, and what it makes of the output
+        per_token += 2 * output
+    if model.sinks:  # the heads' shares, and what they make of the output
+        per_token += output + 4 * heads
+    return at.whole * (per_token + _mask_bytes(config, at, layer))
+
+
+def _latent_bytes(config: Config, at: Sizes, heads: int) -> int:
+    """A token's latents before and after their norm; q and k as they are read; k and v as they are made."""
+    model = config.model
+    made = heads * (model.nope_dim + model.v_dim)
+    latents = 2 * (model.q_rank + model.kv_rank) + model.rope_dim
+    norms = at.wide * (2 if model.q_rank else 1)
+    return (latents + made + 2 * heads * (model.nope_dim + model.rope_dim)) * at.compute + norms
+
+
+def has_kernel(config: Config, layer: int) -> bool:
+    """Whether on a GPU kernels norm and rotate queries and keys of block ``layer`` (``layers/attention.py``)."""
+    model, widths = config.model, head_widths(config)
+    plain = block_rotates(config, layer) and not model.clip_qkv and model.qk_norm != "head_after_rope"
+    return (
+        plain and config.training.param_dtype != "float64" and widths.rotated == widths.query and not is_latent(config)
+    )
+
+
+def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, layer: int) -> int:
+    """A token's q and k before their norm, and of a norm over the whole width that tp splits the sums of squares.
+
+    Where no kernel does it, the reciprocal deviations of any norm, and of one over the whole width, compiled and where
+    ranks' tokens come together, also q and k between norm and weight.
+    """
+    model, mesh, width = config.model, config.mesh, (heads + kv_heads) * config.model.head_dim
+    if model.qk_norm == "none":
+        return 0
+    if has_kernel(config, layer):
+        return width * at.compute + (2 * at.wide if model.qk_norm == "full" and mesh.tp > 1 else 0)
+    if model.qk_norm != "full":
+        return width * at.compute + (heads + kv_heads) * at.wide
+    compiled = at.compute * (2 if mesh.tp > 1 and mesh.sequence_parallel else 1)
+    return width * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
+
+
+def _mask_bytes(config: Config, at: Sizes, layer: int) -> int:
+    """A token's row of the mask, as a bias in the compute dtype, where no kernel knows what is seen."""
+    model, dtype = config.model, config.training.param_dtype
+    plain = model.attention_backend == "plain" or (model.attention_backend == "auto" and dtype == "float64")
+    return config.training.seq_len * at.compute if plain and sees_more_than_causal(config, layer) else 0
+
+
+def attention_gradient_bytes(config: Config, at: Sizes) -> int:
+    """Gradients of attention's output, of q, k and v and of what made k and v, alive together in its backward pass."""
+    model, tp = config.model, config.mesh.tp
+    query, value, _ = head_widths(config)
+    heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
+    made = heads * (model.nope_dim + model.v_dim)
+    return at.whole * ((heads + kv_heads) * (query + value) + made) * at.compute

@@ -12,9 +12,12 @@ from moe_dtensor.config.resolve import (
     GATED,
     block_config,
     block_norms,
+    block_window,
     expert_dp_ranks,
     expert_groups,
     expert_shards,
+    head_widths,
+    is_latent,
     microbatches,
     moe_layers,
     num_stages,
@@ -23,8 +26,9 @@ from moe_dtensor.config.resolve import (
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate.attention import Shape, attention_shapes, score_flops_per_token
 from moe_dtensor.placement import Row, build_table, find_row
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,56 @@ def _feed_forward(config: Config, prefix: str, hidden: int, bias: bool = False) 
     return shapes | {f"{prefix}.down.weight": (dim, hidden)}
 
 
+def attention_shapes(config: Config) -> dict[str, Shape]:
+    """Of every parameter of a resolved config's attention, by its name in it."""
+    model, width = config.model, config.model.num_heads * head_widths(config).value
+    shapes = _latent_shapes(config) if is_latent(config) else _head_shapes(config)
+    shapes["wo.weight"] = (model.dim, width)
+    if model.attention_bias == "all":
+        shapes["output_bias"] = (model.dim,)
+    if model.attention_gate:
+        shapes["gate.weight"] = (width, model.dim)
+    if model.sinks:
+        shapes["sinks"] = (model.num_heads,)
+    return shapes
+
+
+def _head_shapes(config: Config) -> dict[str, Shape]:
+    model = config.model
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes: dict[str, Shape] = {f"{name}.weight": (rows, model.dim) for name, rows in _rows(heads, kv_heads)}
+    if model.attention_bias != "none":
+        shapes |= {f"{name}.bias": (rows,) for name, rows in _rows(heads, kv_heads)}
+    if model.qk_norm != "none":
+        whole = model.qk_norm == "full"
+        shapes["q_norm.weight"] = (heads if whole else model.head_dim,)
+        shapes["k_norm.weight"] = (kv_heads if whole else model.head_dim,)
+    return shapes
+
+
+def _rows(heads: int, kv_heads: int) -> tuple[tuple[str, int], ...]:
+    return ("wq", heads), ("wk", kv_heads), ("wv", kv_heads)
+
+
+def _latent_shapes(config: Config) -> dict[str, Shape]:
+    model = config.model
+    queries = model.num_heads * (model.nope_dim + model.rope_dim)
+    shapes: dict[str, Shape] = (
+        {
+            "wq_a.weight": (model.q_rank, model.dim),
+            "q_a_norm.weight": (model.q_rank,),
+            "wq_b.weight": (queries, model.q_rank),
+        }
+        if model.q_rank
+        else {"wq.weight": (queries, model.dim)}
+    )
+    return shapes | {
+        "wkv_a.weight": (model.kv_rank + model.rope_dim, model.dim),
+        "kv_a_norm.weight": (model.kv_rank,),
+        "wkv_b.weight": (model.num_heads * (model.nope_dim + model.v_dim), model.kv_rank),
+    }
+
+
 def parameters(config: Config) -> tuple[int, int]:
     """Parameters of the whole model, and those that one token meets (K experts and not E): ``(total, active)``.
 
@@ -214,3 +268,17 @@ def flops_per_token(config: Config) -> float:
     # Multi-token prediction runs the head once more for each depth.
     active += model.mtp_depth * padded_vocab(config) * model.dim
     return 6.0 * (active - lookup) + score_flops_per_token(config)
+
+
+def score_flops_per_token(config: Config) -> float:
+    """FLOPs of q k^T and of its product with v, forward and backward, of one token in all blocks, those of further
+    tokens too.
+
+    A query sees half of the sequence on average, or of a window w of S positions w - w^2 / 2S. Documents, which the
+    config does not know, are not subtracted.
+    """
+    model, length = config.model, config.training.seq_len
+    query, value, _ = head_widths(config)
+    windows = [block_window(config, layer) or length for layer in range(model.num_layers + model.mtp_depth)]
+    seen = sum(min(w, length) - min(w, length) ** 2 / (2 * length) for w in windows)
+    return 6 * model.num_heads * (query + value) * seen

@@ -27,7 +27,6 @@ from moe_dtensor.config.resolve import (
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import LATENCY, READ, dispatch_costs
-from moe_dtensor.estimate.schedule import bubble
 from moe_dtensor.estimate.shards import flops_per_token, stage_shards
 from moe_dtensor.estimate.sizes import BYTES
 from moe_dtensor.estimate.traffic import activation_bytes, fsdp_bytes, pp_bytes, replicated_gradient_bytes
@@ -215,3 +214,36 @@ def _waiting(config: Config) -> float:
         each += len(moe_layers(config)) / mesh.pp * dispatch_costs(config)[mesh.dispatch].waiting  # type: ignore[index]
     once = (2 if config.fsdp.reshard_after_forward == "always" else 0) * blocks if mesh.dp > 1 else 0
     return microbatches(config) * (each + once * LATENCY) + READ
+
+
+SOURCES = {
+    "GPipe": "(p-1)/(m+p-1) (arXiv:1811.06965)",
+    "1F1B": "(p-1)/(m+p-1) (arXiv:2104.04473)",
+    "Interleaved1F1B": "(p-1)/(vm+p-1) (arXiv:2104.04473)",
+    "InterleavedZeroBubble": "(p-1)/(3vm+p-1): ZB1P's (p-1)(F+B-2W) with B = 2F = 2W (arXiv:2401.10241)",
+    "ZBVZeroBubble": "0 if forward and both halves of backward take equal time and m >= 2p-1 (arXiv:2401.10241)",
+    "DualPipeV": "(p-1)/(3m+p-1): (p-1)(F&B+B-3W) with B = 2F = 2W, no overlap (github.com/deepseek-ai/DualPipe)",
+}
+"""Where each formula of :func:`bubble` is from. F, B, W: times of a stage's forward, backward, weight gradients."""
+
+
+def bubble(config: Config) -> float:
+    """Share of a step's time that a pipeline rank waits, by the published formula; stages alike, sends free.
+
+    p are the pipeline ranks, v the stages on one rank, m the microbatches of a step. Where the backward pass is split,
+    forward, input gradients and weight gradients count as equally long. torch lays out ZBV for 2p-1 microbatches at
+    least, and leaves the time of missing ones idle.
+    """
+    p, m, v = config.mesh.pp, microbatches(config), config.pipeline.stages_per_rank
+    if p == 1:
+        return 0.0
+    match config.pipeline.schedule:
+        case "Interleaved1F1B":
+            return (p - 1) / (v * m + p - 1)
+        case "InterleavedZeroBubble":
+            return (p - 1) / (3 * v * m + p - 1)
+        case "ZBVZeroBubble":
+            return max(0.0, 1 - m / (2 * p - 1))
+        case "DualPipeV":
+            return (p - 1) / (3 * m + p - 1)
+    return (p - 1) / (m + p - 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dtensor.config.objects import load_object
+from moe_dtensor.config.load import load_object
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.router.sinkhorn import sinkhorn

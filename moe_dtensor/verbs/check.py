@@ -65,7 +65,7 @@ def _check_checkpoint(argv: list[str]) -> int:
     options = parser.parse_args(own)
     if overrides and not options.config:
         raise ConfigError(f"--{next(iter(overrides))} changes no config: none is given.", "Name it with --config F.")
-    from moe_dtensor.verify.carried import find_carrier, findings
+    from moe_dtensor.verify.stamp import find_carrier, findings
 
     carrier = find_carrier(options.checkpoint, load(options.config, overrides) if options.config else None)
     print(carrier.path)

@@ -19,10 +19,9 @@ from moe_dtensor.config.resolve import expert_ranks, lent_experts, microbatches,
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import DispatchCost, Name, cheaper, dispatch_costs, settle
 from moe_dtensor.estimate.memory import Memory, fullest_rank, settle_accumulate
-from moe_dtensor.estimate.schedule import SOURCES, bubble
 from moe_dtensor.estimate.shards import Folded, all_shards, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import BYTES, allocated_rows, expert_rows, expert_weights, tokens_at_experts
-from moe_dtensor.estimate.speed import busiest_rank
+from moe_dtensor.estimate.speed import SOURCES, bubble, busiest_rank
 from moe_dtensor.estimate.traffic import Traffic, traffic
 from moe_dtensor.verbs.plan_search import add_options, run_search
 

@@ -17,9 +17,8 @@ from moe_dtensor.config.load import load_variants, override
 from moe_dtensor.config.schema import Config, Schedule
 
 if TYPE_CHECKING:
-    from moe_dtensor.verify.cases import Case
-    from moe_dtensor.verify.compare import Verdict
-    from moe_dtensor.verify.miniature import Layout
+    from moe_dtensor.verify.miniature import Case, Layout
+    from moe_dtensor.verify.verdict import Verdict
 
 HELP = "prove on a miniature of a config that every mesh computes the same gradients"
 DEFAULT_MESHES = ("1x1x1", "2x1x1", "1x1x2", "1x1x4", "1x1x8", "2x1x2", "1x2x2", "2x2x2", "1x3x2")
@@ -42,10 +41,9 @@ def main(argv: list[str]) -> int:
 
     # Counting GPUs must not start CUDA here: where there are too few, CPU ranks are forked from this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from moe_dtensor.verify.cases import whole_case
-    from moe_dtensor.verify.miniature import judged, shrink
-    from moe_dtensor.verify.report import write_record
+    from moe_dtensor.verify.miniature import judged, shrink, whole_case
     from moe_dtensor.verify.run import computation
+    from moe_dtensor.verify.verdict import write_record
 
     cases: list[tuple[str, Case]] = []
     for name, variant in variants.items():
@@ -122,7 +120,7 @@ def with_config_of_run(argv: list[str]) -> list[str]:
 
 
 def _stamp(options: argparse.Namespace, config: Config, verdicts: Sequence[Verdict], judged: Config) -> None:
-    from moe_dtensor.verify.report import write_stamp
+    from moe_dtensor.verify.stamp import write_stamp
 
     how = {"dtype": options.dtype, "backend": judged.moe.backend, "compiled": options.compiled, "exact": options.exact}
     folder = Path(options.stamp) if options.stamp else Path(config.run.folder)
@@ -136,7 +134,7 @@ def _verify_folder(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "float64"), help="default: both, one after the other")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the verdicts to a file")
     options = parser.parse_args(argv)
-    from moe_dtensor.verify.hugging_face_report import report
+    from moe_dtensor.verify.hugging_face import report
 
     return report(options.hf, [options.dtype] if options.dtype else ["float32", "float64"], options.json)
 
@@ -191,8 +189,7 @@ def _fuzz(options: argparse.Namespace, config: Config) -> int:
     meshes = [_parse_mesh(mesh) for mesh in options.meshes or ()]
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from moe_dtensor.bench.measure import provenance
-    from moe_dtensor.verify.fuzz import MESHES, draws
-    from moe_dtensor.verify.fuzz_loop import fuzz
+    from moe_dtensor.verify.fuzz import MESHES, draws, fuzz
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -265,8 +262,8 @@ def _reason(config: Config, layout: Layout) -> str:
 
 
 def _judge(cases: Sequence[tuple[str, Case]], dtype: str) -> list[Verdict]:
-    from moe_dtensor.verify.report import Report
     from moe_dtensor.verify.run import prove
+    from moe_dtensor.verify.verdict import Report
 
     verdicts = []
     with Report(cases[0][1].config, dtype) as report:

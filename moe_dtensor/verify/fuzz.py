@@ -1,8 +1,12 @@
-"""Configs by chance from the whole schema, on meshes by chance, and the smallest config that still fails."""
+"""Configs by chance from the whole schema, on meshes by chance, judged one after the other; and the smallest config
+that still fails, with the command that shows it."""
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -12,8 +16,9 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config, Schedule
 from moe_dtensor.config.tables import Field, all_fields, show_value
-from moe_dtensor.verify.cases import Case, whole_case
-from moe_dtensor.verify.miniature import Layout, legal
+from moe_dtensor.verify.miniature import Case, Layout, legal, whole_case
+from moe_dtensor.verify.run import computation, prove
+from moe_dtensor.verify.verdict import Verdict
 
 MESHES = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1), (1, 3, 1))
 SMALLEST: dict[str, Any] = {
@@ -43,17 +48,10 @@ SMALLEST: dict[str, Any] = {
 OTHER_TABLES = ("run", "mesh", "data", "compile", "checkpoint", "metrics", "profiling", "comm", "lr_scheduler")
 """Of these tables only what :data:`VALUES` names is drawn: the oracle is not asked about the others."""
 LEFT_OUT = (
-    *(
-        "model.init_std",
-        "model.attention_backend",
-        "moe.backend",
-        "training.steps",
-        "training.loss",
-        "training.nonfinite",
-    ),
+    *("model.init_std", "model.attention_backend", "moe.backend", "training.steps", "training.loss"),
     *("training.dtype", "training.param_dtype", "training.reduce_dtype", "training.deterministic"),
     *("training.validation_interval", "training.validation_sequences", "fsdp.cpu_offload", "pipeline.schedule"),
-    *("optimizer.state_dtype", "optimizer.rounding"),
+    *("training.nonfinite", "optimizer.state_dtype", "optimizer.rounding"),
 )
 VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_layers": (1, 2, 3, 4, 6),
@@ -141,6 +139,10 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
 """What is drawn at once, since one key alone is refused, and the values that switch it on."""
 TRIES = 4
 """Draws of keys that stand together before they are left."""
+SHARING = 8
+"""Cases on the same mesh after each other, which share one start of its ranks."""
+TIMEOUT = 900.0
+"""Seconds for the cases that share ranks; what takes longer hangs."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,87 @@ class Drawn:
     changes: dict[str, Any]
 
 
+def fuzz(
+    count: int,
+    drawn: Iterator[Drawn],
+    config_file: str,
+    base: Config,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Judge ``count`` cases.
+
+    Args:
+        count: cases.
+        drawn: the cases, of :func:`draws`.
+        config_file: as the printed commands name it.
+        base: the config in it, from which they differ.
+        say: takes a line of progress, or a failure.
+        keep: takes what is known so far, every few cases: an hour's work is not lost with its last minute.
+
+    Returns:
+        For JSON: ``cases``, ``distinct`` computations, ``drawn`` (how often each key was), ``failures`` (each with the
+        smallest config's command), ``seconds``.
+    """
+    start, done = time.monotonic(), 0
+    keys: Counter[str] = Counter()
+    computations: set[str] = set()
+    failures: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    while done < count:
+        chunk = list(itertools.islice(drawn, min(SHARING, count - done)))
+        for one, verdict in zip(chunk, prove([d.case for d in chunk], timeout=TIMEOUT), strict=True):
+            done += 1
+            keys.update(list(one.changes))
+            computations.add(computation(one.case))
+            if not verdict.ok:
+                failures.append(_failure(one, verdict, config_file, base, [f["kind"] for f in failures]))
+                say(_told(failures[-1]))
+        say(f"{done} of {count} cases, {len(failures)} failed, {time.monotonic() - start:.0f} s")
+        result = {
+            "cases": done,
+            "distinct": len(computations),
+            "failed": len(failures),
+            "failures": failures,
+            "drawn": dict(sorted(keys.items())),
+            "seconds": round(time.monotonic() - start),
+        }
+        keep(result)
+    return result
+
+
+def _failure(drawn: Drawn, verdict: Verdict, file: str, base: Config, known: list[str]) -> dict[str, Any]:
+    """What is told of a failure. Of a kind that was seen before nothing is shrunk: that takes a minute."""
+    kind = _kind(verdict)
+    if kind not in known:
+        drawn = shrink_failure(drawn, lambda case: _kind(_judge(case)) == kind)
+        verdict = _judge(drawn.case)
+    return {"kind": kind, "command": command(drawn.case, file, base), "changes": drawn.changes, **verdict.to_json()}
+
+
+def _judge(case: Case) -> Verdict:
+    (verdict,) = prove([case], timeout=TIMEOUT)
+    return verdict
+
+
+def _kind(verdict: Verdict) -> str:
+    """What failures have in common that are likely to be one: what a rank raised, or the kind of the first deviation
+    and the parameter's name without its block."""
+    if verdict.ok:
+        return ""
+    if verdict.failure:
+        return verdict.failure.strip().splitlines()[-1][:200]
+    return f"{verdict.worst.kind} {'.'.join(w for w in verdict.worst.name.split('.') if not w.isdigit())}"
+
+
+def _told(failure: dict[str, Any]) -> str:
+    what = failure["failure"] or f"{failure['worst_kind']} {failure['worst_name']}: error {failure['worst_error']}"
+    return f"FAILED {failure['mesh']} {failure['schedule']}: {what}\n  {failure['command']}"
+
+
 def draws(
     seed: int,
-    on_each_mesh: int = 8,
+    on_each_mesh: int = SHARING,
     meshes: Sequence[tuple[int, int, int]] = MESHES,
     schedules: Sequence[str] = get_args(Schedule),
 ) -> Iterator[Drawn]:

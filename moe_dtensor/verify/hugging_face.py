@@ -1,5 +1,5 @@
 """The transformers model in a folder against the oracle on the folder's weights: the same batch, logits, loss and every
-gradient by its published name.
+gradient by its published name; and the table that tells it.
 
 B sequences, S positions, T = B*S tokens, V vocabulary, D width.
 """
@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moe_dtensor.checkpoint.hugging_face.rows import native_shapes
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import moe_layers
-from moe_dtensor.verify.compare import Deviation, Verdict, deviate, deviate_scalar, missing
 from moe_dtensor.verify.oracle import Microbatch, Transformer, cross_entropy, gradient_norm
 from moe_dtensor.verify.oracle_routing import Balance
-from moe_dtensor.verify.wide import InFloat64
+from moe_dtensor.verify.verdict import Deviation, Verdict, deviate, deviate_scalar, missing
 
 LIMITS = {"float32": 2e-5, "float64": 1e-9}
 """Of logits and streams ``‖difference‖ / ‖oracle's‖``, of loss and gradients likewise."""
@@ -40,6 +43,43 @@ class Found:
     """By published name."""
     streams: dict[str, Tensor]
     """``(T, D)`` on the way, by place."""
+
+
+def report(folder: Path, dtypes: Sequence[str], json_file: Path | None = None) -> int:
+    """Print a row for each dtype and what is wrong below; 1 if anything is, else 0."""
+    source = HuggingFaceSource(folder)
+    console = Console(width=None if Console().is_terminal else 160)
+    family = source.described.family
+    table = Table(title=f"{folder}: {family.architecture} against one plain float64 process", title_justify="left")
+    for column in ("dtype", "logits", "loss", "gradients", "worst gradient", "error", "ratio of norms", "s", ""):
+        table.add_column(column, overflow="fold")
+    verdicts = list(prove_folder(source, dtypes))
+    for verdict in verdicts:
+        worst = worst_gradient(verdict)
+        table.add_row(
+            verdict.mesh,
+            *(f"{verdict.largest(kind):.1e}" for kind in ("logits", "loss", "gradient")),
+            worst.name,
+            f"{worst.error:.1e}",
+            f"{worst.ratio:.6g}",
+            f"{verdict.seconds:.1f}",
+            "ok" if verdict.ok else "FAIL",
+            style=None if verdict.ok else "red",
+        )
+    console.print(table)
+    for verdict in verdicts:
+        if not verdict.ok:
+            console.print(f"{verdict.mesh}:", markup=False, highlight=False)
+            for line in explain(verdict, source):
+                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        write_json(json_file, [v.to_json() for v in verdicts])
+    return 0 if all(v.ok for v in verdicts) else 1
+
+
+def worst_gradient(verdict: Verdict) -> Deviation:
+    """The gradient that is farthest off."""
+    return max((d for d in verdict.deviations if d.kind == "gradient"), key=lambda d: d.error)
 
 
 def prove_folder(source: HuggingFaceSource, dtypes: Sequence[str] = ("float32", "float64")) -> Iterator[Verdict]:
@@ -90,7 +130,7 @@ def explain(verdict: Verdict, source: HuggingFaceSource) -> list[str]:
         names = _tensors_before(wrong.name, source)
         lines.append(f"{wrong.name} differs by {wrong.error:.1e}, all before it agrees: it is made by {names}")
     for d in sorted((d for d in failed if d.kind == "gradient"), key=lambda d: -d.error)[:8]:
-        lines.append(f"gradient of {d.name}: error {d.error:.2e} (limit {d.limit:.0e}), {d.ratio:.6g} times the norm")
+        lines.append(f"gradient of {d.name}: {d.told}")
     return lines
 
 
@@ -230,3 +270,15 @@ def _record(model: nn.Module, streams: dict[str, Tensor]) -> Iterator[Any]:
             if name in ("mlp", "block_sparse_moe", "ffn", "feed_forward"):
                 hook = note(f"layers.{i} feed-forward input")
                 yield child.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class InFloat64(TorchFunctionMode):
+    """Inside, whoever asks torch for float32 gets float64: casts of norms, softmax, rotary angles and routers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every torch function's float32 arguments become float64."""
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*wide, **named)

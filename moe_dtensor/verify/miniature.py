@@ -4,6 +4,7 @@ Kept: activation, norms, attention with its biases, latents, windows and the res
 shared experts, which kinds of block there are, tied or not, the ratio of query to key/value heads and how key/value
 heads divide over tp, sequence parallelism, recompute, the document mask, clipping, the optimizer. Each size is the
 smallest that every mesh and schedule asked for accepts, and the widths differ, so that a transposed weight cannot pass.
+A :class:`Layout` is such a mesh and schedule, a :class:`Case` a config to prove on one.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ class Layout:
         placed = override(config, changes)
         check(placed, self.world_size)
         return resolve(placed, self.world_size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to prove on a layout. ``config`` is not resolved."""
+
+    layout: Layout
+    config: Config
+    empty_expert: bool = False
+    steps: int = 1
+    skipped: tuple[int, ...] = ()
+    """Steps, from 1, in which one rank's gradient is made infinite."""
+    restarted: int = 0
+    """Step after which all is saved, built anew and loaded; 0: none."""
+
+
+def whole_case(layout: Layout, config: Config) -> Case:
+    """Four steps, of which the second is skipped; after the third the run is saved and goes on from its checkpoint."""
+    return Case(layout, config, steps=4, skipped=(2,), restarted=3)
 
 
 def legal(config: Config, layouts: Iterable[Layout]) -> bool:

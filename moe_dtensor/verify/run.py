@@ -22,17 +22,7 @@ from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.step import StepResult, evaluate, train_step
 from moe_dtensor.verify import inputs
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.compare import (
-    FLOOR,
-    Deviation,
-    Verdict,
-    deviate,
-    deviate_scalar,
-    missing,
-    relative_to,
-    worst_of_each,
-)
+from moe_dtensor.verify.miniature import Case
 from moe_dtensor.verify.oracle import Answer, Batch, gradient_norm, steps
 from moe_dtensor.verify.subject import (
     Recorder,
@@ -43,6 +33,16 @@ from moe_dtensor.verify.subject import (
     moments,
     own_share,
     restart,
+)
+from moe_dtensor.verify.verdict import (
+    FLOOR,
+    Deviation,
+    Verdict,
+    deviate,
+    deviate_scalar,
+    missing,
+    relative_to,
+    worst_of_each,
 )
 
 LIMITS = {

@@ -17,11 +17,11 @@ from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import build, override
 from moe_dtensor.config.resolve import padded_vocab, resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify.compare import FLOOR, Deviation, Verdict, deviate, deviate_scalar, missing
 from moe_dtensor.verify.inputs import parameter_shapes
 from moe_dtensor.verify.miniature import judged
 from moe_dtensor.verify.oracle import Answer, Microbatch, gradient_norm, one_step
 from moe_dtensor.verify.run import LIMITS, UPDATE_FLOOR
+from moe_dtensor.verify.verdict import FLOOR, Deviation, Verdict, deviate, deviate_scalar, missing
 
 FORMAT = 1
 GROUPS = ("weights", "gradients", "after")
@@ -194,9 +194,4 @@ def _compare(step: StepFile, config: Config, answer: Answer) -> Iterator[Deviati
 
 def explain(step: StepFile, verdict: Verdict) -> list[str]:
     """What differs, worst first, by the trainer's own names."""
-    failed = sorted((d for d in verdict.deviations if not d.ok), key=lambda d: d.severity, reverse=True)
-    return [
-        f"{d.kind} of {step.names.get(d.name, d.name)} ({d.name}): error {d.error:.2e} (limit {d.limit:.0e}), "
-        f"{d.ratio:.6g} times the oracle's norm"
-        for d in failed
-    ]
+    return [f"{d.kind} of {step.names.get(d.name, d.name)} ({d.name}): {d.told}" for d in verdict.failures()]

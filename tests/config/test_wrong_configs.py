@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.__main__ import main
+from moe_dtensor.config.check import ABOVE_ZERO, AT_LEAST_ONE, BY_ITSELF, FROM_ZERO_TO_ONE
+from moe_dtensor.config.tables import all_fields
 
 PLAIN = "tests/config/plain.toml"
 
@@ -130,6 +132,7 @@ WRONG = [
     ("--moe.jitter 1", "moe.jitter = 1.0 could hide the router's input altogether", "below 1"),
     ("--moe.jitter -0.1", "moe.jitter = -0.1 lies outside 0 to 1", "0 to 1"),
     ("--moe.gate_scale 0", "moe.gate_scale = 0.0 must be above 0", "1.0"),
+    ("--rope.high -1", "rope.high = -1.0 is too small", "0 or more"),
     ("--moe.balance_loss -1", "moe.balance_loss = -1.0 is too small", "0 or more"),
     ("--moe.capacity_factor -1", "moe.capacity_factor = -1.0 is too small", "0 or more"),
     # The mesh.
@@ -345,6 +348,12 @@ def test_missing_file_names_those_beside_it(capsys: pytest.CaptureFixture[str]) 
     err = capsys.readouterr().err
     assert "cannot read the config train_configs/debgu.toml" in err
     assert "debug.toml" in err
+
+
+def test_every_number_has_one_range() -> None:
+    listed = (*AT_LEAST_ONE, *ABOVE_ZERO, *FROM_ZERO_TO_ONE, *BY_ITSELF)
+    assert len(set(listed)) == len(listed)
+    assert set(listed) <= {key for key, field in all_fields().items() if field.type in (int, float)}
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.memory import fullest_rank
-from moe_dtensor.estimate.schedule import bubble
+from moe_dtensor.estimate.speed import bubble
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.verbs.plan import with_vocabulary
 

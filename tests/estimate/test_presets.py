@@ -7,8 +7,7 @@ import pytest
 from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.estimate.shards import parameters
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.run import prove
 
 PUBLISHED = {

@@ -19,8 +19,7 @@ from moe_dtensor.estimate.memory import rank_memory, settle_accumulate
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout
 from moe_dtensor.verify.run import prove
 
 Keys = dict[str, Any]

@@ -15,8 +15,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.run import prove
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"

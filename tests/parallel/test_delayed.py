@@ -17,10 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_dtensor.config.load import load, override
 from moe_dtensor.parallel import collectives, lending
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.run import prove
+from moe_dtensor.verify.verdict import Verdict
 
 DEBUG = load(Path(__file__).parents[2] / "train_configs" / "debug.toml")
 

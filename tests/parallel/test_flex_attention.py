@@ -12,8 +12,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from moe_dtensor.config.load import load, override
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.run import prove
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"

@@ -25,9 +25,8 @@ from moe_dtensor.parallel.lending import _WithLent, divide, most_copies, slots_o
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch
-from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.fuzz import SMALLEST
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout, whole_case
 from moe_dtensor.verify.run import prove
 
 Keys = dict[str, Any]

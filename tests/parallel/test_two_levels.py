@@ -19,8 +19,7 @@ from moe_dtensor.estimate.shards import all_shards
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch, train_step
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout
 from moe_dtensor.verify.run import prove
 
 Keys = dict[str, Any]

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.mesh import build_mesh, flat_dp_tp
+from moe_dtensor.mesh import build_mesh
 from moe_dtensor.parallel import collectives
 from moe_dtensor.testing.bytes_sent import BytesSent
 from moe_dtensor.testing.ranks import run_on_ranks
@@ -19,7 +19,7 @@ Sent = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
 def _by_hand() -> Sent:
     """2 x 2 ranks, float64 rows of 10."""
     mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "pp", "tp"))
-    dp, tp, flat = mesh["dp"], mesh["tp"], flat_dp_tp(mesh)
+    dp, tp, flat = mesh["dp"], mesh["tp"], mesh["dp", "tp"]._flatten("dp_tp")
     x = torch.ones(4, 10, dtype=torch.float64, requires_grad=True)
     with BytesSent(mesh) as sent:
         collectives.start_all_gather(x, tp, 0)().sum().backward()

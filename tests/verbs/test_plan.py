@@ -16,13 +16,13 @@ import pytest
 from moe_dtensor.config.load import build, load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate import attention
+from moe_dtensor.estimate import saved_tensors
 from moe_dtensor.estimate.dispatch import LATENCY, READ, choose_dispatch, dispatch_costs
-from moe_dtensor.estimate.memory import fullest_rank, rank_memory
+from moe_dtensor.estimate.memory import fullest_rank, in_flight, rank_memory
 from moe_dtensor.estimate.saved_tensors import block_bytes
-from moe_dtensor.estimate.schedule import SOURCES, bubble, in_flight
 from moe_dtensor.estimate.shards import all_shards, flops_per_token, fold, parameters
 from moe_dtensor.estimate.sizes import allocated_rows, distinct_ranks, expert_rows, tokens_at_experts
+from moe_dtensor.estimate.speed import SOURCES, bubble
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.verbs import plan
 
@@ -70,7 +70,7 @@ def test_memory_of_windows_and_latents_is_what_was_measured() -> None:
 def test_memory_of_two_gpus_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the fullest rank, under every placement, dispatch and schedule that was run, when norm and rotation of heads
     had no kernels yet."""
-    monkeypatch.setattr(attention, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(saved_tensors, "has_kernel", lambda *_: False)
     records = json.loads((RESULTS / "h100x2_train_olmoe_small.json").read_text())["variants"]
     assert len(records) > 10
     for record in records:
@@ -291,7 +291,7 @@ def test_norm_and_rotation_keep_less_by_kernels(
     squares take the place of deviations."""
     config = preset("olmoe_small", "1x1x2", **keys)
     kernels = block_bytes(config, is_moe=True).kept
-    monkeypatch.setattr(attention, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(saved_tensors, "has_kernel", lambda *_: False)
     plain = block_bytes(config, is_moe=True).kept
     assert plain - kernels == 16 * 2048 * (2 * 512 * (values - 2) + 4 * numbers)
 

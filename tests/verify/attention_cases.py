@@ -11,8 +11,9 @@ from typing import Any
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify.cases import Case, Setting, all_pairs, with_microbatches
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout
+
+from .mesh_cases import Setting, all_pairs, with_microbatches
 
 MESH_SETS: tuple[dict[str, tuple[int, int, int]], ...] = (
     {"1x1x2": (1, 1, 2), "2x1x1": (2, 1, 1), "1x2x2": (1, 2, 2)},

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from moe_dtensor.verify.compare import Verdict
 from moe_dtensor.verify.run import prove
+from moe_dtensor.verify.verdict import Verdict
 
 from .attention_cases import MESH_SETS, attention_cases, dimensions, possible, settings
 

@@ -13,9 +13,8 @@ from moe_dtensor.config.schema import Config, Schedule
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
 from moe_dtensor.train.step import evaluate
-from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.inputs import global_batch, initial_values
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.oracle import IGNORED, steps
 from moe_dtensor.verify.run import prove
 from moe_dtensor.verify.subject import load_parameters, own_share

@@ -11,10 +11,9 @@ import pytest
 from moe_dtensor.__main__ import main
 from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify.cases import Case, whole_case
 from moe_dtensor.verify.fuzz import Drawn, command, drawn_keys, draws, shrink_failure, smallest
 from moe_dtensor.verify.inputs import global_batch
-from moe_dtensor.verify.miniature import Layout, legal
+from moe_dtensor.verify.miniature import Case, Layout, legal, whole_case
 
 DEBUG = str(Path(__file__).parents[2] / "train_configs" / "debug.toml")
 

@@ -136,7 +136,7 @@ def test_a_wrong_router_gradient_in_transformers_is_found_out(
     out = capsys.readouterr().out
     assert "differs by" not in out
     assert "gradient of model.layers.2.block_sparse_moe.gate.weight: error 5.00e-01" in out
-    assert "0.5 times the norm" in out
+    assert "0.5 times the oracle's norm" in out
 
 
 def test_a_right_folder_passes(folders: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.config.load import load
-from moe_dtensor.verify.cases import DIMENSIONS, MESHES, Case, all_pairs, generated_cases, possible
-from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Case, Layout, shrink
 from moe_dtensor.verify.run import prove
+from moe_dtensor.verify.verdict import Verdict
+
+from .mesh_cases import DIMENSIONS, MESHES, all_pairs, generated_cases, possible
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"
 

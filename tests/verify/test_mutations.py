@@ -10,10 +10,9 @@ import pytest
 
 from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout
 from moe_dtensor.verify.run import prove
+from moe_dtensor.verify.verdict import Verdict
 
 from . import mutations, mutations_attention, mutations_balance
 

@@ -23,9 +23,8 @@ from moe_dtensor.train.build import Trainer, build, set_vocabulary
 from moe_dtensor.train.loop import Run
 from moe_dtensor.train.run_folder import open_run_folder
 from moe_dtensor.train.step import train_step
-from moe_dtensor.verify.cases import Case
 from moe_dtensor.verify.inputs import global_batch, initial_values
-from moe_dtensor.verify.miniature import Layout
+from moe_dtensor.verify.miniature import Case, Layout
 from moe_dtensor.verify.run import prove
 from moe_dtensor.verify.subject import load_parameters, own_share
 

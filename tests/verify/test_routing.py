@@ -17,12 +17,11 @@ from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
 from moe_dtensor.train.step import evaluate, train_step
 from moe_dtensor.verify import inputs
-from moe_dtensor.verify.cases import Case
-from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.miniature import Layout, legal
+from moe_dtensor.verify.miniature import Case, Layout, legal
 from moe_dtensor.verify.oracle import steps
 from moe_dtensor.verify.run import prove
 from moe_dtensor.verify.subject import build_subject, load_parameters, own_share
+from moe_dtensor.verify.verdict import Verdict
 
 from .routing_cases import MESH_SETS, TABLES, dimensions, possible, routing_cases, settings
 

@@ -13,7 +13,7 @@ import pytest
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.checkpoint import proof
-from moe_dtensor.verify import carried
+from moe_dtensor.verify import stamp
 
 from . import mutations_update
 
@@ -94,7 +94,7 @@ def test_code_that_changed_is_named_by_its_room(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = proof.code_hashes() | {"kernels": "0"}
-    monkeypatch.setattr(carried, "code_hashes", lambda: changed)
+    monkeypatch.setattr(stamp, "code_hashes", lambda: changed)
     status, printed = check(capsys, run)
     assert status == 1
     assert "code: no longer matches: kernels saved, another here" in printed
@@ -141,7 +141,7 @@ def test_data_that_changed_are_told_and_data_that_are_gone_are_not_compared(
 
 
 def test_another_torch_is_told(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carried, "torch_version", lambda: "9.9")
+    monkeypatch.setattr(stamp, "torch_version", lambda: "9.9")
     status, printed = check(capsys, run)
     assert status == 1
     assert f"torch: no longer matches: {proof.torch_version()} saved, 9.9 here" in printed

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from moe_dtensor.config.load import load, override
-from moe_dtensor.verify.cases import whole_case
-from moe_dtensor.verify.compare import Verdict
-from moe_dtensor.verify.miniature import Layout, shrink
+from moe_dtensor.verify.miniature import Layout, shrink, whole_case
 from moe_dtensor.verify.run import Answers, prove
+from moe_dtensor.verify.verdict import Verdict
 
 from . import mutations, mutations_update
 

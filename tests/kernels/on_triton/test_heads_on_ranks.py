@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.estimate import attention as estimate
+from moe_dtensor.estimate import saved_tensors as estimate
 from moe_dtensor.estimate.sizes import tokens
 from moe_dtensor.kernels.library import triton_kernels
 from moe_dtensor.layers import attention

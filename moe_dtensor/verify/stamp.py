@@ -1,20 +1,25 @@
-"""What the proof in a checkpoint still holds for: held against the code, config, data and torch that are here."""
+"""The stamp: what ``verify --stamp`` leaves in a run's folder for its checkpoints to carry, and what the proof in a
+checkpoint still holds for, held against the code, config, data and torch that are here. To read it needs no torch."""
 
 from __future__ import annotations
 
+import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, damage, step_folder, whole_steps
-from moe_dtensor.checkpoint.proof import PROOF_FILE, code_hashes, read_proof, torch_version
+from moe_dtensor.checkpoint.folder import INDEX, MANIFEST, damage, step_folder, whole_steps, write_small
+from moe_dtensor.checkpoint.proof import FORMAT, PROOF_FILE, STAMP_FILE, code_hashes, read_proof, torch_version
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import build, dump, load
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.tables import all_fields
 from moe_dtensor.train.kept_config import comparable, with_defaults
+
+if TYPE_CHECKING:
+    from moe_dtensor.verify.verdict import Verdict
 
 CONFIG_FILE = "config.toml"
 NOT_COMPUTED = ("run", "data", "lr_scheduler", "checkpoint", "metrics", "profiling", "comm")
@@ -29,6 +34,49 @@ NOT_COMPARED = (
 """Keys that ``verify`` sets itself, or that change nothing in a step. Meshes and schedules are told by themselves."""
 AS_GIVEN = ("mesh", "pipeline", "fsdp")
 """Tables that resolve by the mesh: compared as they were written."""
+
+
+def write_stamp(folder: Path, config: Config, verdicts: Sequence[Verdict], how: dict[str, Any]) -> Path:
+    """Replace the run's stamp, also where the verdict is a bad one.
+
+    Args:
+        folder: of the run; made when needed.
+        config: as it was given, not the miniature.
+        verdicts: one for each mesh and schedule.
+        how: dtype, backend, compiled, exact.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    from moe_dtensor.bench.measure import provenance
+
+    rests_on = provenance()
+    content = {
+        "format": FORMAT,
+        "ok": all(v.ok for v in verdicts),
+        "agree": sum(v.ok for v in verdicts),
+        "of": len(verdicts),
+        **how,
+        "layouts": [[v.mesh, v.schedule] for v in verdicts if v.ok],
+        "differ": [_told(v) for v in verdicts if not v.ok],
+        "config": dump(config),
+        "code": code_hashes(),
+        "torch": torch_version(),
+        **{key: rests_on[key] for key in ("date", "commit", "device", "versions")},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_small(folder / STAMP_FILE, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / STAMP_FILE} cannot be written: {error.strerror}.", "Name a run's folder after --stamp."
+        ) from None
+    return folder / STAMP_FILE
+
+
+def _told(verdict: Verdict) -> str:
+    what = verdict.failure.strip().splitlines()[-1] if verdict.failure else f"{verdict.worst.kind} {verdict.worst.name}"
+    return f"{verdict.mesh} {verdict.schedule}: {what}"
 
 
 @dataclass(frozen=True)

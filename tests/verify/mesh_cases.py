@@ -1,17 +1,17 @@
-"""The generated list of cases: every pair of settings meets on some mesh, without every product being run."""
+"""The generated list of cases about the model and the mesh: every pair of settings meets on some mesh, without every
+product being run; and how such a list is made, for the other two."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches
 from moe_dtensor.config.schema import Config
-from moe_dtensor.verify.miniature import Layout, legal
+from moe_dtensor.verify.miniature import Case, Layout, legal
 
 MESHES = {
     "2x1x1": (2, 1, 1),
@@ -61,25 +61,6 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 }
 SCALES = {"model.embedding_scale": 3.0, "model.residual_scale": 0.7, "model.logit_scale": 1.5}
 Setting = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A config to prove on a layout. ``config`` is not resolved."""
-
-    layout: Layout
-    config: Config
-    empty_expert: bool = False
-    steps: int = 1
-    skipped: tuple[int, ...] = ()
-    """Steps, from 1, in which one rank's gradient is made infinite."""
-    restarted: int = 0
-    """Step after which all is saved, built anew and loaded; 0: none."""
-
-
-def whole_case(layout: Layout, config: Config) -> Case:
-    """Four steps, of which the second is skipped; after the third the run is saved and goes on from its checkpoint."""
-    return Case(layout, config, steps=4, skipped=(2,), restarted=3)
 
 
 def possible(setting: Setting) -> bool:

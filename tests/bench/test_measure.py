@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dtensor.bench.breakdown import break_down, kind_of, union
+from moe_dtensor.bench.measure import break_down, kind_of, union
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load, load_variants
 from moe_dtensor.verbs import bench
