@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.checkpoint.folder import on_rank_0
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.checkpoint.hugging_face.tokenizer_files import write_tokenizer
+from moe_dtensor.checkpoint.hugging_face.export import write_tokenizer
 from moe_dtensor.evaluate.choices import accuracies, answer_questions, prepare_questions, read_questions
 from moe_dtensor.evaluate.harness import build_lm, find_tasks
 from moe_dtensor.evaluate.score import score
