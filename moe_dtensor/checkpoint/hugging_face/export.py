@@ -68,8 +68,37 @@ class Export:
         self.plan: Plan = plan_export(family, config, getattr(torch, self.dtype))
 
     def write_shards(self, folder: Path, share: tuple[int, int], done: Done = int) -> None:
-        """Every n-th shard from the k-th, ``share = (k, n)``."""
-        write_shards(self.plan, NativeWeights(self.checkpoint), folder, share, done)
+        """Every n-th shard from the k-th, ``share = (k, n)``.
+
+        Raises:
+            ConfigError: the checkpoint has other tensors than the config.
+        """
+        plan, config, weights = self.plan, self.config, NativeWeights(self.checkpoint)
+        shapes = native_shapes(config)
+        check_checkpoint(weights, {n: s for n, s in shapes.items() if not n.endswith("router.bias")})
+        layers = sorted(moe_layers(config))
+
+        @lru_cache(maxsize=1)
+        def bias_LE() -> Tensor:
+            return weights.bias_LE()
+
+        @lru_cache(maxsize=3)
+        def native(name: str) -> Tensor:
+            if name.endswith("router.bias"):
+                if name not in shapes:
+                    return torch.zeros(config.moe.num_experts)
+                return bias_LE()[layers.index(int(name.split(".")[1]))]
+            return weights.read(name)
+
+        def value(name: str) -> Tensor:
+            made_of = plan.parts[name]
+            out = torch.empty(made_of[0][0].file_shape, dtype=native(made_of[0][0].native).dtype)
+            for row, at in made_of:
+                row.store(native(row.native), at, out)
+            return out
+
+        for file in list(plan.shards)[share[0] :: share[1]]:
+            write_file(folder / file, plan.shards[file], value, done)
 
     def write_rest(self, folder: Path) -> None:
         """Index, tokenizer, config.json, and the checkpoint's proof."""
@@ -86,7 +115,6 @@ class Plan:
     """What an export writes: file tensors by shard, and how each comes from ours."""
 
     family: Family
-    config: Config
     shards: dict[str, Layout]
     parts: dict[str, list[tuple[Row, dict[str, int]]]]
     """Of each file tensor: the rows that it is made of, and where in them."""
@@ -128,44 +156,11 @@ def plan_export(family: Family, config: Config, dtype: torch.dtype, shard_bytes:
             shards.append({})
         shards[-1][name] = entry
     names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
-    return Plan(family, config, dict(zip(names, shards, strict=True)), parts)
+    return Plan(family, dict(zip(names, shards, strict=True)), parts)
 
 
 def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def write_shards(plan: Plan, weights: NativeWeights, folder: Path, share: tuple[int, int] = (0, 1), done: Done = int):
-    """Write every n-th shard of a plan from the k-th, ``share = (k, n)``, out of a checkpoint.
-
-    Raises:
-        ConfigError: the checkpoint has other tensors than the config.
-    """
-    shapes = native_shapes(plan.config)
-    check_checkpoint(weights, {n: s for n, s in shapes.items() if not n.endswith("router.bias")})
-    layers = sorted(moe_layers(plan.config))
-
-    @lru_cache(maxsize=1)
-    def bias_LE() -> Tensor:
-        return weights.bias_LE()
-
-    @lru_cache(maxsize=3)
-    def native(name: str) -> Tensor:
-        if name.endswith("router.bias"):
-            if name not in shapes:
-                return torch.zeros(plan.config.moe.num_experts)
-            return bias_LE()[layers.index(int(name.split(".")[1]))]
-        return weights.read(name)
-
-    def value(name: str) -> Tensor:
-        made_of = plan.parts[name]
-        out = torch.empty(made_of[0][0].file_shape, dtype=native(made_of[0][0].native).dtype)
-        for row, at in made_of:
-            row.store(native(row.native), at, out)
-        return out
-
-    for file in list(plan.shards)[share[0] :: share[1]]:
-        write_file(folder / file, plan.shards[file], value, done)
 
 
 def check_checkpoint(weights: NativeWeights, shapes: Mapping[str, tuple[int, ...]]) -> None:
