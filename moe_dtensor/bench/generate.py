@@ -18,9 +18,8 @@ from torch import Tensor
 
 from moe_dtensor.bench.measure import provenance
 from moe_dtensor.config.command_line import write_json
-from moe_dtensor.generate.batch import complete
+from moe_dtensor.generate.batch import Sampling, complete
 from moe_dtensor.generate.load import Source, find_source, load_model
-from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.train.ranks import end_ranks, start_ranks
 
 OURS = "moe_dtensor"

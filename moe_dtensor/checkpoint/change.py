@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from moe_dtensor.checkpoint import surgery, upcycle
 from moe_dtensor.checkpoint.folder import Manifest, read_manifest
 from moe_dtensor.checkpoint.hugging_face.convert import check_output, hidden_folder, progress
+from moe_dtensor.checkpoint.hugging_face.export import copy_tokenizer
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
-from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, alone, find_native, write_native
 from moe_dtensor.checkpoint.storage import write_alone
 from moe_dtensor.config.errors import ConfigError

@@ -1,4 +1,5 @@
-"""Which checkpoints a folder holds, whose they are, and how one goes away. Rank 0's work.
+"""Which checkpoints a folder holds, whose they are, and how one goes away. Rank 0's work, done for all ranks by
+:func:`on_rank_0`: file systems may show other ranks an older view of a folder.
 
 A checkpoint is the folder ``step-<step>``. It is written and deleted under a hidden name, so that renaming is the one
 act that makes it appear or vanish; small files are whole and on disk, or not there. Its manifest names the run, the
@@ -12,9 +13,39 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+def on_rank_0(work: Callable[[], T], group: ProcessGroup | None = None) -> T:
+    """Result of ``work()`` of rank 0, on every rank; what it raises is raised on every rank.
+
+    Args:
+        work: called on rank 0 only; result and exception travel by pickle.
+        group: of all ranks; the default group if None. Without process groups ``work`` is just called.
+    """
+    # Here, since what looks at folders alone loads no torch.
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # raised below, here and on the ranks that wait for it
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def write_small(path: Path, text: str) -> None:

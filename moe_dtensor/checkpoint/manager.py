@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from moe_dtensor.checkpoint.folder import (
     Manifest,
     damage,
+    on_rank_0,
     partial_folder,
     read_manifest,
     remove_partial,
@@ -34,7 +35,6 @@ from moe_dtensor.checkpoint.folder import (
     whole_steps,
 )
 from moe_dtensor.checkpoint.planner import PlanKeeper
-from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.checkpoint.storage import Reader, TensorsPlanner, Writer
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.schema import Config

@@ -22,7 +22,6 @@ from torch.futures import Future
 
 from moe_dtensor.checkpoint.folder import (
     INDEX,
-    MANIFEST,
     Manifest,
     partial_folder,
     step_folder,
@@ -218,6 +217,3 @@ class TensorsPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Never called for a state of tensors."""
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
-
-
-__all__ = ["INDEX", "MANIFEST", "IndexUnpickler", "Reader", "TensorsPlanner", "Writer", "write_alone"]

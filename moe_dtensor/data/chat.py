@@ -1,18 +1,22 @@
 """Conversations as text, by the template that comes with a tokenizer.
 
-A template is somebody else's program: it runs in jinja2's sandbox, with what transformers gives its templates.
+A template is somebody else's program: it runs in jinja2's sandbox, with what transformers gives its templates. jinja2
+is loaded when there is a template to render.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_dtensor.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``, and what else a template reads."""
@@ -47,14 +51,12 @@ class ChatTemplate:
             )
         try:
             from jinja2 import TemplateError
-
-            from moe_dtensor.data.jinja import build_environment
         except ImportError:
             raise ConfigError(
                 "chat templates need jinja2, which is not installed.", "Install it: pip install jinja2."
             ) from None
         self._error = TemplateError
-        self._environment = build_environment(lambda form: (now or datetime.now()).strftime(form))
+        self._environment = _build_environment(lambda form: (now or datetime.now()).strftime(form))
         try:
             self._template = self._environment.from_string(text)
         except TemplateError as error:
@@ -101,12 +103,6 @@ class ChatTemplate:
             ) from None
 
 
-def template_folder(tokenizer: str) -> Path | None:
-    """Where the template of ``data.tokenizer`` lies; None for bytes."""
-    place = Path(os.path.expanduser(tokenizer))
-    return None if tokenizer == "bytes" else place if place.is_dir() else place.parent
-
-
 def _read_settings(folder: Path) -> dict[str, Any]:
     """What the files beside the vocabulary say; of a token named in both the newer file's."""
     settings: dict[str, Any] = {}
@@ -148,3 +144,49 @@ def _special_tokens(folder: Path | None, named: Mapping[str, Any]) -> tuple[str,
     added = _read_json(folder / "tokenizer.json").get("added_tokens", []) if folder is not None else []
     found |= {str(token["content"]) for token in added if isinstance(token, dict) and token.get("special")}
     return tuple(sorted(found))
+
+
+def _build_environment(strftime_now: Callable[[str], str]) -> ImmutableSandboxedEnvironment:
+    """A sandbox with the filters and functions that templates rely on.
+
+    Args:
+        strftime_now: the date in a form.
+    """
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` … ``{% endgeneration %}``: puts ``generation_marks`` around what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012  (as jinja2 has it)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            """A call of :meth:`mark` with what is inside."""
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+        def mark(self, caller: Callable[[], str]) -> str:
+            """What is inside, between the marks."""
+            marks: Any = self.environment.globals.get("generation_marks", ("", ""))
+            return f"{marks[0]}{caller()}{marks[1]}"
+
+    def refuse(message: str) -> None:
+        """What a template calls to refuse a conversation."""
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """JSON as it is; Jinja's own filter writes it for HTML."""
+    known = {key: options[key] for key in ("ensure_ascii", "separators", "sort_keys") if key in options}
+    return json.dumps(value, indent=indent, **{"ensure_ascii": False, **known})

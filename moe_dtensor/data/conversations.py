@@ -13,11 +13,11 @@ from typing import Any
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config, Data
-from moe_dtensor.data.chat import ChatTemplate, ConversationError, Message, template_folder
-from moe_dtensor.data.marks import Conversation
+from moe_dtensor.data.chat import ChatTemplate, ConversationError, Message
+from moe_dtensor.data.pack import Conversation
 from moe_dtensor.data.records import WHOLE, Record
 from moe_dtensor.data.text import FilesCorpus
-from moe_dtensor.data.tokenizer import Tokenizer
+from moe_dtensor.data.tokenizer import Tokenizer, files_beside
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
@@ -154,7 +154,7 @@ class ConversationsCorpus(FilesCorpus):
     """
 
     marked = True
-    """Its tokens carry :mod:`moe_dtensor.data.marks`."""
+    """Its tokens carry :mod:`moe_dtensor.data.pack`."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -167,7 +167,8 @@ class ConversationsCorpus(FilesCorpus):
                 )
         self.text_key = WHOLE
         self.messages_key = MESSAGES if data.text_key == Data().text_key else data.text_key
-        self.template = ChatTemplate(template_folder(data.tokenizer), data.chat_template, NOW)
+        beside = None if data.tokenizer == "bytes" else files_beside(data.tokenizer)
+        self.template = ChatTemplate(beside, data.chat_template, NOW)
 
     def judge(self, record: Record) -> Record:
         """The record with its conversation as text, or why it has none."""

@@ -1,17 +1,18 @@
-"""What a corpus is, and the one a config names."""
+"""What a corpus is, the one that a config names, and several as one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load_object
-from moe_dtensor.config.schema import Config
+from moe_dtensor.config.schema import Config, Source
 from moe_dtensor.data.conversations import ConversationsCorpus
+from moe_dtensor.data.files import check_apart
 from moe_dtensor.data.hub import DatasetsCorpus
-from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import Document
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.tokenizer import Tokenizer, build_tokenizer
@@ -113,3 +114,52 @@ def set_vocabulary(config: Config, corpus: Corpus) -> Config:
     if config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
+
+
+class Mixture:
+    """The corpora of ``[[data.sources]]``.
+
+    Raises:
+        ConfigError: one trains on what another holds out.
+    """
+
+    def __init__(self, sources: tuple[Source, ...], corpora: list[Any], tokenizer: Tokenizer) -> None:
+        self.sources, self.corpora, self.tokenizer = sources, corpora, tokenizer
+        self.names = [source.name for source in sources]
+        for one in corpora:
+            for other in corpora:
+                check_apart(paths(one, "files"), paths(other, "validation_files"), "data.sources")
+
+    def documents(self, split: str) -> Iterator[Any]:
+        """The documents of one source after the other."""
+        for corpus in self.corpora:
+            yield from corpus.documents(split)
+
+    def fingerprint(self) -> str:
+        """Of all sources with their names."""
+        prints = [(name, corpus.fingerprint()) for name, corpus in zip(self.names, self.corpora, strict=True)]
+        return hashlib.blake2b(repr(prints).encode(), digest_size=16).hexdigest()
+
+
+def paths(corpus: Any, attribute: str) -> list[str]:
+    """The files that a corpus reads as text."""
+    return list(getattr(getattr(corpus, attribute, None), "taken", ()))
+
+
+def source_config(config: Config, source: Source) -> Config:
+    """The config of a source by itself."""
+    data = config.data
+    return replace(
+        config,
+        data=replace(
+            data,
+            corpus=source.corpus,
+            path=source.path,
+            validation_path=source.validation_path,
+            text_key=source.text_key or data.text_key,
+            split=source.split or data.split,
+            revision=source.revision,
+            sources=(),
+        ),
+        stages=(),
+    )

@@ -1,4 +1,7 @@
-"""The ``datasets`` corpus: local files of records, or a name on the Hugging Face hub, read as training goes."""
+"""The ``datasets`` corpus: local files of records, or a name on the Hugging Face hub, read as training goes.
+
+Which commit of a name on the hub a run reads is found once, when the run begins, and kept.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_dtensor.config.errors import ConfigError, RunError
-from moe_dtensor.config.schema import Config
+from moe_dtensor.config.schema import Config, Data, Source
 from moe_dtensor.data.files import DataFiles, Owners, check_apart, find_files, own_folders
-from moe_dtensor.data.records import BadRecords, Record, find_text, read_records
-from moe_dtensor.data.text import is_held_out
+from moe_dtensor.data.records import BadRecords, Record, find_text
+from moe_dtensor.data.text import FileDocuments, is_held_out
 from moe_dtensor.data.tokenizer import Tokenizer
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -83,84 +87,6 @@ class DatasetsCorpus:
         files = [f for f in ([local] if local.is_file() else sorted(local.rglob("*"))) if f.is_file()]
         sizes = [(f.relative_to(root).as_posix(), f.stat().st_size) for f in files if not owners.find(str(f))]
         return f"datasets {sizes} {split} {self.data.text_key} {self.tokenizer.fingerprint()}"
-
-
-class FileDocuments:
-    """Iterator over the texts of local files, resumable.
-
-    Args:
-        files: read in their order.
-        text_key: field of the text.
-        split: ``train`` or ``validation`` to pick by hash; None takes all.
-        max_bad: share of records that may be skipped.
-    """
-
-    def __init__(self, files: DataFiles, text_key: str, split: str | None, max_bad: float) -> None:
-        self.files, self.text_key, self.split, self.max_bad = files, text_key, split, max_bad
-        self.bad = BadRecords(max_bad)
-        self._file = self._row = self._offset = 0
-        self._texts: Iterator[str] | None = None
-
-    def __iter__(self) -> FileDocuments:
-        return self
-
-    def __next__(self) -> str:
-        if self._texts is None:
-            self._texts = self._read()
-        return next(self._texts)
-
-    def _read(self) -> Iterator[str]:
-        while self._file < len(self.files.taken):
-            path = self.files.taken[self._file]
-            for record in read_records(path, self.files.formats[path], self.text_key, self._row, self._offset):
-                self._row, self._offset = record.row, record.after
-                text = self.bad.take(record, path)
-                if text is not None and (self.split is None or is_held_out(text) == (self.split == "validation")):
-                    yield text
-            self._file, self._row, self._offset = self._file + 1, 0, 0
-        self.bad.judge()
-
-    def state_dict(self) -> Any:
-        """File, record and byte after the latest text; None before the first."""
-        if self._texts is None and not (self._file or self._row):
-            return None
-        state = {"file": self._file, "row": self._row, "offset": self._offset}
-        return state | ({"bad": self.bad.count, "read": self.bad.read} if self.max_bad else {})
-
-    def load_state_dict(self, state: Any) -> None:
-        """Continue there. Call before the first record is read."""
-        if state is None:
-            return
-        if "file" not in state:
-            self._skip(records_read(state))
-            return
-        self._file, self._row, self._offset = state["file"], state["row"], state["offset"]
-        self.bad.count, self.bad.read = state.get("bad", 0), state.get("read", 0)
-
-    def _skip(self, records: int) -> None:
-        """Pass over records from the start: what an older checkpoint knows of its place."""
-        texts, read = self._read_all(), 0
-        while read < records and next(texts, None) is not None:
-            read += 1
-
-    def _read_all(self) -> Iterator[Record]:
-        while self._file < len(self.files.taken):
-            path = self.files.taken[self._file]
-            for record in read_records(path, self.files.formats[path], self.text_key):
-                self._row, self._offset = record.row, record.after
-                yield record
-            self._file, self._row, self._offset = self._file + 1, 0, 0
-
-
-def records_read(state: Any) -> int:
-    """Records that a position written by the datasets library counts."""
-    inner = state.get("examples_iterable", {}) if isinstance(state, dict) else {}
-    if "batch_idx" not in inner:
-        raise ConfigError(
-            "the checkpoint's place in the data was written by a release of the datasets library that is not known.",
-            "Start over with --run.fresh true, or resume with the version of this program that wrote it.",
-        )
-    return inner["batch_idx"]
 
 
 class StreamedDocuments:
@@ -320,4 +246,50 @@ def open_dataset(key: str, path: str, split: str, revision: str = "") -> Any:
             f"{key} = {path!r} (split {split!r}) must be a dataset that the datasets package can load; "
             f"{type(error).__name__}: {error}",
             f"Check {key} and data.split, and the network for a hub name.",
+        ) from error
+
+
+def pin_revisions(config: Config, kept: Mapping[str, str] | None) -> Config:
+    """Fill in the commit of every hub name of ``[data]`` and its sources, so that a run reads the same for ever.
+
+    Args:
+        config: of the run.
+        kept: by path, the revisions of the run that goes on; they stand where the config names none.
+
+    Raises:
+        ConfigError: the hub cannot be asked, or has no such name or revision.
+    """
+
+    def pinned(key: str, part: Data | Source) -> str:
+        if part.corpus != "datasets" or is_local(part.path):
+            return part.revision
+        if not part.revision and kept is not None and part.path in kept:
+            return kept[part.path]
+        return find_commit(f"{key}.path", part.path, part.revision)
+
+    data = config.data
+    if data.sources:
+        sources = tuple(replace(s, revision=pinned(f"data.sources.{s.name}", s)) for s in data.sources)
+        return replace(config, data=replace(data, sources=sources))
+    return replace(config, data=replace(data, revision=pinned("data", data)))
+
+
+def reads_hub(config: Config) -> bool:
+    """Whether something of ``[data]`` is read from the hub."""
+    return any(part.corpus == "datasets" and not is_local(part.path) for part in config.data.sources or (config.data,))
+
+
+def find_commit(key: str, path: str, revision: str) -> str:
+    """The commit that ``revision`` of a hub name is now; the newest if it is empty."""
+    check_name(key, path)
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(repository(path), revision=revision or None).sha or ""
+    except Exception as error:  # offline, no such name or revision: the cause is in the message
+        of = f" (revision {revision!r})" if revision else ""
+        raise ConfigError(
+            f"{key} = {path!r}{of} must be a dataset on the hub; "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            f"Check {key}, its revision, and the network.",
         ) from error

@@ -16,12 +16,11 @@ from torch import Tensor
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import sequences_before, span_at, spans
-from moe_dtensor.data.fit import FittedWindows, cut_windows
-from moe_dtensor.data.marks import FIRST, IDS, PADDING, TRAINED
-from moe_dtensor.data.mixture import Mixture, MixtureWindows, build_segments
-from moe_dtensor.data.pack import check_ids, packed
+from moe_dtensor.data.corpus import Mixture
+from moe_dtensor.data.mixture import MixtureWindows, build_segments
+from moe_dtensor.data.pack import FIRST, IDS, PADDING, TRAINED, check_ids, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
-from moe_dtensor.data.windows import Windows
+from moe_dtensor.data.windows import FittedWindows, Windows, cut_windows
 
 IGNORED = -100
 VALIDATION_SEED = 0  # the same sequences whatever the run's seed, so that runs compare

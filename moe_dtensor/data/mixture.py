@@ -1,74 +1,118 @@
-"""Several sources as one: whose sequence comes when, and which of its windows. B sequences of a batch, S seq_len."""
+"""Windows of several sources: whose sequence comes when, and which of its windows. B sequences of a batch, S seq_len.
+
+Turns meet their sources' shares at every n. Job j of a source of share w may take place n from
+``floor((j - 1) / w) + 1`` to ``ceil(j / w)``; each place takes the open job whose last place comes first. Then after
+any n places every source has had less than one more or less than ``w n`` (Baruah, Cohen, Plaxton and Varvel,
+Proportionate Progress, 1996).
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.schema import Config, Data, Source
+from moe_dtensor.config.schema import Config, Data
 from moe_dtensor.config.stages import Span, sequences_before
-from moe_dtensor.data.files import check_apart
-from moe_dtensor.data.fit import cut_windows
-from moe_dtensor.data.marks import mark_documents
-from moe_dtensor.data.order import Turns, whole_weights
-from moe_dtensor.data.pack import packed
+from moe_dtensor.data.corpus import Mixture
+from moe_dtensor.data.pack import mark_documents, packed
 from moe_dtensor.data.stream import BLOCK_WINDOWS, StreamWindows, TokenStream
-from moe_dtensor.data.tokenizer import Tokenizer
-from moe_dtensor.data.windows import ArrayWindows
+from moe_dtensor.data.windows import ArrayWindows, cut_windows
+
+LARGEST_TOTAL = 1 << 30
 
 
-class Mixture:
-    """The corpora of ``[[data.sources]]``.
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """Weights as integers: exactly as their decimals say, or to within 2^-30 of the whole where those are too long."""
+    shares = [Fraction(str(w)) for w in weights]
+    common = lcm(*(s.denominator for s in shares))
+    whole = [int(s * common) for s in shares]
+    total, divisor = sum(whole), gcd(*whole)
+    if total // divisor <= LARGEST_TOTAL:
+        return [w // divisor for w in whole]
+    return [max(1, round(Fraction(w * LARGEST_TOTAL, total))) if w else 0 for w in whole]
 
-    Raises:
-        ConfigError: one trains on what another holds out.
+
+class Turns:
+    """The sequence of turns of sources with whole weights (0: never).
+
+    Args:
+        weights: from :func:`whole_weights`.
     """
 
-    def __init__(self, sources: tuple[Source, ...], corpora: list[Any], tokenizer: Tokenizer) -> None:
-        self.sources, self.corpora, self.tokenizer = sources, corpora, tokenizer
-        self.names = [source.name for source in sources]
-        for one in corpora:
-            for other in corpora:
-                check_apart(paths(one, "files"), paths(other, "validation_files"), "data.sources")
+    def __init__(self, weights: Sequence[int]) -> None:
+        self.weights, self.total = list(weights), sum(weights)
+        self._active = [i for i, w in enumerate(weights) if w]
+        self.seek(0)
 
-    def documents(self, split: str) -> Iterator[Any]:
-        """The documents of one source after the other."""
-        for corpus in self.corpora:
-            yield from corpus.documents(split)
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """(source, which of its own, from 0) for the next ``count`` places."""
+        taken = []
+        for _ in range(count):
+            self.place += 1
+            chosen, last = -1, 0
+            for i in self._active:
+                if self._first[i] <= self.place and (chosen < 0 or self._last[i] < last):
+                    chosen, last = i, self._last[i]
+            taken.append((chosen, self.counts[chosen]))
+            self.counts[chosen] += 1
+            self._set(chosen)
+        return taken
 
-    def fingerprint(self) -> str:
-        """Of all sources with their names."""
-        prints = [(name, corpus.fingerprint()) for name, corpus in zip(self.names, self.corpora, strict=True)]
-        return hashlib.blake2b(repr(prints).encode(), digest_size=16).hexdigest()
+    def seek(self, place: int) -> None:
+        """Go to where ``place`` places have been taken."""
+        self.place, self.counts = place, self.counts_at(place)
+        self._first, self._last = [0] * len(self.weights), [0] * len(self.weights)
+        for i in self._active:
+            self._set(i)
 
+    def _set(self, i: int) -> None:
+        """The places that the next job of source ``i`` may take."""
+        done, weight = self.counts[i], self.weights[i]
+        self._first[i] = done * self.total // weight + 1
+        self._last[i] = -(-(done + 1) * self.total // weight)
 
-def paths(corpus: Any, attribute: str) -> list[str]:
-    """The files that a corpus reads as text."""
-    return list(getattr(getattr(corpus, attribute, None), "taken", ()))
+    def counts_at(self, place: int) -> list[int]:
+        """How many turns each source has had after ``place`` places, without going through them.
 
+        Jobs whose last place has come are done. Each source has at most one that is open beyond: in the order of
+        their last places, the first m of them together with all earlier jobs are a single queue, of which
+        ``min over s of arrivals(s) + place - s`` are done.
+        """
+        rounds, n = divmod(place, self.total)
+        done = [w * n // self.total for w in self.weights]
+        straddling = sorted(
+            (-(-(done[i] + 1) * self.total // w), i, done[i] * self.total // w + 1)
+            for i, w in enumerate(self.weights)
+            if w and w * n % self.total
+        )
+        if straddling:
+            slack = self._slack(n, sorted({first for _, _, first in straddling}))
+            before = n + min(0, *(g - sum(f <= start for _, _, f in straddling) for start, g in slack))
+            for m, (_, i, _) in enumerate(straddling, 1):
+                later = straddling[m:]
+                now = n + min(0, *(g - sum(f <= start for _, _, f in later) for start, g in slack))
+                done[i] += now - before
+                before = now
+        return [rounds * w + d for w, d in zip(self.weights, done, strict=True)]
 
-def source_config(config: Config, source: Source) -> Config:
-    """The config of a source by itself."""
-    data = config.data
-    return replace(
-        config,
-        data=replace(
-            data,
-            corpus=source.corpus,
-            path=source.path,
-            validation_path=source.validation_path,
-            text_key=source.text_key or data.text_key,
-            split=source.split or data.split,
-            revision=source.revision,
-            sources=(),
-        ),
-        stages=(),
-    )
+    def _slack(self, n: int, starts: list[int]) -> list[tuple[int, int]]:
+        """(start, least of ``arrivals(s) - s`` for s from it to the next start, or to n), for each start."""
+        back_S = n - np.arange(starts[0], n + 1, dtype=np.int64)
+        slack_S = back_S - n
+        for w in self.weights:
+            whole, part = divmod(w * n, self.total)
+            slack_S += whole - (w * back_S - part) // self.total
+        ends = [*starts[1:], n + 1]
+        return [
+            (start, int(slack_S[start - starts[0] : end - starts[0]].min()))
+            for start, end in zip(starts, ends, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

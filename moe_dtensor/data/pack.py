@@ -1,7 +1,9 @@
-"""Documents to one memory-mapped array of tokens, made once per user and shared by every rank.
+"""Documents to one memory-mapped array of tokens, made once per user and shared by every rank. N tokens, B windows.
 
-A packed file is raw little-endian ids, ``uint16`` where the vocabulary allows and ``uint32`` otherwise, every document
-followed by the end token.
+A packed file is raw little-endian ids. Documents of a plain corpus are each followed by the end token, and all of their
+tokens are targets; ids are ``uint16`` where the vocabulary allows and ``uint32`` otherwise. Conversations end as their
+template has it, with end tokens in between, and only some of their tokens are targets: each id, a ``uint32``, carries
+marks that say so, in bits that no vocabulary reaches.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +26,6 @@ import numpy as np
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.data.files import cache_homes, make_private
-from moe_dtensor.data.marks import DTYPE, join_conversations
 from moe_dtensor.data.records import clean
 from moe_dtensor.data.tokenizer import Tokenizer
 
@@ -33,6 +34,17 @@ CHUNK_DOCUMENTS = 64
 CHUNK_SIZE = 1_000_000
 
 Document = str | bytes | np.ndarray
+
+TRAINED = 1 << 31
+"""The token is a target."""
+FIRST = 1 << 30
+"""A document begins with it."""
+PADDING = 1 << 29
+"""It is no document's."""
+IDS = PADDING - 1
+"""All bits of an id."""
+MARKED = np.dtype("<u4")
+"""Of marked ids."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,53 @@ def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> list[np
     return [check_ids(d if isinstance(d, np.ndarray) else next(encoded), tokenizer) for d in documents]
 
 
+class Conversation(str):
+    """The text of a conversation.
+
+    ``spans``: characters that are trained on, (first, after the last) in order.
+    """
+
+    spans: Sequence[tuple[int, int]] = ()
+
+
+def join_conversations(documents: list[Any], tokenizer: Any, dtype: np.dtype = MARKED) -> np.ndarray:
+    """Marked ids ``(N)`` of some conversations, one after the other.
+
+    A token counts as the assistant's if one of its characters is.
+    """
+    if tokenizer.vocab_size > IDS:
+        raise ConfigError(
+            f"data.corpus = 'conversations' has room for ids below {IDS:,}, not for {tokenizer.vocab_size:,}.",
+            "Take another tokenizer.",
+        )
+    parts = [np.empty(0, dtype)]
+    encoded = tokenizer.encode_with_places([str(d) for d in documents])
+    for document, (ids_N, start_N, end_N) in zip(documents, encoded, strict=True):
+        marked_N = ids_N.astype(dtype)
+        marked_N[overlaps(start_N, end_N, document.spans)] |= TRAINED
+        marked_N[:1] |= FIRST
+        parts.append(marked_N)
+    return np.concatenate(parts)
+
+
+def overlaps(start_N: np.ndarray, end_N: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens, by their first character and the one after their last, have one in some span; bool ``(N)``."""
+    first, after = np.array(spans, np.int64).reshape(-1, 2).T
+    span_N = np.searchsorted(after, start_N, side="right")
+    within_N = span_N < len(spans)
+    return within_N & (np.append(first, 0)[span_N] < np.maximum(end_N, start_N + 1))
+
+
+def mark_documents(window_BS1: np.ndarray, end_id: int) -> np.ndarray:
+    """The same for windows of plain documents: all tokens are targets, a document begins after an end token, and an
+    end token after another fills up."""
+    is_end = window_BS1 == end_id
+    after_end = np.zeros_like(is_end)
+    after_end[:, 1:] = is_end[:, :-1]
+    padding = is_end & after_end
+    return window_BS1.astype(np.int64) | np.where(padding, PADDING, TRAINED) | np.where(after_end, FIRST, 0)
+
+
 def check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """``ids``, or a ConfigError where one is outside the vocabulary."""
     if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
@@ -98,9 +157,9 @@ def write_tokens(
     """Tokenise ``documents`` into ``file``, a chunk at a time; digest of what was written, number of documents.
 
     Args:
-        marked: they are conversations, whose ids carry :mod:`moe_dtensor.data.marks`.
+        marked: they are conversations, whose ids carry marks.
     """
-    dtype, join = (DTYPE, join_conversations) if marked else (token_dtype(tokenizer.vocab_size), join_documents)
+    dtype, join = (MARKED, join_conversations) if marked else (token_dtype(tokenizer.vocab_size), join_documents)
     digest = hashlib.blake2b(f"{tokenizer.fingerprint()} {dtype}".encode(), digest_size=16)
     remaining, count = iter(documents), 0
     while chunk := take_chunk(remaining):
@@ -133,7 +192,7 @@ def packed(corpus: Any, split: str) -> Packed:
                 with replace_file(meta) as file:  # last: its presence says that the tokens are whole
                     file.write(json.dumps({**told, "corpus": type(corpus).__name__, "split": split}).encode())
     told = json.loads(meta.read_text())
-    dtype = DTYPE if marked else token_dtype(tokenizer.vocab_size)
+    dtype = MARKED if marked else token_dtype(tokenizer.vocab_size)
     # An empty file cannot be mapped.
     tokens_N = np.memmap(data, dtype=dtype, mode="r") if data.stat().st_size else np.empty(0, dtype)
     return Packed(tokens_N, told["digest"], told["documents"], told["bad"])

@@ -84,7 +84,7 @@ def read_records(path: str, form: Format, text_key: str, skip: int = 0, offset: 
     """The records of a file after the first ``skip``.
 
     Args:
-        path: a file of text (``formats.TEXTS``).
+        path: a file of text (``files.TEXTS``).
         form: what :func:`moe_dtensor.data.files.recognise` told.
         text_key: field of the text; not used for plain text. ``WHOLE``: all fields, as JSON.
         skip: records (for text files: lines) to pass over.

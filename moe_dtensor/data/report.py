@@ -17,9 +17,9 @@ import numpy as np
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.conversations import ConversationsCorpus
+from moe_dtensor.data.corpus import Mixture, source_config
 from moe_dtensor.data.files import DataFiles
 from moe_dtensor.data.hub import DatasetsCorpus
-from moe_dtensor.data.mixture import Mixture, source_config
 from moe_dtensor.data.pack import packed, replace_file
 from moe_dtensor.data.text import FilesCorpus, StdlibCorpus
 from moe_dtensor.data.token_files import TokenFiles, open_token_file

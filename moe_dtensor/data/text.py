@@ -1,4 +1,4 @@
-"""Corpora of text files: the Python standard library, and your own."""
+"""Documents of text files: the Python standard library's, and your own, as a corpus or one after the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config
@@ -145,3 +146,81 @@ def find_tail(text: str) -> int:
     cut = len(text) - len(text) // HELD_OUT
     line = text.find("\n", cut) + 1
     return line if 0 < line <= cut + (len(text) - cut) // 2 else cut
+
+
+class FileDocuments:
+    """Iterator over the texts of local files, resumable.
+
+    Args:
+        files: read in their order.
+        text_key: field of the text.
+        split: ``train`` or ``validation`` to pick by hash; None takes all.
+        max_bad: share of records that may be skipped.
+    """
+
+    def __init__(self, files: DataFiles, text_key: str, split: str | None, max_bad: float) -> None:
+        self.files, self.text_key, self.split, self.max_bad = files, text_key, split, max_bad
+        self.bad = BadRecords(max_bad)
+        self._file = self._row = self._offset = 0
+        self._texts: Iterator[str] | None = None
+
+    def __iter__(self) -> FileDocuments:
+        return self
+
+    def __next__(self) -> str:
+        if self._texts is None:
+            self._texts = self._read()
+        return next(self._texts)
+
+    def _read(self) -> Iterator[str]:
+        while self._file < len(self.files.taken):
+            path = self.files.taken[self._file]
+            for record in read_records(path, self.files.formats[path], self.text_key, self._row, self._offset):
+                self._row, self._offset = record.row, record.after
+                text = self.bad.take(record, path)
+                if text is not None and (self.split is None or is_held_out(text) == (self.split == "validation")):
+                    yield text
+            self._file, self._row, self._offset = self._file + 1, 0, 0
+        self.bad.judge()
+
+    def state_dict(self) -> Any:
+        """File, record and byte after the latest text; None before the first."""
+        if self._texts is None and not (self._file or self._row):
+            return None
+        state = {"file": self._file, "row": self._row, "offset": self._offset}
+        return state | ({"bad": self.bad.count, "read": self.bad.read} if self.max_bad else {})
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue there. Call before the first record is read."""
+        if state is None:
+            return
+        if "file" not in state:
+            self._skip(records_read(state))
+            return
+        self._file, self._row, self._offset = state["file"], state["row"], state["offset"]
+        self.bad.count, self.bad.read = state.get("bad", 0), state.get("read", 0)
+
+    def _skip(self, records: int) -> None:
+        """Pass over records from the start: what an older checkpoint knows of its place."""
+        texts, read = self._read_all(), 0
+        while read < records and next(texts, None) is not None:
+            read += 1
+
+    def _read_all(self) -> Iterator[Record]:
+        while self._file < len(self.files.taken):
+            path = self.files.taken[self._file]
+            for record in read_records(path, self.files.formats[path], self.text_key):
+                self._row, self._offset = record.row, record.after
+                yield record
+            self._file, self._row, self._offset = self._file + 1, 0, 0
+
+
+def records_read(state: Any) -> int:
+    """Records that a position written by the datasets library counts."""
+    inner = state.get("examples_iterable", {}) if isinstance(state, dict) else {}
+    if "batch_idx" not in inner:
+        raise ConfigError(
+            "the checkpoint's place in the data was written by a release of the datasets library that is not known.",
+            "Start over with --run.fresh true, or resume with the version of this program that wrote it.",
+        )
+    return inner["batch_idx"]

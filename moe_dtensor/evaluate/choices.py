@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.evaluate.encoder import Encoder
 from moe_dtensor.evaluate.score import Request, Score
+from moe_dtensor.evaluate.text import Encoder
 
 FORM = '{"context": TEXT, "choices": [TEXT, ...], "answer": NUMBER}'
 CONTEXT = ("context", "question", "query", "prompt")

@@ -13,11 +13,9 @@ from typing import Any
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.evaluate.choices import pair_request
-from moe_dtensor.evaluate.encoder import Encoder
 from moe_dtensor.evaluate.score import Request, Score, score
-from moe_dtensor.evaluate.text import windows
-from moe_dtensor.generate.batch import Model, complete
-from moe_dtensor.generate.sampling import Sampling
+from moe_dtensor.evaluate.text import Encoder, windows
+from moe_dtensor.generate.batch import Model, Sampling, complete
 
 MAX_NEW_TOKENS = 256  # lm-eval's, where a task says nothing
 

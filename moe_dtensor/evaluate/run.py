@@ -1,20 +1,22 @@
-"""All that one evaluation asks for, prepared and checked before a weight is read, then measured together."""
+"""All that one evaluation asks for, prepared and checked before a weight is read, then measured together and told."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from moe_dtensor.config.command_line import write_json
 from moe_dtensor.evaluate import choices, harness
 from moe_dtensor.evaluate.choices import Question
-from moe_dtensor.evaluate.encoder import Encoder
-from moe_dtensor.evaluate.report import Report, text_entry
 from moe_dtensor.evaluate.score import Done, Request, score
-from moe_dtensor.evaluate.text import Text, prepare_text, read_text, sum_text
+from moe_dtensor.evaluate.text import Encoder, Text, TextResult, prepare_text, read_text, sum_text
 from moe_dtensor.generate.batch import Model
 from moe_dtensor.generate.load import Source, load_tokenizer, tokenizer_folder
 
@@ -49,6 +51,41 @@ class Prepared:
     asked: dict[str, list[Request]]
     tasks: Any
     """lm-eval's task manager; None without tasks."""
+
+
+@dataclass
+class Report:
+    """What was found of one model: a table for the terminal, and a JSON file."""
+
+    checkpoint: str
+    mesh: str
+    """``dp x pp x tp``."""
+    param_dtype: str
+    max_length: int
+    stride: int
+    data: dict[str, dict[str, float]] = field(default_factory=dict)
+    multiple_choice: dict[str, dict[str, float]] = field(default_factory=dict)
+    lm_eval: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        write_json(path, asdict(self))
+
+    def show(self) -> None:
+        """Print a table of each kind."""
+        console = Console(highlight=False, width=None if Console().is_terminal else 120)
+        columns = ("perplexity", "bits_per_byte", "loss", "documents", "tokens", "bytes")
+        if self.data:
+            console.print(_table("text", self.data, columns))
+        if self.multiple_choice:
+            measures = tuple(dict.fromkeys(key for row in self.multiple_choice.values() for key in row))
+            console.print(_table("multiple choice", self.multiple_choice, measures))
+        if self.lm_eval:
+            table = Table("lm-eval", "metric", "value")
+            for name, row in self.lm_eval.items():
+                for metric, value in row.items():
+                    table.add_row(name, metric, _cell(value))
+            console.print(table)
 
 
 def prepare(wanted: Wanted, source: Source, max_length: int, stride: int) -> Prepared:
@@ -110,9 +147,29 @@ def _progress(total: int, shown: bool) -> Iterator[Done | None]:
     if not shown or not total or not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("scoring", total=total)
         yield lambda count: bar.advance(task, count)
+
+
+def text_entry(result: TextResult) -> dict[str, float]:
+    """A text's entry in the report."""
+    measured = {key: getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte")}
+    return asdict(result) | measured
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: tuple[str, ...]) -> Table:
+    table = Table(title, *(name.replace("_", " ") for name in columns))
+    for name, row in rows.items():
+        table.add_row(name, *(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.4e}"

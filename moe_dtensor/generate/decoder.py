@@ -1,8 +1,8 @@
-"""One forward pass more for each token. B sequences, S new positions, V vocabulary."""
+"""One forward pass more for each token, on a GPU as a CUDA graph. B sequences, S new positions, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dtensor.config.resolve import block_window, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
-from moe_dtensor.generate.graph import Graphed
 from moe_dtensor.kernels.attention.visible import Visible
 from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.layers.attention import Attention
@@ -23,6 +22,9 @@ from moe_dtensor.layers.moe import Experts
 from moe_dtensor.layers.positions import Place, Positions, rotation
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import collectives
+
+WARM_UP = 2
+"""Steps that run as they are: kernels are chosen and compiled in them."""
 
 
 class Decoder:
@@ -68,6 +70,35 @@ class Decoder:
         )
         held_BSV = self.model(tokens_BS, positions=Positions(full, window))
         return whole_vocabulary(held_BSV, self.config, self.tp)[:, -1]
+
+
+class Graphed:
+    """A function of one tensor whose shapes and addresses never change, replayed as a CUDA graph from its third call.
+
+    A step of one token is a few hundred kernels of some microseconds each: launched one by one, the host is what takes
+    the time.
+
+    Args:
+        function: reads and writes the same memory whenever it is called, and never asks the device for a value.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function's output, in memory of its own."""
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return self.function(x)
+        if self.graph is None:
+            self.input, self.graph = x.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.function(self.input)
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output.clone()
 
 
 def is_kernels_only(model: Transformer, config: Config) -> bool:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader
-from moe_dtensor.data.fit import best_fit
 from moe_dtensor.data.loader import IGNORED, Batch
 from moe_dtensor.data.tokenizer import Tokenizer, files_beside
-from moe_dtensor.evaluate.encoder import Encoder
+from moe_dtensor.data.windows import best_fit
 from moe_dtensor.evaluate.score import Request
-from moe_dtensor.evaluate.text import TextResult, prepare_text, read_text
+from moe_dtensor.evaluate.text import Encoder, TextResult, prepare_text, read_text
+from moe_dtensor.generate.batch import Sampler, Sampling
 from moe_dtensor.generate.decoder import whole_vocabulary
-from moe_dtensor.generate.sampling import Sampler, Sampling
 from moe_dtensor.kernels.cross_entropy import held_ids
 from moe_dtensor.train.build import Trainer
 from moe_dtensor.train.metrics import Value

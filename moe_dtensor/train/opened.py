@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_dtensor.checkpoint.rank0 import on_rank_0
+from moe_dtensor.checkpoint.folder import on_rank_0
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.data.corpus import set_vocabulary
-from moe_dtensor.data.revisions import pin_revisions, reads_hub
+from moe_dtensor.data.hub import pin_revisions, reads_hub
 from moe_dtensor.train.ranks import Ranks, start_ranks
 from moe_dtensor.train.run_folder import RunFolder, kept_revisions, open_run_folder
 from moe_dtensor.train.watch import Watch

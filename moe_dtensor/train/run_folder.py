@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dtensor.checkpoint.folder import owners, remove_all, whole_steps, write_small
+from moe_dtensor.checkpoint.folder import on_rank_0, owners, remove_all, whole_steps, write_small
 from moe_dtensor.checkpoint.proof import STAMP_FILE
-from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.errors import ConfigError, RunError
 from moe_dtensor.config.load import dump
 from moe_dtensor.config.schema import Config

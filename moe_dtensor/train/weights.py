@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_dtensor.checkpoint.folder import step_folder
-from moe_dtensor.checkpoint.hugging_face.convert import Export
-from moe_dtensor.checkpoint.hugging_face.export import appear
+from moe_dtensor.checkpoint.folder import on_rank_0, step_folder
+from moe_dtensor.checkpoint.hugging_face.export import Export, appear
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, same_function_problems
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeFolder, find_native
-from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.checkpoint.weights import load_weights
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config

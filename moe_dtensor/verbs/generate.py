@@ -41,9 +41,8 @@ def main(argv: list[str]) -> int:
     world_size = read_world_size(1)
 
     from moe_dtensor.data.chat import ChatTemplate
-    from moe_dtensor.generate.batch import complete
+    from moe_dtensor.generate.batch import Sampling, complete
     from moe_dtensor.generate.load import find_source, load_model, load_tokenizer, tokenizer_folder
-    from moe_dtensor.generate.sampling import Sampling
     from moe_dtensor.train.ranks import end_ranks, start_ranks
 
     source = find_source(options.checkpoint, overrides, world_size)

@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
         if value < 1:
             raise ConfigError(f"{name} {value} is too small.", f"Give {name} 1 or more.")
 
-    from moe_dtensor.data.corpus import build_corpus
-    from moe_dtensor.data.mixture import Mixture
+    from moe_dtensor.data.corpus import Mixture, build_corpus
 
     corpus = build_corpus(config)
     folder = Path(options.output)

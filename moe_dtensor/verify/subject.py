@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe_dtensor.checkpoint.folder import on_rank_0
 from moe_dtensor.checkpoint.manager import CheckpointManager
-from moe_dtensor.checkpoint.rank0 import on_rank_0
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch

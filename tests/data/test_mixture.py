@@ -1,8 +1,10 @@
-"""Several sources: shares, order, restarts, stages."""
+"""Several sources: shares, order, restarts, stages; whose turn it is, for any place at once."""
 
 from __future__ import annotations
 
 import json
+import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.schema import Config, Data, Source, Stage, Training
 from moe_dtensor.data import Loader, build_corpus, describe
+from moe_dtensor.data.mixture import Turns, whole_weights
 
 WEIGHTS = {"web": 0.617, "code": 0.25, "books": 0.133}
 
@@ -174,20 +177,44 @@ def test_what_one_source_holds_out_no_other_may_train_on(tmp_path: Path) -> None
         build_corpus(Config(data=Data(sources=sources)))
 
 
-def test_a_large_array_needs_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And a position that an older version saved stays in the order of its table."""
-    from moe_dtensor.data import windows
+@pytest.mark.parametrize("seed", range(12))
+def test_shares_are_met_to_one_turn_after_every_turn(seed: int) -> None:
+    generator = random.Random(seed)
+    weights = [generator.choice([0, 1, 2, 3, 50, 1000, generator.randint(1, 10**5)]) for _ in range(2 + seed % 8)]
+    weights[0] = 700
+    turns = Turns(weights)
+    for place in range(1, 2000):
+        [(source, _)] = turns.take(1)
+        assert weights[source] > 0
+        assert sum(turns.counts) == place
+        assert all(abs(c - w * place / turns.total) < 1 for c, w in zip(turns.counts, weights, strict=True))
+        if place % 11 == 0:
+            assert turns.counts_at(place) == turns.counts
 
-    tokens_N = np.arange(8001)
-    old = windows.ArrayWindows(tokens_N, 8, 0)
-    old.read(30, 0, 30)
-    monkeypatch.setattr(windows, "TABLE_WINDOWS", 999)
-    new, resumed = windows.ArrayWindows(tokens_N, 8, 0), windows.ArrayWindows(tokens_N, 8, 0)
-    assert sorted(new.rows(range(1000))[:, 0].tolist()) == list(range(0, 8000, 8))
-    resumed.load_state(old.state())
-    assert np.array_equal(resumed.read(10, 0, 10), old.read(10, 0, 10))
-    again = windows.ArrayWindows(tokens_N, 8, 0)
-    new.read(30, 0, 30)
-    again.load_state(json.loads(json.dumps(new.state())))
-    assert np.array_equal(again.read(10, 0, 10), new.read(10, 0, 10))
-    assert not np.array_equal(again.rows(range(30)), old.rows(range(30)))
+
+def test_turns_are_numbered_and_go_on_from_any_place() -> None:
+    turns = Turns(whole_weights([0.7, 0.2, 0.1]))
+    taken = turns.take(500)
+    for source in range(3):
+        assert [n for s, n in taken if s == source] == list(range(turns.counts[source]))
+    for place in (0, 1, 9, 10, 11, 377):
+        again = Turns(whole_weights([0.7, 0.2, 0.1]))
+        again.seek(place)
+        assert again.take(50) == [*taken, *turns.take(50)][place : place + 50]
+
+
+def test_weights_are_whole_numbers_of_their_decimals() -> None:
+    assert whole_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
+    assert whole_weights([3.0, 0.0, 6.0]) == [1, 0, 2]
+    long = whole_weights([0.123456789012, 0.876543210988])
+    assert abs(long[0] / sum(long) - 0.123456789012) < 2**-29
+
+
+def test_a_place_in_a_trillion_is_found_at_once() -> None:
+    turns = Turns(whole_weights([0.7, 0.2, 0.05, 0.04999, 0.00001]))
+    start = time.process_time()
+    turns.seek(10**12 + 12345)
+    taken = time.process_time() - start
+    assert taken < 0.05
+    assert sum(turns.counts) == 10**12 + 12345
+    assert abs(turns.counts[3] - 0.04999 * (10**12 + 12345)) < 1

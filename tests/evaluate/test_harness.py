@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.checkpoint.hugging_face.tokenizer_files import write_tokenizer
+from moe_dtensor.checkpoint.hugging_face.export import write_tokenizer
 from moe_dtensor.evaluate.choices import accuracies, answer_questions, prepare_questions, read_questions
-from moe_dtensor.evaluate.encoder import Encoder
 from moe_dtensor.evaluate.harness import build_lm, find_tasks
 from moe_dtensor.evaluate.score import score
-from moe_dtensor.evaluate.text import prepare_text, read_text, sum_text
+from moe_dtensor.evaluate.text import Encoder, prepare_text, read_text, sum_text
 from moe_dtensor.generate.load import find_source, load_model, load_tokenizer, tokenizer_folder
 from moe_dtensor.testing.ranks import run_on_ranks
 

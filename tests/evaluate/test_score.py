@@ -22,9 +22,8 @@ from moe_dtensor.evaluate.choices import (
     prepare_questions,
     read_questions,
 )
-from moe_dtensor.evaluate.encoder import Encoder
 from moe_dtensor.evaluate.score import Request, Score, score
-from moe_dtensor.evaluate.text import prepare_text, sum_text, windows
+from moe_dtensor.evaluate.text import Encoder, prepare_text, sum_text, windows
 from moe_dtensor.generate.batch import Model
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dtensor.generate.batch import complete
+from moe_dtensor.generate.batch import Sampling, complete
 from moe_dtensor.generate.load import find_source, load_model
-from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.testing.ranks import run_on_ranks
 from tests.checkpoint.hugging_face import tiny_models
 

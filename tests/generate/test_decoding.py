@@ -12,10 +12,9 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
-from moe_dtensor.generate.batch import Completion, Model, complete
+from moe_dtensor.generate.batch import Completion, Model, Sampling, complete
 from moe_dtensor.generate.cache import Cache, Slots
 from moe_dtensor.generate.decoder import is_kernels_only, open_decoder
-from moe_dtensor.generate.sampling import Sampling
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer

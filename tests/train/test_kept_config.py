@@ -13,8 +13,7 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import load
 from moe_dtensor.config.schema import Checkpoint, Config, Data, Run, Source
-from moe_dtensor.data.hub import DatasetsCorpus
-from moe_dtensor.data.revisions import pin_revisions, reads_hub
+from moe_dtensor.data.hub import DatasetsCorpus, pin_revisions, reads_hub
 from moe_dtensor.data.tokenizer import build_tokenizer
 from moe_dtensor.train.kept_config import absolute
 from moe_dtensor.train.run_folder import kept_revisions

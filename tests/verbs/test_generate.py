@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dtensor.checkpoint.hugging_face.tokenizer_files import write_tokenizer
+from moe_dtensor.checkpoint.hugging_face.export import write_tokenizer
 from tests.train.starts import Ended, Start
 
 TEMPLATE = (

@@ -307,8 +307,8 @@ def test_norm_and_rotation_keep_less_by_kernels(
     ],
 )
 def test_heads_that_have_no_kernel(keys: dict[str, Any]) -> None:
-    assert attention.has_kernel(preset("olmoe_small", "1x1x2"), 0)
-    assert not attention.has_kernel(preset("olmoe_small", "1x1x2", **keys), 0)
+    assert saved_tensors.has_kernel(preset("olmoe_small", "1x1x2"), 0)
+    assert not saved_tensors.has_kernel(preset("olmoe_small", "1x1x2", **keys), 0)
 
 
 @pytest.mark.parametrize(

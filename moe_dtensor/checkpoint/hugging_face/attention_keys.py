@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dtensor.checkpoint.hugging_face.config_json import Raw, put
-from moe_dtensor.checkpoint.hugging_face.function import Function
+from moe_dtensor.checkpoint.hugging_face.table import Function, Raw, put
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 
@@ -236,7 +235,7 @@ class Windows:
 
 
 def set_windows(function: Function, window: int, kinds: Sequence[str], unrotated: bool) -> None:
-    """As :func:`.function.function_of` has it: a pattern only where blocks differ."""
+    """As :func:`.translate.function_of` has it: a pattern only where blocks differ."""
     windows = [kind == WINDOW for kind in kinds]
     function["model.window"] = window if any(windows) else 0
     mixed = any(windows) and not all(windows)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_dtensor.checkpoint.hugging_face.export import Plan, appear, plan_export, write_json, write_shards
-from moe_dtensor.checkpoint.hugging_face.function import function_of
+from moe_dtensor.checkpoint.hugging_face.export import Done, Export, appear, copy_tokenizer
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
-from moe_dtensor.checkpoint.hugging_face.tokenizer_files import copy_tokenizer, write_tokenizer
-from moe_dtensor.checkpoint.hugging_face.translate import choose_family, holds_mtp, unpublished, write_config
-from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeWeights, find_native, write_native
-from moe_dtensor.checkpoint.proof import copy_proof
+from moe_dtensor.checkpoint.hugging_face.translate import function_of, unpublished
+from moe_dtensor.checkpoint.native import CONFIG_FILE, find_native, write_native
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import dump_changes
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
-
-Done = Callable[[int], Any]
 
 
 def to_native(source: str | Path, output: str | Path, dtype: str | None = None) -> str:
@@ -105,41 +101,6 @@ def to_hugging_face(
     return f"{told}\nnote: {'; '.join(odd)}: some inference engines take that for granted" if odd else told
 
 
-class Export:
-    """What a Hugging Face folder of a checkpoint will be, planned and checked before anything is written.
-
-    Args:
-        config: resolved, with the vocabulary's size.
-        checkpoint: a whole one.
-        dtype: of the weights; None: ``training.param_dtype``.
-    """
-
-    def __init__(self, config: Config, checkpoint: Path, dtype: str | None = None, architecture: str = "auto") -> None:
-        if not config.model.vocab_size:
-            raise ConfigError("model.vocab_size = 0: the size of the vocabulary is not known.", "Set it to the run's.")
-        self.config, self.checkpoint = config, checkpoint
-        self.dtype = dtype or config.training.param_dtype
-        family = choose_family(config, architecture)
-        self.left_out = config.model.mtp_depth if not holds_mtp(family) else 0
-        if self.left_out:
-            config = self.config = replace(config, model=replace(config.model, mtp_depth=0))
-        self.config_json = write_config(family, config, self.dtype)
-        self.plan: Plan = plan_export(family, config, getattr(torch, self.dtype))
-
-    def write_shards(self, folder: Path, share: tuple[int, int], done: Done = int) -> None:
-        """Every n-th shard from the k-th, ``share = (k, n)``."""
-        write_shards(self.plan, NativeWeights(self.checkpoint), folder, share, done)
-
-    def write_rest(self, folder: Path) -> None:
-        """Index, tokenizer, config.json, and the checkpoint's proof."""
-        self.plan.write_index(folder)
-        copy_proof(self.checkpoint, folder)
-        tokens = write_tokenizer(self.config.data.tokenizer, self.config.model.vocab_size, folder)
-        if self.config.data.chat_template:
-            shutil.copyfile(Path(self.config.data.chat_template).expanduser(), folder / "chat_template.jinja")
-        write_json(folder / "config.json", self.config_json | tokens)
-
-
 def config_text(config: Config, weights: HuggingFaceSource) -> str:
     """The TOML with only what it changes, and a line on where it comes from."""
     described = weights.described
@@ -175,10 +136,6 @@ def hidden_folder(output: Path) -> Iterator[Path]:
 @contextmanager
 def progress(word: str, total: int) -> Iterator[Done]:
     """A bar of bytes on stderr; call what it gives with the bytes of each tensor."""
-    # Here, since every rank that trains loads this module, and few convert.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as bar:
         task = bar.add_task(word, total=total)

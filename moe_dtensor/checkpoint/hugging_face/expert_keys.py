@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dtensor.checkpoint.hugging_face.config_json import Raw, put
-from moe_dtensor.checkpoint.hugging_face.function import Function
+from moe_dtensor.checkpoint.hugging_face.table import Function, Raw, put
 
 
 @dataclass(frozen=True)

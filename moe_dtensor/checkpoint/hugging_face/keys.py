@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dtensor.checkpoint.hugging_face.config_json import REQUIRED, Raw, put
-from moe_dtensor.checkpoint.hugging_face.function import Function
+from moe_dtensor.checkpoint.hugging_face.table import REQUIRED, Function, Raw, put
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_dtensor.checkpoint.hugging_face.axes import Range, Row
-from moe_dtensor.checkpoint.hugging_face.function import differing, function_of
-from moe_dtensor.checkpoint.hugging_face.rows import build_rows, copied, file_shapes, is_extra, native_shapes
-from moe_dtensor.checkpoint.hugging_face.safetensors_file import DTYPES
-from moe_dtensor.checkpoint.hugging_face.shards import Shards, some
-from moe_dtensor.checkpoint.hugging_face.translate import Described, config_of, read_config
+from moe_dtensor.checkpoint.hugging_face.rows import (
+    Range,
+    Row,
+    build_rows,
+    copied,
+    file_shapes,
+    is_extra,
+    native_shapes,
+)
+from moe_dtensor.checkpoint.hugging_face.safetensors_files import DTYPES, Shards, some
+from moe_dtensor.checkpoint.hugging_face.translate import Described, config_of, differing, function_of, read_config
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
@@ -30,8 +35,8 @@ class HuggingFaceSource:
             :func:`.same_function_problems`. None: the folder's own.
 
     Raises:
-        ConfigError: what :func:`.translate.read_config` or :class:`.shards.Shards` refuses; a tensor of the model that
-            the files lack, one of theirs that has no place, or one of another shape.
+        ConfigError: what :func:`.translate.read_config` or :class:`.safetensors_files.Shards` refuses; a tensor of the
+            model that the files lack, one of theirs that has no place, or one of another shape.
     """
 
     def __init__(self, folder: str | Path, config: Config | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_dtensor.__main__ import main
-from moe_dtensor.checkpoint.hugging_face.mxfp4 import unpack
+from moe_dtensor.checkpoint.hugging_face.safetensors_files import unpack
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, whole
 from tests.checkpoint.hugging_face import tiny_models
 

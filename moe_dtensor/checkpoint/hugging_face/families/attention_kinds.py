@@ -11,7 +11,7 @@ from moe_dtensor.checkpoint.hugging_face.expert_keys import (
     SparseStep,
 )
 from moe_dtensor.checkpoint.hugging_face.families import pieces
-from moe_dtensor.checkpoint.hugging_face.families.bias_balanced import SIGMOID, routed
+from moe_dtensor.checkpoint.hugging_face.families.deepseek_likes import SIGMOID, routed
 from moe_dtensor.checkpoint.hugging_face.families.llama_likes import MIXTRAL, NORMALIZED
 from moe_dtensor.checkpoint.hugging_face.keys import (
     Ahead,
@@ -342,5 +342,3 @@ GPT_OSS = Family(
     ),
     packed_as=("mxfp4",),
 )
-
-FAMILIES = (QWEN2_MOE, GLM4_MOE, MINIMAX_M2, EXAONE_MOE, MELLUM, FLINT, AFMOE, HUNYUAN_V1_MOE, GPT_OSS)

@@ -170,5 +170,3 @@ GPT_NEOX = Family(
         *(Tensor(f"norm.{kind}", "d", f"gpt_neox.final_layer_norm.{kind}") for kind in ("weight", "bias")),
     ),
 )
-
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, GRANITE, GPT_NEOX)
