@@ -90,7 +90,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "mesh.expert_ranks": (0, 1, 2),
     "mesh.expert_weights": ("replicated", "sharded"),
     "mesh.lent_experts": (0, 1, 2),
-    "mesh.dispatch": ("all_gather", "all_to_all", "auto"),
+    "mesh.dispatch": ("all_gather", "all_to_all", "one_sided", "auto"),
     "data.document_mask": (False, True),
     "pipeline.stages_per_rank": (0, 2, 3),
     "training.seq_len": (2, 4, 5, 7, 8, 12),
