@@ -33,7 +33,19 @@ TEN_STEPS = (
     *("--training.steps", "10", "--training.deterministic", "true", "--training.param_dtype", "bfloat16"),
     *("--checkpoint.interval", "5", "--checkpoint.keep_last", "0"),
 )
-AT_ONCE = 4
+NARROW = (
+    *(*SMALL, "--training.steps", "10", "--training.dtype", "bfloat16", "--training.param_dtype", "bfloat16"),
+    *("--optimizer.state_dtype", "bfloat16"),
+)
+PLACEMENTS = "train_configs/variants/placements.toml"
+BETWEEN_RANKS = {
+    "1x1x2": '[tp_one_sided]\nmesh.dispatch = "one_sided"\n[tp_lent]\nmesh.lent_experts = 1\n',
+    "2x1x1": '[dp_one_sided]\nmesh = { experts = "dp", dispatch = "one_sided" }\n'
+    '[dp_lent]\nmesh = { experts = "dp", lent_experts = 1 }\n',
+}
+"""Placements whose traffic is a matter of kernels and streams, by mesh: these are compiled too, which takes a minute
+each."""
+AT_ONCE = max(4, (os.cpu_count() or 1) // 6)
 """Parts side by side: the oracle, compilation and start-up take CPU cores, not the GPU."""
 
 
@@ -92,14 +104,21 @@ def kernels(session: Session) -> dict[str, Any]:
     return {"summary": (session.folder / "kernels.log").read_text().strip().splitlines()[-1]}
 
 
-def verify(dtype: str, backend: str, compiled: bool) -> Callable[[Session], dict[str, Any]]:
-    """``verify`` on every mesh that the GPUs make."""
+def verify(
+    dtype: str, backend: str, compiled: bool, mesh: str = "", variants: str = ""
+) -> Callable[[Session], dict[str, Any]]:
+    """``verify`` on a mesh, or on every one that the GPUs make; of several variants of the config, in a file or as
+    TOML."""
 
     def part(session: Session) -> dict[str, Any]:
-        name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "")
-        meshes = ["1x1x1"] if session.gpus == 1 else ["1x1x2", "2x1x1", "1x2x1"]
+        name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "") + (f"_{mesh}" if variants else "")
+        meshes = [mesh] if mesh else ["1x1x1"] if session.gpus == 1 else ["1x1x2", "2x1x1", "1x2x1"]
         out = session.folder / f"{name}.json"
         options = ["--dtype", dtype, "--backend", backend, *(["--compiled"] if compiled else [])]
+        if variants.startswith("["):
+            (session.folder / f"{name}.toml").write_text(variants, encoding="utf-8")
+        if variants:
+            options += ["--variants", str(session.folder / f"{name}.toml") if variants.startswith("[") else variants]
         words = ["-m", "moe_dtensor", "verify", "--config", CONFIG, "--meshes", *meshes, *options, "--json", str(out)]
         try:
             session.call(words, name)
@@ -189,16 +208,42 @@ def offload(session: Session) -> dict[str, Any]:
     return result
 
 
-def parts() -> dict[str, Callable[[Session], dict[str, Any]]]:
+def narrow_weights(session: Session) -> dict[str, Any]:
+    """Ten steps with weights and moments in bfloat16, rounded by chance and with remainders: losses near those of
+    float32 weights, and not the same under both."""
+    want = [r["loss"] for r in session.train("wide", *SMALL, "--training.steps", "10")]
+    found = {
+        rounding: [r["loss"] for r in session.train(rounding, *NARROW, "--optimizer.rounding", rounding)]
+        for rounding in ("stochastic", "remainder")
+    }
+    far = {name: max(abs(a - b) / b for a, b in zip(run, want, strict=True)) for name, run in found.items()}
+    result = {"largest_relative_difference": far}
+    if not max(far.values()) < 3e-2 or found["stochastic"] == found["remainder"]:
+        raise RuntimeError(json.dumps(result | {"wide": want, **found}))
+    return result
+
+
+def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
     """By name, those that take longest first."""
     backends = ("torch", "triton", *(["grouped_gemm"] if find_spec("grouped_gemm") else []))
+    between = {
+        f"verify bfloat16 triton compiled between ranks {mesh}": verify("bfloat16", "triton", True, mesh, variants)
+        for mesh, variants in BETWEEN_RANKS.items()
+    }
+    placed = {
+        f"verify float32 triton placements {mesh}": verify("float32", "triton", False, mesh, PLACEMENTS)
+        for mesh in BETWEEN_RANKS
+    }
     return {
+        **(between if gpus > 1 else {}),
         "kernels": kernels,
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
         "losses": losses,
         "deterministic and resumed": deterministic,
         "cpu offload": offload,
+        "weights in bfloat16": narrow_weights,
+        **(placed if gpus > 1 else {}),
         **{f"verify bfloat16 {b}": verify("bfloat16", b, False) for b in backends},
         **{f"verify float32 {b}": verify("float32", b, False) for b in backends if b != "grouped_gemm"},
     }
@@ -219,7 +264,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         session = Session(Path(folder), gpus, options.limit)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            results = list(pool.map(lambda named: report(*named, session), parts().items()))
+            results = list(pool.map(lambda named: report(*named, session), parts(gpus).items()))
     device = torch.cuda.get_device_name()
     record = {
         "ok": all(result["ok"] for result in results),

@@ -134,9 +134,9 @@ def _one_sided(config: Config) -> Broken:
         return
     splits = mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
     for wrong, words, remedy in (
-        (mesh.experts == "dp_tp", "mesh.experts = dp_tp", "mesh.experts to dp or tp"),
+        (mesh.experts not in ("tp", "dp"), f"mesh.experts = {mesh.experts}", "mesh.experts to tp or dp"),
         (
-            mesh.experts != "dp" and mesh.tp > 1 and not mesh.sequence_parallel,
+            mesh.experts == "tp" and mesh.tp > 1 and not mesh.sequence_parallel,
             "mesh.sequence_parallel = false, under which tp ranks hold the same tokens",
             "mesh.sequence_parallel = true",
         ),

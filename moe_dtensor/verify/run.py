@@ -116,7 +116,7 @@ def computation(case: Case) -> str:
     if expert_groups(placed) == 1:
         idle |= {"mesh.expert_ranks": 0, "mesh.expert_weights": "replicated"}
     if expert_ranks(placed) == 1 or not placed.moe.num_experts:
-        idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "moe.rows": "exact"}
+        idle |= {"mesh.experts": "tp", "mesh.dispatch": "all_gather", "mesh.lent_experts": 0, "moe.rows": "exact"}
     return repr((override(placed, idle), case.empty_expert, case.steps, case.skipped, case.restarted))
 
 
@@ -126,6 +126,7 @@ IRRELEVANT = {
     "moe.rows": "exact",
     "mesh.experts": "tp",
     "mesh.dispatch": "all_gather",
+    "mesh.lent_experts": 0,
     "mesh.dp_replicate": 1,
     "mesh.expert_ranks": 0,
     "mesh.expert_weights": "replicated",

@@ -184,6 +184,36 @@ WRONG = [
         "mesh.experts to tp, dp or dp_tp",
     ),
     (
+        "--mesh.dp 2 --mesh.experts dp_tp --mesh.dispatch one_sided",
+        "mesh.dispatch = one_sided does not go with mesh.experts = dp_tp",
+        "mesh.experts to tp or dp, or mesh.dispatch = all_gather",
+    ),
+    (
+        "--mesh.tp 2 --mesh.sequence_parallel false --mesh.dispatch one_sided",
+        "mesh.dispatch = one_sided does not go with mesh.sequence_parallel = false",
+        "mesh.sequence_parallel = true",
+    ),
+    (
+        "--mesh.tp 2 --mesh.pp 2 --pipeline.schedule ZBVZeroBubble --mesh.dispatch one_sided",
+        "mesh.dispatch = one_sided does not go with pipeline.schedule = ZBVZeroBubble",
+        "another schedule",
+    ),
+    (
+        "--mesh.tp 2 --moe.expert_bias true --mesh.dispatch one_sided",
+        "mesh.dispatch = one_sided does not go with moe.expert_bias = true",
+        "moe.expert_bias = false",
+    ),
+    (
+        "--mesh.dp 2 --mesh.experts dp --mesh.dispatch one_sided --moe.gate_on input --moe.top_k 1",
+        "mesh.dispatch = one_sided does not go with moe.gate_on = input",
+        "moe.gate_on = output",
+    ),
+    (
+        "--mesh.dp 2 --mesh.experts dp --mesh.lent_experts 2 --mesh.dispatch one_sided",
+        "mesh.lent_experts = 2 needs all choices on every rank, but mesh.dispatch = one_sided",
+        "mesh.dispatch to all_gather",
+    ),
+    (
         "--mesh.dp 2 --mesh.experts dp --fsdp.cpu_offload true",
         "fsdp.cpu_offload = true with mesh.experts = dp, which leaves the experts out of FSDP",
         "mesh.experts to tp or tp_hidden",

@@ -114,9 +114,13 @@ LENT: list[Keys] = [
     {"mesh.lent_experts": 2, "moe.router": "topk", "training.global_batch_size": 16, **SELECTIVE},
 ]
 """Ranks lend each other experts."""
+ONE_SIDED: Keys = {"mesh.dispatch": "one_sided", "moe.backend": "torch", "training.param_dtype": "float32"}
+ONE_SIDED_WAYS: list[Keys] = [ONE_SIDED | way for way in ({}, SHARED, {**SHARED, **FULL}, {**SHARED, **SELECTIVE})]
+"""The experts' kernels bring tokens together: on CPUs by collectives of the same bytes."""
 EVERYWHERE = [{"mesh.experts": at} | way for at in PLACES for way in WAYS if at != "tp_hidden" or way not in WAYS[4:]]
 MESHES = {
-    "2x1x2": [*EVERYWHERE, *MORE, *({"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in LENT)],
+    "2x1x2": [*EVERYWHERE, *MORE, *({"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in LENT)]
+    + [{"mesh.experts": at} | way for at in ("tp", "dp") for way in ONE_SIDED_WAYS],
     "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])]
     + MORE[4:]
     + GROUPS
