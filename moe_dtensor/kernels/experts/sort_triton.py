@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _BLOCK = 128
-_MAX_CHUNKS = 128
+_MAX_CHUNKS = 512
+"""Of a million copies each then has 16 blocks, which come one after the other, 4 us each."""
 _ELEMENTS = 4096
 
 
