@@ -1,4 +1,7 @@
-"""What ``tests/gpu.sh`` runs: kernels, ``verify``, training, on the GPUs of this machine, and the record of it."""
+"""What ``tests/gpu.sh`` runs: kernels, ``verify``, training, on the GPUs of this machine, and the record of it.
+
+With 2, 4 or 8 GPUs ``verify`` runs on meshes of so many ranks; which machines have run it, docs/verify.md says.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,12 @@ BETWEEN_RANKS = {
 }
 """Placements whose traffic is a matter of kernels and streams, by mesh: these are compiled too, which takes a minute
 each."""
+MESHES = {
+    1: ["1x1x1"],
+    2: ["1x1x2", "2x1x1", "1x2x1"],
+    4: ["2x1x2", "1x2x2", "2x2x1", "4x1x1"],
+    8: ["2x2x2", "4x1x2", "8x1x1"],
+}
 AT_ONCE = max(4, (os.cpu_count() or 1) // 6)
 """Parts side by side: the oracle, compilation and start-up take CPU cores, not the GPU."""
 
@@ -112,7 +121,7 @@ def verify(
 
     def part(session: Session) -> dict[str, Any]:
         name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "") + (f"_{mesh}" if variants else "")
-        meshes = [mesh] if mesh else ["1x1x1"] if session.gpus == 1 else ["1x1x2", "2x1x1", "1x2x1"]
+        meshes = [mesh] if mesh else MESHES[session.gpus]
         out = session.folder / f"{name}.json"
         options = ["--dtype", dtype, "--backend", backend, *(["--compiled"] if compiled else [])]
         if variants.startswith("["):
@@ -257,7 +266,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    gpus = min(2, torch.cuda.device_count())
+    gpus = max((count for count in MESHES if count <= torch.cuda.device_count()), default=0)
     if not gpus:
         print("error: torch sees no GPU here.", file=sys.stderr)
         return 2
