@@ -1,7 +1,9 @@
-"""A Markdown table of ``bench train --variants``: speed, what of it several GPUs keep, exposed traffic, memory.
+"""A Markdown table of ``bench train --variants``: speed, what of it several GPUs keep, exposed traffic, memory; or of
+``bench train --peers``: ours and theirs.
 
 python -m moe_dtensor bench train --config F --variants V --breakdown --json OUT
 python scripts/bench_table.py OUT [--one ONE.json]
+python scripts/bench_table.py --peers ONE.json TWO.json
 """
 
 from __future__ import annotations
@@ -44,6 +46,25 @@ def row(record: dict[str, Any], one: float | None) -> tuple[str, ...]:
     )
 
 
+def peers_table(records: list[dict[str, Any]]) -> str:
+    """Of each result a row for us and for each peer that fitted."""
+    rows = [("GPUs", "", "tokens/s", "MFU", "peak GiB of each"), ("---",) * 5]
+    for record in records:
+        answers = [("moe_dtensor", record["result"])]
+        answers += [(f"{peer['name']} {peer['version']}", peer["result"]) for peer in record["peers"] if peer["result"]]
+        rows += [
+            (
+                f"{record['ranks']}",
+                name,
+                f"{result['tokens_per_second']:,.0f}",
+                f"{result['mfu']:.1%}",
+                f"{result['peak_memory_gib']:.1f}",
+            )
+            for name, result in answers
+        ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def planned_gib(record: dict[str, Any]) -> float:
     """The peak that ``plan`` reckons for a record's config."""
     return make_plan(config_of(record), record["ranks"]).balanced[1].peak / 2**30
@@ -52,9 +73,15 @@ def planned_gib(record: dict[str, Any]) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--peers", type=Path, nargs="+", help="results of bench train --peers")
     parser.add_argument("--one", type=Path, help="the same config on one GPU")
     options = parser.parse_args()
+    if (options.results is None) == (options.peers is None):
+        parser.error("name a result, or --peers and theirs")
+    if options.peers:
+        print(peers_table([json.loads(path.read_text()) for path in options.peers]))
+        return
     one = json.loads(options.one.read_text())["result"]["tokens_per_second"] if options.one else None
     print(table(json.loads(options.results.read_text())["variants"], one))
 

@@ -54,7 +54,7 @@ MESHES = {
     4: ["2x1x2", "1x2x2", "2x2x1", "4x1x1"],
     8: ["2x2x2", "4x1x2", "8x1x1"],
 }
-AT_ONCE = max(4, (os.cpu_count() or 1) // 6)
+AT_ONCE = max(4, (os.cpu_count() or 1) // 5)
 """Parts side by side: the oracle, compilation and start-up take CPU cores, not the GPU."""
 
 
@@ -106,10 +106,9 @@ class Session:
 
 def kernels(session: Session) -> dict[str, Any]:
     """The tests that need a GPU."""
-    session.call(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py", "tests/kernels/on_triton"],
-        "kernels",
-    )
+    together = ["-n", "4"] if find_spec("xdist") else []
+    tests = ["tests/kernels/test_cuda.py", "tests/kernels/on_triton"]
+    session.call(["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *tests], "kernels")
     return {"summary": (session.folder / "kernels.log").read_text().strip().splitlines()[-1]}
 
 
@@ -244,10 +243,10 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         for mesh in BETWEEN_RANKS
     }
     return {
-        **(between if gpus > 1 else {}),
-        "kernels": kernels,
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
+        "kernels": kernels,
+        **(between if gpus > 1 else {}),
         "losses": losses,
         "deterministic and resumed": deterministic,
         "cpu offload": offload,

@@ -66,6 +66,7 @@ def train_pairs(records: dict[str, dict[str, Any]]) -> list[Pair]:
         theirs = max(fitted, key=lambda result: result["tokens_per_second"])
         speed = (ours["tokens_per_second"] / 1e3, theirs["tokens_per_second"] / 1e3)
         name = Path(record["config"]["run"]["folder"]).name or stem
+        name += f", {record['ranks']} GPUs" if record.get("ranks", 1) > 1 else ""
         pairs.append(Pair(name, speed, (ours["peak_memory_gib"], theirs["peak_memory_gib"])))
     return pairs
 
