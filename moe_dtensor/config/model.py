@@ -219,5 +219,8 @@ class Moe:
     rows: Literal["exact", "worst"] = "exact"
     """Rows of copies that a rank makes room for where it cannot know how many will come. exact: reads the number from
     the device once a layer. worst: as many as could come, without a read."""
+    keep_rows: bool = False
+    """Keep the rows of tokens that experts read for their weights' gradients, instead of gathering them once more: less
+    traffic in memory, for model.dim numbers a row."""
     backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm"] = "auto"
     """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""

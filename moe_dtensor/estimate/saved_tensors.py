@@ -124,13 +124,15 @@ def _dense(config: Config, count: int, hidden: int, with_input: bool = True) -> 
 def moe_bytes(config: Config, at: Sizes, met: AtExperts) -> int:
     """What an MoE block's second half keeps without recomputation: router, dispatch, experts and shared expert.
 
-    Of the experts x, H, gates and route (``kernels/experts/autograd.py``); X, A and Y are not kept.
+    Of the experts x (``moe.keep_rows``: X), H, gates and route (``kernels/experts/autograd.py``); A and Y are not kept.
     """
     model, moe = config.model, config.moe
     vector = model.dim * at.compute
     kept = at.own * vector + _router(config, at) + _route(config, at, met)
-    if _experts_have_own_input(config):
+    if _experts_have_own_input(config) and (not _keeps_rows(config) or _shared_reads_experts_input(config)):
         kept += met.tokens * vector
+    if _keeps_rows(config):
+        kept += met.rows * vector
     kept += met.rows * gates(config) * met.hidden * at.compute
     if uses_reference(config):  # X, the activation's parts and A; each copy's output in float32
         inner = met.hidden * (2 if model.activation in GATED else 1)
@@ -151,6 +153,18 @@ def _experts_have_own_input(config: Config) -> bool:
     over_tp = mesh.experts != "dp" and mesh.tp > 1 and mesh.sequence_parallel
     over_dp = expert_dp_ranks(config) > 1
     return mesh.dispatch == "all_to_all" or over_tp or over_dp
+
+
+def _keeps_rows(config: Config) -> bool:
+    """X in place of x."""
+    return config.moe.keep_rows and not uses_reference(config)
+
+
+def _shared_reads_experts_input(config: Config) -> bool:
+    """Whether a shared expert reads the tokens that were gathered for the experts."""
+    mesh = config.mesh
+    inside = mesh.tp > 1 and mesh.sequence_parallel and not _shared_has_own_input(config)
+    return bool(config.moe.shared_hidden_dim) and inside
 
 
 def _shared_has_own_input(config: Config) -> bool:
@@ -199,6 +213,8 @@ def _selected(config: Config, at: Sizes, met: AtExperts | None) -> int:
     if met is None or uses_reference(config):
         return kept
     kept += _router(config, at) + _route(config, at, met) + met.rows * gates(config) * met.hidden * at.compute
+    if _keeps_rows(config) and not eager:
+        kept += met.rows * model.dim * at.compute
     if eager:  # X, A, Y, their sum, and Sinkhorn's matrix
         kept += (met.rows * (2 * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
         kept += at.whole * moe.num_experts * at.wide if moe.router == "sinkhorn" else 0

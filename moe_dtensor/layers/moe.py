@@ -30,6 +30,7 @@ class Experts(Layer):
         self.activation = config.model.activation
         self.backend = moe.backend
         self.rows = moe.rows
+        self.keep_rows = moe.keep_rows
         self.split_backward = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
         self.gate_on_input = moe.gate_on == "input"
         self.first_expert = 0
@@ -78,6 +79,7 @@ class Experts(Layer):
             num_experts=num_experts,
             up_bias_EGF=weights.get("up_bias"),
             group=group,
+            keep_rows=self.keep_rows,
         )
 
 

@@ -124,6 +124,7 @@ IRRELEVANT = {
     "model.attention_backend": "auto",
     "moe.backend": "auto",
     "moe.rows": "exact",
+    "moe.keep_rows": False,
     "mesh.experts": "tp",
     "mesh.dispatch": "all_gather",
     "mesh.lent_experts": 0,

@@ -202,6 +202,7 @@ def test_experts_keep_what_is_planned() -> None:
     """With the ``torch`` backend in float32, whose code GPUs run too; an int32 for each expert is not planned."""
     ways = [keys for keys in EVERYWHERE if "activation_checkpoint.mode" not in keys]
     ways += [keys | {"moe.num_shared_experts": 1} for keys in ways]
+    ways += [keys | {"moe.keep_rows": True} for keys in ways if keys.get("mesh.dispatch") != "all_to_all"]
     ways += [{"mesh.experts": at, "moe.rows": "worst"} for at in PLACES]
     ways += [{"mesh.experts": "dp", "moe.router": "expert_choice"}]
     ways += [{"mesh.experts": at, "mesh.lent_experts": 1} for at in ("tp", "dp", "dp_tp")]

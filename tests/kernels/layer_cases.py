@@ -28,6 +28,8 @@ class Case:
     """Weight gradients as autograd nodes of their own."""
     bias: bool = False
     """Experts' biases of the up-projections."""
+    keep: bool = False
+    """The rows of tokens are kept for the backward pass."""
 
     @property
     def num_held(self) -> int:
@@ -53,6 +55,8 @@ ODD_CASES = [
     Case(37, 16, 24, 5, 3, "gelu", absent=1, rows=0),
     Case(37, 16, 24, 5, 2, "swiglu", split=True),
     Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, absent=3, split=True),
+    Case(37, 16, 24, 5, 2, "swiglu", first_expert=1, held=3, rows="worst", keep=True),
+    Case(37, 16, 24, 5, 2, "swiglu", absent=3, split=True, keep=True),
     Case(37, 16, 24, 5, 2, "swiglu_clamped"),
     Case(37, 16, 24, 5, 2, "swiglu_clamped", bias=True, absent=3),
     Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, rows="worst", bias=True, split=True),
@@ -100,6 +104,7 @@ def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Te
         num_experts=case.E,
         split_backward=case.split,
         up_bias_EGF=leaves[4] if case.bias else None,
+        keep_rows=case.keep,
     )
 
 

@@ -48,10 +48,11 @@ def test_bf16_agrees_with_float64():
     assert 1e-4 < max(errors.values()) < 1e-2, errors
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("activation", "groups"), [("swiglu", 2), ("gelu", 1)])
-def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, groups, split):
-    case = Case(64, 32, 48, 4, 2, activation, split=split)
+def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, groups, split, keep):
+    case = Case(64, 32, 48, 4, 2, activation, split=split, keep=keep)
     leaves, expert_TK, _ = make_inputs(case, torch.bfloat16)
     parameters = {leaf.untyped_storage().data_ptr() for leaf in leaves[1:3]}
     kept: dict[int, int] = {}
@@ -67,7 +68,8 @@ def test_bytes_kept_are_the_input_the_up_projection_and_the_route(activation, gr
     copies = case.T * case.K
     # The route: position and copy (int32), the gate (float32), and the experts' ends.
     route = 3 * 4 * copies + 4 * case.E
-    assert sum(kept.values()) == 2 * case.T * case.D + 2 * groups * copies * case.F + route
+    tokens = copies if keep else case.T
+    assert sum(kept.values()) == 2 * tokens * case.D + 2 * groups * copies * case.F + route
 
 
 # Before torch 2.13, nodes written in Python die when stage_backward_input detaches a stage's output.

@@ -4,8 +4,8 @@
 
 With a ``group`` x and y are a rank's own tokens, gates and route those of all ranks of the group (:mod:`.exchange`).
 
-Kept for the backward pass: x, H, the gates and the route. X and A are recomputed, and Y is never needed: the gate's
-gradient is ``<dA', A>`` with ``dA' = dO w_down``.
+Kept for the backward pass: x (or X, with ``keep_rows``), H, the gates and the route. X and A are recomputed, and Y is
+never needed: the gate's gradient is ``<dA', A>`` with ``dA' = dO w_down``.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ def run_forward(
     activation: str,
     backend: str,
     group: str | None,
+    keep_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y_TD, x_SD, h_NP)``: the output, and what the backward needs: all tokens, and what came in between."""
+    """``(y_TD, x, h_NP)``: the output, and what the backward needs: all tokens or their rows, and what came in
+    between."""
     if group is None:
         x_ND, x_SD = permute(x_TD, route.position, num_rows), x_TD
     else:
         x_ND, x_SD = gather_permute(x_TD, route.position, num_rows, group)
+    kept = x_ND if keep_rows else x_SD
     h_NP = rows_times_weight(x_ND, w_up_EGFD.flatten(1, 2), route.ends, tiles, True, backend)
     del x_ND
     a_NF = activate_rows(h_NP, route.ends, activation)
     y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
     del a_NF
-    return _leave(y_ND, route.position, gate_TK, group), x_SD, h_NP
+    return _leave(y_ND, route.position, gate_TK, group), kept, h_NP
 
 
 def _leave(y_ND: Tensor, position_SK: Tensor, gate_SK: Tensor | None, group: str | None) -> Tensor:
@@ -54,7 +57,7 @@ def _leave(y_ND: Tensor, position_SK: Tensor, gate_SK: Tensor | None, group: str
 
 def run_backward(
     dy_TD: Tensor,
-    x_SD: Tensor,
+    kept: Tensor,
     w_up_EGFD: Tensor,
     w_down_EDF: Tensor,
     gate_TK: Tensor,
@@ -65,6 +68,7 @@ def run_backward(
     activation: str,
     backend: str,
     group: str | None,
+    keep_rows: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of x, w_up, w_down (None where not wanted) and the gate (float32).
 
@@ -86,7 +90,7 @@ def run_backward(
         dw_down_EDF = weight_gradient(do_ND, weighted_NF, ends_E, tiles, backend)
     del do_ND, weighted_NF
     if wanted[1]:
-        x_ND = permute(x_SD, position_TK, num_rows, dh_NP)
+        x_ND = kept if keep_rows else permute(kept, position_TK, num_rows, dh_NP)
         dw_up_EGFD = weight_gradient(dh_NP, x_ND, ends_E, tiles, backend).view(w_up_EGFD.shape)
         del x_ND
     if wanted[0]:
@@ -111,6 +115,7 @@ def expert_mlp(
     split_backward: bool = False,
     up_bias_EGF: Tensor | None = None,
     group: str | None = None,
+    keep_rows: bool = False,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
@@ -123,25 +128,27 @@ def expert_mlp(
     arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
     if split_backward or up_bias_EGF is not None:
         assert group is None
-        return split_nodes.expert_mlp(*arguments, up_bias_EGF)
-    return _ExpertMLP.apply(*arguments, group)
+        return split_nodes.expert_mlp(*arguments, up_bias_EGF, keep_rows)
+    return _ExpertMLP.apply(*arguments, group, keep_rows)
 
 
 class _ExpertMLP(Function):
     """All of it as one node: the host's time of a small layer is that of its nodes and launches."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group):
-        y_TD, x_SD, h_NP = run_forward(
-            x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group
+    def forward(
+        ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group, keep_rows
+    ):
+        y_TD, kept, h_NP = run_forward(
+            x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend, group, keep_rows
         )
-        ctx.save_for_backward(x_SD, w_up_EGFD, w_down_EDF, gate_TK, *route, tiles, h_NP)
-        ctx.activation, ctx.backend, ctx.group = activation, backend, group
+        ctx.save_for_backward(kept, w_up_EGFD, w_down_EDF, gate_TK, *route, tiles, h_NP)
+        ctx.activation, ctx.backend, ctx.group, ctx.keep_rows = activation, backend, group, keep_rows
         return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD):
-        x_SD, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, tiles, h_NP = ctx.saved_tensors
+        kept, w_up_EGFD, w_down_EDF, gate_TK, position_TK, copy_N, ends_E, tiles, h_NP = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             # H is dropped as soon as it has been used; not if the graph is retained.
             ctx.maybe_clear_saved_tensors()
@@ -149,7 +156,7 @@ class _ExpertMLP(Function):
         del h_NP
         dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK = run_backward(
             dy_TD,
-            x_SD,
+            kept,
             w_up_EGFD,
             w_down_EDF,
             gate_TK,
@@ -160,5 +167,6 @@ class _ExpertMLP(Function):
             ctx.activation,
             ctx.backend,
             ctx.group,
+            ctx.keep_rows,
         )
-        return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), *[None] * 6
+        return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), *[None] * 7

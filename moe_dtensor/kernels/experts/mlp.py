@@ -33,6 +33,7 @@ def expert_mlp(
     split_backward: bool = False,
     up_bias_EGF: Tensor | None = None,
     group: str | None = None,
+    keep_rows: bool = False,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
@@ -59,6 +60,7 @@ def expert_mlp(
         group: of ranks that share the experts and reach each other's memory (:mod:`.exchange`). ``x_TD`` and the output
             are then a rank's own tokens, gates and ids those of all ranks, one rank after the other; the output is
             summed over them. Not with the backend ``reference``, nor with ``split_backward`` or a bias.
+        keep_rows: keep the gathered rows of tokens for the gradient of ``w_up`` instead of gathering them once more.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights, the bias and the gate.
@@ -72,7 +74,11 @@ def expert_mlp(
         raise ValueError(f"rows = {rows!r} is not known. Use exact, worst or a number of rows.")
     chosen = choose_backend(backend, x_TD, w_up_EGFD)
     _log_once(backend, chosen, x_TD)
-    run = reference.expert_mlp if chosen == "reference" else partial(autograd.expert_mlp, backend=chosen, group=group)
+    run = (
+        reference.expert_mlp
+        if chosen == "reference"
+        else partial(autograd.expert_mlp, backend=chosen, group=group, keep_rows=keep_rows)
+    )
     if group is not None and (chosen == "reference" or split_backward or up_bias_EGF is not None):
         raise ValueError("A group needs one node of a backend other than reference, without a bias.")
     return run(

@@ -39,12 +39,14 @@ def expert_mlp(
     activation: str,
     backend: str,
     up_bias_EGF: Tensor | None = None,
+    keep_rows: bool = False,
 ) -> Tensor:
     """See :func:`.mlp.expert_mlp`; ``route``, ``tiles`` and ``num_rows`` as in :mod:`.autograd`."""
     # Apart from _Up, so that dH is gone when its backward sums.
     x_ND = permute_to(x_TD, route.position, num_rows)
     h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, tiles, backend)
-    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), x_TD.detach(), route, tiles, num_rows, backend)
+    kept = (x_ND if keep_rows else x_TD).detach()
+    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), kept, keep_rows, route, tiles, num_rows, backend)
     h_NP = _Join.apply(h_NP, handle_NP)
     if up_bias_EGF is not None:
         h_NP = _AddBias.apply(h_NP, up_bias_EGF.flatten(1), route, tiles, backend)
@@ -89,16 +91,16 @@ class _UpWeight(Function):
     """The handle of w_up: told dH, its gradient is ``dH^T gather(x)``."""
 
     @staticmethod
-    def forward(ctx, w_up_EPD, x_TD, route, tiles, num_rows, backend):
-        ctx.save_for_backward(x_TD, route.position, route.ends, tiles)
-        ctx.num_rows, ctx.backend = num_rows, backend
-        return _handle(x_TD, num_rows, w_up_EPD.shape[1])
+    def forward(ctx, w_up_EPD, kept, keep_rows, route, tiles, num_rows, backend):
+        ctx.save_for_backward(kept, route.position, route.ends, tiles)
+        ctx.keep_rows, ctx.num_rows, ctx.backend = keep_rows, num_rows, backend
+        return _handle(kept, num_rows, w_up_EPD.shape[1])
 
     @staticmethod
     def backward(ctx, dh_NP):
-        x_TD, position_TK, ends_E, tiles = ctx.saved_tensors
-        x_ND = permute(x_TD, position_TK, ctx.num_rows, dh_NP)
-        return weight_gradient(dh_NP, x_ND, ends_E, tiles, ctx.backend), None, None, None, None, None
+        kept, position_TK, ends_E, tiles = ctx.saved_tensors
+        x_ND = kept if ctx.keep_rows else permute(kept, position_TK, ctx.num_rows, dh_NP)
+        return weight_gradient(dh_NP, x_ND, ends_E, tiles, ctx.backend), *[None] * 6
 
 
 class _Join(Function):
