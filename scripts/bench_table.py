@@ -46,10 +46,11 @@ def row(record: dict[str, Any], one: float | None) -> tuple[str, ...]:
     )
 
 
-def peers_table(records: list[dict[str, Any]]) -> str:
-    """Of each result a row for us and for each peer that fitted."""
+def peers_table(results: list[dict[str, Any]]) -> str:
+    """Of each record with peers a row for us and for each peer that fitted."""
     rows = [("GPUs", "", "tokens/s", "MFU", "peak GiB of each"), ("---",) * 5]
-    for record in records:
+    records = [record for result in results for record in result.get("variants", [result])]
+    for record in (record for record in records if "peers" in record):
         answers = [("moe_dtensor", record["result"])]
         answers += [(f"{peer['name']} {peer['version']}", peer["result"]) for peer in record["peers"] if peer["result"]]
         rows += [

@@ -58,7 +58,7 @@ def main() -> None:
 def train_pairs(records: dict[str, dict[str, Any]]) -> list[Pair]:
     """Of each result, ours and the fastest peer that fitted."""
     pairs = []
-    for stem, record in records.items():
+    for stem, record in ((stem, with_peers(record)) for stem, record in records.items()):
         ours = record["result"]
         fitted = [peer["result"] for peer in record.get("peers", []) if peer["result"]]
         if not fitted:
@@ -69,6 +69,11 @@ def train_pairs(records: dict[str, dict[str, Any]]) -> list[Pair]:
         name += f", {record['ranks']} GPUs" if record.get("ranks", 1) > 1 else ""
         pairs.append(Pair(name, speed, (ours["peak_memory_gib"], theirs["peak_memory_gib"])))
     return pairs
+
+
+def with_peers(result: dict[str, Any]) -> dict[str, Any]:
+    """Of a result's variants the one that peers were trained beside."""
+    return next((record for record in result.get("variants", []) if record.get("peers")), result)
 
 
 def layer_pairs(record: dict[str, Any]) -> list[Pair]:
