@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dtensor.config.resolve import block_window, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
-from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.kernels.attention import Visible
 from moe_dtensor.kernels.experts.mlp import choose_backend
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.block import Block

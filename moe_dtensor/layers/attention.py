@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import block_rotates, block_window, head_widths
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.attention.attend import attend
-from moe_dtensor.kernels.heads import norm_and_rotate, takes
-from moe_dtensor.kernels.heads_parts import norm_parts_and_rotate
+from moe_dtensor.kernels.attention import attend
+from moe_dtensor.kernels.heads import norm_and_rotate, norm_parts_and_rotate, takes
 from moe_dtensor.layers.positions import Place, Positions, rotate
 from moe_dtensor.layers.weights import HeadsNorm, Layer, Linear, RMSNorm
 

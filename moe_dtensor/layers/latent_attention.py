@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import is_latent
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.attention.plain import masked_attention
+from moe_dtensor.kernels.attention import masked_attention
 from moe_dtensor.layers.attention import Attention
 from moe_dtensor.layers.positions import Place, rotate
 from moe_dtensor.layers.weights import Layer, Linear, RMSNorm

@@ -35,7 +35,7 @@ def pack(load_E: Tensor, statistics_4: Tensor, sums: dict[str, Tensor | None]) -
     Args:
         load_E: copies by expert.
         statistics_4: the first four of :data:`STATISTICS`, as
-            :func:`moe_dtensor.kernels.router.gates.router_statistics` gives them.
+            :func:`moe_dtensor.kernels.router.router_statistics` gives them.
         sums: others by name; what is missing or None is 0.
     """
     names, experts = list(STATISTICS), len(load_E)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.router.gates import router_logits, router_statistics, top_k_gates
+from moe_dtensor.kernels.router import router_logits, router_statistics, top_k_gates
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,

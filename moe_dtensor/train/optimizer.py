@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
-from moe_dtensor.kernels.adamw import Numbers, has_kernel
-from moe_dtensor.kernels.adamw import update as adamw_kernel
+from moe_dtensor.kernels.update import Numbers, has_kernel
+from moe_dtensor.kernels.update import adamw as adamw_kernel
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.train.rounding import Chance, join, round_by_chance, split
 
