@@ -2,7 +2,8 @@
 
 Where the norm spans more heads than are here (:func:`norm_parts_and_rotate`), squares are summed forward in one pass,
 and with the sum over all heads norm and rotation take another. Backward, one pass gives the gradients of weight and
-squares, and when that of the squares is summed another the gradient of x.
+squares, and when that of the squares is summed another the gradient of x. Their kernels are in
+:mod:`.heads_parts_triton`.
 
 B sequences, S positions, H heads, C head width, W width of a norm (H * C or C), T tokens. Where tokens of several
 shards of the positions come one after the other, they are R = B * shards sequences of Q = S / shards positions.
