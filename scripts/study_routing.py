@@ -46,13 +46,13 @@ from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.estimate.shards import parameters
 from moe_dtensor.estimate.traffic import traffic
-from moe_dtensor.layers.record import unpack
-from moe_dtensor.layers.router import Routing
+from moe_dtensor.layers.router import Routing, unpack_record
 from moe_dtensor.testing.bytes_sent import BytesSent
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.ranks import end_ranks, start_ranks
 from moe_dtensor.train.step import count_targets, read_batch, train_step
 from moe_dtensor.verbs import train
@@ -183,7 +183,7 @@ def mean_over(trainer: Trainer, batches: list[Batch]) -> dict[str, float]:
         hook.remove()
     if sums:
         tokens = sum(batch.tokens_BS.numel() for batch in batches)
-        load_LE, means = unpack(torch.stack(list(sums.values())), tokens, trainer.config.moe.top_k)
+        load_LE, means = unpack_record(torch.stack(list(sums.values())), tokens, trainer.config.moe.top_k)
         result["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1)).mean().item()
         result["load_cv"] = (load_LE.std(1, correction=0) / load_LE.mean(1)).mean().item()
         result["experts_without_tokens"] = (load_LE == 0).sum().item()

@@ -22,9 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dtensor.bench.measure import measure_memory, provenance, several
 from moe_dtensor.config.command_line import write_json
-from moe_dtensor.kernels.attention.attend import attend, build_visible, uses_flex
-from moe_dtensor.kernels.attention.plain import plain_attention
-from moe_dtensor.kernels.attention.visible import Visible, build_blocks, first_visible
+from moe_dtensor.kernels.attention import (
+    Visible,
+    attend,
+    build_blocks,
+    build_visible,
+    first_visible,
+    plain_attention,
+    uses_flex,
+)
 
 MAX_ERROR = 0.02
 """Of bfloat16 against float32, relative to the norm."""

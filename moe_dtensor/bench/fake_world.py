@@ -48,10 +48,11 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import is_latent, resolve, shard_ranks
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.estimate.traffic import traffic
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.testing.bytes_sent import BytesSent
-from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import read_batch, train_step
 
 MOST_PARTS = 3_000_000

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.mlp import expert_mlp
-from moe_dtensor.kernels.router.gates import router_logits, top_k_gates
+from moe_dtensor.kernels.router import router_logits, top_k_gates
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from moe_dtensor.bench.torchtitan_model import Peer, check_peer, differences, pr
 from moe_dtensor.config.command_line import read_world_size, write_json
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.estimate.shards import flops_per_token, parameters
-from moe_dtensor.train.build import build, set_vocabulary
+from moe_dtensor.train.build import build
 from moe_dtensor.train.metrics import peak_flops
 from moe_dtensor.train.ranks import end_ranks, start_ranks
 from moe_dtensor.train.step import read_batch, train_step

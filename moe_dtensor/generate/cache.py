@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dtensor.kernels.attention.attend import attend
-from moe_dtensor.kernels.attention.plain import masked_attention
-from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.kernels.attention import Visible, attend, masked_attention
 
 
 class Slots:
@@ -115,7 +113,7 @@ class KeyValueCache(Cache):
     remembers."""
 
     def __call__(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor, visible: Visible, **how: Any) -> Tensor:
-        """As :func:`moe_dtensor.kernels.attention.attend.attend`, over the slots before and the new ones."""
+        """As :func:`moe_dtensor.kernels.attention.attend`, over the slots before and the new ones."""
         self.keep(k_BGSC, v_BGSV)
         scale, sink_H = how["scale"], how.get("sink_H")
         if self.slots.is_prompt:
@@ -133,5 +131,5 @@ class LatentCache(Cache):
         return None if self.slots.is_prompt else (self.held[0], self.slots.seen(self.window))
 
     def __call__(self, q_BHSC: Tensor, k_BHSC: Tensor, v_BHSV: Tensor, visible: Visible, **how: Any) -> Tensor:
-        """As :func:`moe_dtensor.kernels.attention.attend.attend`, of prompts alone."""
+        """As :func:`moe_dtensor.kernels.attention.attend`, of prompts alone."""
         return self.attend_prompts(q_BHSC, k_BHSC, v_BHSV, how["scale"], how.get("sink_H"))

@@ -13,11 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from moe_dtensor.config.resolve import block_window, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
-from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.kernels.attention import Visible
 from moe_dtensor.kernels.experts.mlp import choose_backend
-from moe_dtensor.layers.attention import Attention
+from moe_dtensor.layers.attention import Attention, LatentAttention
 from moe_dtensor.layers.block import Block
-from moe_dtensor.layers.latent_attention import LatentAttention
 from moe_dtensor.layers.moe import Experts
 from moe_dtensor.layers.positions import Place, Positions, rotation
 from moe_dtensor.model.transformer import Transformer

@@ -1,4 +1,5 @@
-"""Functions on plain tensors: expert MLP, router, sinkhorn, cross-entropy. They know no module, no mesh, no DTensor.
+"""Functions on plain tensors: expert MLP, router, Sinkhorn, attention, norm and rotation of heads, cross-entropy,
+sums of gradients, AdamW. They know no module, no mesh, no DTensor.
 
 Letters of tensor names: T tokens, D model width, F expert hidden width, E experts, K choices of a token, N = T*K
 copies of tokens, G up-projections (2 for gated activations, index 0 the gate; 1 for plain), V vocabulary. Every fast

@@ -1,4 +1,7 @@
-"""Triton kernels of :mod:`.heads_parts`. A row is all heads of a token that are here, in the order of x."""
+"""Triton kernels of :mod:`.heads` where a norm spans more heads than are here.
+
+A row is all heads of a token that are here, in the order of x.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _ELEMENTS = 4096
 
 
 def squares_of_heads(x_RQHC: Tensor) -> Tensor:
-    """See :data:`moe_dtensor.kernels.heads_parts._squares`."""
+    """See :data:`moe_dtensor.kernels.heads._squares`."""
     x_RQHC = dense(x_RQHC)
     tokens, width = x_RQHC.shape[0] * x_RQHC.shape[1], x_RQHC.shape[2] * x_RQHC.shape[3]
     squares_T = x_RQHC.new_empty(tokens, dtype=torch.float32)
@@ -48,7 +51,7 @@ def backward_sums(
     sin: Tensor,
     shards: int,
 ) -> tuple[Tensor, Tensor]:
-    """See :data:`moe_dtensor.kernels.heads_parts._backward_sums`."""
+    """See :data:`moe_dtensor.kernels.heads._backward_sums`."""
     dy_BSHC, x_RQHC, squares_T = dense(dy_BSHC), dense(x_RQHC), squares_T.contiguous()
     dsquares_T, partial_NW = torch.empty_like(squares_T), empty_partial(dy_BSHC, weight_W)
     if dy_BSHC.numel():
@@ -77,7 +80,7 @@ def backward_given(
     sin: Tensor,
     shards: int,
 ) -> Tensor:
-    """See :data:`moe_dtensor.kernels.heads_parts._backward_given`."""
+    """See :data:`moe_dtensor.kernels.heads._backward_given`."""
     dy_BSHC, x_RQHC, dx_RQHC = dense(dy_BSHC), dense(x_RQHC), x_RQHC.new_empty(x_RQHC.shape)
     if dy_BSHC.numel():
         sizes, constants = _layout(x_RQHC, weight_W, cos, shards)

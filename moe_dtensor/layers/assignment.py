@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dtensor.config.load import load_object
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.router.sinkhorn import sinkhorn
+from moe_dtensor.kernels.sinkhorn import sinkhorn
 from moe_dtensor.layers.tokens import Tokens, uniform_noise
 
 

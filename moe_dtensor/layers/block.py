@@ -13,8 +13,8 @@ from torch.autograd import Function
 from moe_dtensor.config.resolve import block_norms, moe_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import IGNORED
+from moe_dtensor.layers.attention import build_attention
 from moe_dtensor.layers.feed_forward import FeedForward
-from moe_dtensor.layers.latent_attention import build_attention
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.layers.positions import Positions
 from moe_dtensor.layers.tokens import Tokens

@@ -128,7 +128,7 @@ class MoE(Layer):
         self.dispatch: Dispatch = run_experts
 
     def forward(self, x_BSD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Output ``(B, S, D)``, and the routing's record (:mod:`moe_dtensor.layers.record`)."""
+        """Output ``(B, S, D)``, and the routing's record (:func:`.router.pack_record`)."""
         scores = self.router.score(x_BSD, tokens)
         chosen: list[tuple[Tensor, Tensor]] = []
 

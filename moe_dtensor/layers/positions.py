@@ -15,8 +15,7 @@ from torch import Tensor
 from moe_dtensor.config.model import Rope
 from moe_dtensor.config.resolve import block_window, head_widths
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.attention.attend import build_visible, uses_flex
-from moe_dtensor.kernels.attention.visible import Visible
+from moe_dtensor.kernels.attention import Visible, build_visible, uses_flex
 
 
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

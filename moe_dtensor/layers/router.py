@@ -1,5 +1,8 @@
-"""The router: which experts, and with what weight. B sequences, S positions, D width, E experts, K choices,
-G routing groups, T tokens of a group."""
+"""The router: which experts, and with what weight; and its record, a vector of sums over tokens, which add up over
+microbatches and ranks.
+
+B sequences, S positions, D width, E experts, K choices, G routing groups, T tokens of a group, R numbers of a record.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.router.gates import router_logits, router_statistics, top_k_gates
+from moe_dtensor.kernels.router import router_logits, router_statistics, top_k_gates
 from moe_dtensor.layers.assignment import Sinkhorn, TopK, build_assignment
 from moe_dtensor.layers.balance import (
     AddLoss,
@@ -21,7 +24,6 @@ from moe_dtensor.layers.balance import (
     within_capacity,
     z_loss,
 )
-from moe_dtensor.layers.record import pack
 from moe_dtensor.layers.tokens import Tokens, uniform_noise
 from moe_dtensor.layers.weights import Layer
 
@@ -46,7 +48,7 @@ class Routing(NamedTuple):
     expert_BSK: Tensor
     """Expert ids, int64; -1 where there is no copy: dropped, or not taken."""
     record_R: Tensor
-    """See :mod:`moe_dtensor.layers.record`."""
+    """See :func:`pack_record`."""
 
 
 class Router(Layer):
@@ -111,7 +113,7 @@ class Router(Layer):
                 kept_BSK = self.keep(gate_BSK.detach(), expert_BSK)
                 sums["dropped"] = (~kept_BSK).sum()
                 expert_BSK = expert_BSK.where(kept_BSK, -1)
-        return Routing(gate_BSK, expert_BSK, pack(chosen_BSE.sum((0, 1)), statistics_4, sums))
+        return Routing(gate_BSK, expert_BSK, pack_record(chosen_BSE.sum((0, 1)), statistics_4, sums))
 
     def rank(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error; None without it."""
@@ -213,3 +215,52 @@ def _at_hand(x: Tensor) -> Callable[[], Tensor]:
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+STATISTICS = {
+    "router_entropy": "entropy of the softmax of a token's logits, nats",
+    "router_margin": "its highest minus its second highest probability",
+    "router_gate_norm": "2-norm of a token's gates",
+    "router_z": "square of the logsumexp of its logits (the z-loss without its coefficient)",
+    "balance_loss": "load-balancing loss without its coefficient; 0 where it is off",
+    "dropped": "copies beyond the capacity, as a share of all copies",
+    "differs_from_top_k": "share of tokens whose experts are not those of plain top-k, as in evaluation",
+    "sinkhorn_error": "how far a token's row of Sinkhorn's matrix is from its sum of 1",
+}
+"""Means over the tokens of a step, by the name they have in the metrics."""
+
+
+class RoutingRecord(NamedTuple):
+    """A step's record of all MoE blocks, over all ranks. L MoE blocks, E experts."""
+
+    load_LE: Tensor
+    """Copies sent to each expert, float64; exact, and before any is dropped."""
+    mean_L: dict[str, Tensor]
+    """Of each of :data:`STATISTICS`, ``(L,)`` float64."""
+
+
+def pack_record(load_E: Tensor, statistics_4: Tensor, sums: dict[str, Tensor | None]) -> Tensor:
+    """One vector ``(E + len(STATISTICS),)`` float64 of a microbatch's load and sums.
+
+    Args:
+        load_E: copies by expert.
+        statistics_4: the first four of :data:`STATISTICS`, as
+            :func:`moe_dtensor.kernels.router.router_statistics` gives them.
+        sums: others by name; what is missing or None is 0.
+    """
+    names, experts = list(STATISTICS), len(load_E)
+    record_R = load_E.new_zeros(experts + len(names), dtype=torch.float64)
+    record_R[:experts] = load_E
+    record_R[experts : experts + 4] = statistics_4
+    for name, value in sums.items():
+        if value is not None:
+            record_R[experts + names.index(name)] = value.detach()
+    return record_R
+
+
+def unpack_record(record_LR: Tensor, tokens: int, top_k: int | Tensor) -> RoutingRecord:
+    """Sums over a whole step of ``tokens`` tokens, as means; K of all blocks, or of each ``(L,)``."""
+    experts = record_LR.shape[1] - len(STATISTICS)
+    means = dict(zip(STATISTICS, (record_LR[:, experts:] / tokens).unbind(1), strict=True))
+    means["dropped"] = means["dropped"] / top_k
+    return RoutingRecord(record_LR[:, :experts], means)

@@ -1,18 +1,30 @@
-"""How a part of the model becomes parallel: every transform, in order."""
+"""How a part of the model becomes parallel: every transform, in order. Those of a block's forward stand here:
+torch.compile, and recomputation in the backward pass.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh
+import functools
+import logging
 
-from moe_dtensor.config.resolve import num_stages, rank_stages, stage_layers
+import torch
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.resolve import expert_ranks, num_stages, rank_stages, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.blocks import apply_compile, apply_recompute
 from moe_dtensor.parallel.expert_copies import has_own_experts, make_copies
 from moe_dtensor.parallel.fsdp import apply_fsdp
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
+
+_LOGGER = logging.getLogger(__name__)
+
+ORDER_TESTED = ("2.11", "2.13")
+"""Releases of torch whose private modules :mod:`.ordering` was tested with."""
 
 
 def build_parts(
@@ -58,3 +70,95 @@ def parallelize(part: Transformer, config: Config, mesh: DeviceMesh, *, trains: 
     casts = config.training.dtype != config.training.param_dtype
     if trains or casts or config.fsdp.cpu_offload or mesh["dp"].size() > 1:
         apply_fsdp(part, config, mesh)
+
+
+def apply_compile(part: Transformer, config: Config, tp: DeviceMesh) -> None:
+    """Compile each block's forward. Blocks of one kind share one compilation."""
+    if not config.compile.enable:
+        return
+    import torch._inductor.config  # loads the compiler
+
+    # Counts that a layer reads from the device (moe.rows = exact) stay inside its graph.
+    torch._dynamo.config.capture_scalar_outputs = True
+    # Nothing checks at run time that a count is not below 0; torch 2.11 cannot compile that in a recomputed block.
+    torch._dynamo.config.do_not_emit_runtime_asserts = True
+    if config.mesh.pp > 1:
+        # A pipeline keeps several microbatches' graphs alive, so a backward must not reuse their buffers.
+        torch._functorch.config.donated_buffer = False
+    travels = tp.device_type != "cpu" and (tp.size() > 1 or expert_ranks(config) > 1)
+    _apply_order(config.compile.order and travels and can_order(torch.__version__))
+    _apply_async_tp(config.compile.async_tp, tp)
+    for block in part.layers.values():
+        block.forward = torch.compile(block.forward)
+
+
+def can_order(version: str) -> bool:
+    """Whether the order pass was tested with this version of torch; if not, one line of the log says that it is off."""
+    tested = ".".join(version.split(".")[:2]) in ORDER_TESTED
+    if not tested:
+        _LOGGER.warning(
+            "compile.order is off: it was tested with torch %s, not with %s", " and ".join(ORDER_TESTED), version
+        )
+    return tested
+
+
+def _apply_order(ordered: bool) -> None:
+    order_pass = None
+    if ordered:
+        from moe_dtensor.parallel.ordering import OrderForOverlap  # its private imports only where they were tested
+
+        order_pass = OrderForOverlap()
+    torch._inductor.config.post_grad_custom_post_pass = order_pass
+    torch._inductor.config.reorder_for_locality = not ordered  # it would undo the order before the pass sees it
+
+
+def _apply_async_tp(wanted: bool, tp: DeviceMesh) -> None:
+    torch._inductor.config._micro_pipeline_tp = wanted and tp.size() > 1
+    if not wanted or tp.size() == 1:
+        return
+    if tp.device_type == "cpu":
+        raise ConfigError(
+            "compile.async_tp = true needs GPUs that reach each other's memory; these ranks are on CPUs.",
+            "Set compile.async_tp = false.",
+        )
+    # It warns of each collective that stands next to no product, as those of the experts do.
+    logging.getLogger("torch._inductor.fx_passes.micro_pipeline_tp").setLevel(logging.ERROR)
+    enable_symm_mem_for_group(tp.get_group().group_name)
+
+
+# What selective recomputation keeps: outputs that are dear to compute and cheap to hold.
+KEPT = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flex_attention",
+    "aten::_grouped_mm",
+    "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::all_reduce",
+)
+# Of our own operators, which are kept as well, those whose outputs are not.
+RECOMPUTED = ("moe_dtensor::norm_and_rotate", "moe_dtensor::squares_of_heads")
+
+
+def apply_recompute(part: Transformer, config: Config) -> None:
+    """Recompute each block in its backward pass: ``full`` from its input, ``selective`` but for :data:`KEPT`."""
+    mode = config.activation_checkpoint.mode
+    if mode == "none":
+        return
+    for block in part.layers.values():
+        rerun = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if mode == "selective":
+            rerun = functools.partial(rerun, context_fn=_selective_contexts)
+        # On the instance, not a wrapper module: parameter names stay as they are.
+        block.forward = rerun
+
+
+def _selective_contexts() -> tuple:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: object, op: torch._ops.OpOverload, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    name = op.name().split(".")[0]
+    keep = name in KEPT or (name.startswith("moe_dtensor::") and name not in RECOMPUTED)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import expert_shards
 from moe_dtensor.config.schema import Config
-from moe_dtensor.kernels.accumulate import add_narrow, widened
+from moe_dtensor.kernels.update import add_narrow, widened
 from moe_dtensor.mesh import expert_fsdp_mesh, fsdp_mesh
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.gradients import local_part

@@ -9,12 +9,13 @@ two calls.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages, stream_width
@@ -23,7 +24,10 @@ from moe_dtensor.data.loader import Batch
 from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.expert_copies import WithOwnExperts, has_own_experts
-from moe_dtensor.parallel.fsdp import next_microbatch
+from moe_dtensor.parallel.fsdp import next_microbatch, reduce_each, reduce_now
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 
 class Runner(Protocol):
@@ -109,9 +113,6 @@ class ForwardPass:
     def _transfer(self, op: object, x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)  # type: ignore[arg-type]
 
-
-if TYPE_CHECKING:
-    from torch.distributed.pipelining import PipelineStage
 
 FIRST_TORCH_TO_SPLIT = (2, 13)
 """torch 2.11 loses autograd nodes of the experts between the two halves of a backward pass, and its V schedules hang on
@@ -229,13 +230,14 @@ def _build_stage(
     """A stage whose shapes are given, so that nothing is run to infer them."""
     from torch.distributed.pipelining import PipelineStage
 
+    stage_class = PipelineStage
     if settle_accumulate(config).fsdp.accumulate == "sharded":
         if not hasattr(PipelineStage, "perform_reduce_grad"):  # what ends a step's reductions
             raise ConfigError(
                 f"fsdp.accumulate = sharded under a pipeline needs a newer torch than {torch.__version__}.",
                 "Set fsdp.accumulate = whole, or mesh.pp = 1.",
             )
-        from moe_dtensor.parallel.reducing_stage import ReducingStage as PipelineStage
+        stage_class = _reducing_stage()
 
     training = config.training
     dtype = getattr(torch, training.param_dtype)
@@ -243,7 +245,7 @@ def _build_stage(
     tokens = torch.empty(training.microbatch_size, training.seq_len, device="meta", dtype=torch.int64)
     loss_dtype = torch.promote_types(dtype, torch.float32)
     loss = torch.empty(training.microbatch_size, device="meta", dtype=loss_dtype, requires_grad=True)
-    return PipelineStage(
+    return stage_class(
         part,
         index,
         num_stages(config),
@@ -252,3 +254,29 @@ def _build_stage(
         output_args=(loss if part.is_last else stream,),
         group=mesh["pp"].get_group(),
     )
+
+
+def _reducing_stage() -> type[PipelineStage]:
+    """A stage that reduces the gradients of each microbatch over dp (``fsdp.accumulate = sharded``), where torch's
+    keeps whole ones for a step."""
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining._backward import stage_backward
+
+    class ReducingStage(PipelineStage):
+        def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+            """One microbatch's backward pass, or half of it; what torch's returns.
+
+            A whole one is reduced block by block as it goes. Halves run outside of FSDP's hooks: the gradients that the
+            second leaves are reduced after it.
+            """
+            assert isinstance(self.submod, FSDPModule)
+            if backward_type != "full":
+                result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward=last_backward)
+                if backward_type == "weight":
+                    reduce_now(self.submod, last_backward)
+                return result
+            reduce_each(self.submod, last_backward)
+            values = bwd_kwargs["input_values"]
+            return stage_backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], values), None
+
+    return ReducingStage

@@ -13,14 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_dtensor.config.check import check
 from moe_dtensor.config.resolve import block_config, moe_layers
 from moe_dtensor.config.schema import Config
-from moe_dtensor.data.corpus import set_vocabulary as set_vocabulary
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.parallel.pipeline import Runner, build_runner
-from moe_dtensor.train.optimizer import Optimizers, Schedule, build_optimizers, build_schedulers
+from moe_dtensor.train.optimizer import Optimizers, Schedule
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None, 
     parts = build_parts(config, mesh, device, values=values)
     for part in parts:
         part.train()
-    optimizers = build_optimizers(parts, config)  # type: ignore[arg-type]
+    optimizers = Optimizers(parts, config)
     return Trainer(
         config=config,
         mesh=mesh,
@@ -67,7 +66,7 @@ def build(config: Config, device: torch.device, mesh: DeviceMesh | None = None, 
         parts=parts,
         runner=build_runner(parts, config, mesh, device),
         optimizers=optimizers,
-        schedule=build_schedulers(optimizers, config),
+        schedule=Schedule(optimizers, config),
         balance=BalanceState(config, parts, device),
         top_k=_top_k(config, device),
     )

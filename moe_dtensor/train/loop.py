@@ -20,20 +20,18 @@ from moe_dtensor.data import Corpus, Loader, describe
 from moe_dtensor.data.loader import Prefetcher
 from moe_dtensor.estimate.shards import flops_per_token, parameters
 from moe_dtensor.train.build import Trainer, build, give, keep, same_sizes
+from moe_dtensor.train.checkpoints import carried_files, check_weights, load_initial, plan_export, write_export
 from moe_dtensor.train.held_out import HeldOut, build_held_out
 from moe_dtensor.train.metrics import DelayedFlag, Meter, Skips, Value
 from moe_dtensor.train.opened import Opened
 from moe_dtensor.train.profile import Profiler
-from moe_dtensor.train.proof import carried_files
-from moe_dtensor.train.ranks import Ranks, end_ranks
+from moe_dtensor.train.ranks import EndRequest, Ranks, end_ranks
 from moe_dtensor.train.replicas import check_replicas
 from moe_dtensor.train.routing import RoutingDrift, routing_metrics, routing_notice
 from moe_dtensor.train.run_folder import HANG_FOLDER, RunFolder
-from moe_dtensor.train.signals import EndRequest
 from moe_dtensor.train.sinks import Display, Owner, Sink, build_sinks, say_aside
 from moe_dtensor.train.step import StepResult, to_device, train_step
 from moe_dtensor.train.watch import Watch
-from moe_dtensor.train.weights import check_weights, load_initial, plan_export, write_export
 
 
 def train(opened: Opened, ranks: Ranks, request: EndRequest) -> int:
@@ -92,7 +90,7 @@ class Run:
             self.batches,
             self.trainer.balance,
             Identity(folder.run_id, folder.run["data"], folder.start_id, folder.check_owner),
-            self._warn,
+            say_aside,
         )
         self.drift: RoutingDrift | None = None
         if config.training.routing_drift_interval:
@@ -311,14 +309,14 @@ class Run:
     def _carried(self) -> dict[str, str]:
         if not self.is_rank_0:
             return {}
-        return carried_files(self.folder, self.trainer.config, self.device, self.step, self.routing, self._warn)
+        return carried_files(self.folder, self.trainer.config, self.device, self.step, self.routing, say_aside)
 
     def _note_saved(self) -> None:
         if self.is_rank_0 and self.checkpoints.saved_step is not None:
             try:
                 self.folder.note_saved(self.checkpoints.saved_step)
             except OSError as error:
-                self._warn(f"warning: run.json cannot be written: {error.strerror}.")
+                say_aside(f"warning: run.json cannot be written: {error.strerror}.")
 
     def _check_replicas(self) -> None:
         interval = self.config.training.check_replicas
@@ -332,9 +330,6 @@ class Run:
     def _tell(self, text: str) -> None:
         if self.display is not None:
             self.display.say(text)
-
-    def _warn(self, text: str) -> None:
-        say_aside(text)
 
 
 def names_of_entries(config: Config) -> dict[str, list[str]]:

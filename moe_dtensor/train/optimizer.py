@@ -7,7 +7,7 @@ bits aside: half the memory of a tensor or more. The update is torch's own, but 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 from moe_dtensor.config.resolve import state_dtype
 from moe_dtensor.config.schema import Config, LrScheduler
 from moe_dtensor.config.stages import peak_lr
-from moe_dtensor.kernels.adamw import Numbers, has_kernel
-from moe_dtensor.kernels.adamw import update as adamw_kernel
+from moe_dtensor.kernels.update import Numbers, has_kernel
+from moe_dtensor.kernels.update import adamw as adamw_kernel
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.train.rounding import Chance, join, round_by_chance, split
 
@@ -108,15 +108,18 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Optimizers:
-    """One AdamW for each model part (pipeline stage) of this rank, stepped together.
+    """One AdamW for each model part (pipeline stage) of this rank, as ``[optimizer]`` describes it, stepped together.
 
     The state's keys are ``state.<parameter name>.{step,exp_avg,exp_avg_sq}``, and ``remainder`` where low bits of
     weights are kept: free of the mesh, of the split into stages and of the numbering of parameters. Hyperparameters are
-    not part of the state:
-    after a resume they are those of the TOML.
+    not part of the state: after a resume they are those of the TOML.
+
+    Args:
+        parts: the model parts of this rank, sharded or plain, on their device already; parameter names are unique over
+            the parts.
     """
 
-    def __init__(self, parts: list[nn.Module], config: Config) -> None:
+    def __init__(self, parts: Sequence[nn.Module], config: Config) -> None:
         options = config.optimizer
         self._parts = parts
         self._optimizers: list[Optimizer] = []
@@ -184,15 +187,6 @@ class Optimizers:
         for part, optimizer in zip(self._parts, self._optimizers, strict=True):
             merged |= get_optimizer_state_dict(part, optimizer, options=_FLAT)
         return merged
-
-
-def build_optimizers(parts: list[nn.Module], config: Config) -> Optimizers:
-    """AdamW as ``[optimizer]`` describes it, over parameters that are on their device already.
-
-    Args:
-        parts: the model parts of this rank, sharded or plain; parameter names are unique over the parts.
-    """
-    return Optimizers(parts, config)
 
 
 def parameter_groups(part: nn.Module, weight_decay: float, router_lr: float = 1.0) -> list[dict[str, Any]]:
@@ -274,7 +268,8 @@ def lr_factor(step: int, steps: int, config: LrScheduler) -> float:
 
 
 class Schedule:
-    """Sets the learning rate of every optimizer of this rank: one value, times each parameter group's factor.
+    """Sets the learning rate of every optimizer of this rank as ``[lr_scheduler]`` describes it: one value, times each
+    parameter group's factor.
 
     The state is the number of steps taken and nothing else: it is the same on every rank and mesh, and
     after a resume the learning rate follows the TOML, also where the TOML was changed.
@@ -310,8 +305,3 @@ class Schedule:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * group.get("lr_factor", 1.0)
-
-
-def build_schedulers(optimizers: Iterable[Optimizer], config: Config) -> Schedule:
-    """The schedule that ``[lr_scheduler]`` describes, set to the first step."""
-    return Schedule(optimizers, config)

@@ -15,8 +15,7 @@ from pathlib import Path
 from moe_dtensor.config.errors import DONE, FAILED, PEER_LOST, WRONG, ConfigError, RunError, words
 from moe_dtensor.config.schema import Config
 from moe_dtensor.orphans import end_with_parent
-from moe_dtensor.train.ranks import Ended, Ranks
-from moe_dtensor.train.signals import EndRequest
+from moe_dtensor.train.ranks import Ended, EndRequest, Ranks
 
 _PEER_LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Socket (closed|error)|remote process exited|pair closure"

@@ -1,4 +1,4 @@
-"""Start and end of the ranks, and what they agree on before and beside their process group.
+"""Start and end of the ranks, what they agree on before and beside their process group, and signals that ask to end.
 
 Ranks meet in torchrun's store first. What may fail on one of them alone (a file that is missing on one host) is done
 through :meth:`Ranks.agree`: every rank then ends with one status, and the error is told once.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moe_dtensor.config.command_line import check_meeting
-from moe_dtensor.config.errors import FAILED, WRONG, ConfigError, RunError, words
+from moe_dtensor.config.errors import AGAIN, FAILED, WRONG, ConfigError, RunError, words
 from moe_dtensor.config.schema import Config
+from moe_dtensor.orphans import on_asking
 
 T = TypeVar("T")
 MOST = 32
@@ -207,3 +210,36 @@ def end_ranks() -> None:
     """Leave the process group together."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+class EndRequest:
+    """Whether this rank was asked to end.
+
+    Before the first step (:meth:`from_now_on_save`) nothing would be lost, and a signal ends the rank where it is;
+    later it is noted, and the ranks that look at it together save and end. A second SIGINT ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """The signal that asked; 0: none did."""
+        self._saves = False
+
+    def listen(self) -> None:
+        """Handle the signals that ask for an end."""
+        on_asking(self._on_signal)
+
+    def from_now_on_save(self) -> None:
+        """From here on a signal is noted only."""
+        self._saves = True
+
+    @property
+    def name(self) -> str:
+        """The signal's name; empty on a rank that got none."""
+        return signal.Signals(self.signal).name if self.signal else ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            os._exit(128 + signal.SIGINT)
+        first, self.signal = not self.signal, number
+        if not self._saves and first:
+            raise Ended(AGAIN, f"Ended by {self.name} before the first step; the same command starts again.")

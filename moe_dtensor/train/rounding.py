@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moe_dtensor.kernels.adamw import Elements
+from moe_dtensor.kernels.update import Elements
 
 HALF = 1 << 15
 

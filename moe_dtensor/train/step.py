@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.data.loader import IGNORED, Batch, Loader
-from moe_dtensor.layers.record import STATISTICS, RoutingRecord, unpack
+from moe_dtensor.layers.router import STATISTICS, RoutingRecord, unpack_record
 from moe_dtensor.parallel import collectives, gradients
 from moe_dtensor.parallel.fsdp import reshard
 from moe_dtensor.train.build import Trainer
@@ -93,7 +93,7 @@ def train_step(trainer: Trainer, batch: Batch, asked_to_end: float = 0.0) -> Ste
     finite = norm.isfinite() & loss.isfinite()
     gradients.clip(trainer.parts, norm, training.max_grad_norm)
     update(trainer, finite)
-    routing = unpack(record_LR, training.global_batch_size * training.seq_len, trainer.top_k)
+    routing = unpack_record(record_LR, training.global_batch_size * training.seq_len, trainer.top_k)
     churn_L = trainer.balance.step(routing.load_LE, finite)
     source_loss_N = source_2N[0] / source_2N[1] if batch.source_B is not None else None
     return StepResult(loss, norm, finite, routing, churn_L, mtp_K, asked, source_loss_N, shares)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moe_dtensor.checkpoint.manager import CheckpointManager
 from moe_dtensor.config.schema import Checkpoint, Config, Training
-from moe_dtensor.train.optimizer import build_optimizers, build_schedulers
+from moe_dtensor.train.optimizer import Optimizers, Schedule
 
 NAMES = ("layers.0.up.weight", "layers.0.norm.weight", "layers.1.up.weight", "layers.1.norm.weight")
 
@@ -107,8 +107,8 @@ def shard(stage: nn.Module, dp: int, pp: int, tp: int) -> None:
 
 
 def run_of(folder: Path, parts: list[nn.Module], config: Config, **more: Any) -> tuple[CheckpointManager, Rest]:
-    optimizers = build_optimizers(parts, config)
-    rest = Rest(optimizers, build_schedulers(optimizers, config), Position(), Balance())
+    optimizers = Optimizers(parts, config)
+    rest = Rest(optimizers, Schedule(optimizers, config), Position(), Balance())
     state = (rest.optimizers, rest.schedule, rest.position, rest.balance)
     manager = CheckpointManager(folder, config, parts, *state, **more)
     return manager, rest

@@ -16,8 +16,9 @@ from moe_dtensor.config.load import dump, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import build, set_vocabulary
+from moe_dtensor.train.build import build
 from moe_dtensor.train.step import read_batch, train_step
 
 SMALL = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_dtensor.kernels.router.gates import top_k_gates
+from moe_dtensor.kernels.router import top_k_gates
 
 CASES = [
     (13, 5, 2, "softmax", False),

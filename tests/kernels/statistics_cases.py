@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_dtensor.kernels.router.gates import router_statistics
+from moe_dtensor.kernels.router import router_statistics
 
 CASES = [(13, 5, 2), (70, 16, 3), (9, 512, 32), (3, 1, 1), (0, 4, 2), (200, 8, 1)]
 

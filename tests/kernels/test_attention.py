@@ -8,10 +8,16 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
-from moe_dtensor.kernels.attention import attend as module
-from moe_dtensor.kernels.attention.attend import attend, build_visible, uses_flex
-from moe_dtensor.kernels.attention.plain import plain_attention
-from moe_dtensor.kernels.attention.visible import BLOCK, build_blocks, first_visible
+from moe_dtensor.kernels import attention as module
+from moe_dtensor.kernels.attention import (
+    BLOCK,
+    attend,
+    build_blocks,
+    build_visible,
+    first_visible,
+    plain_attention,
+    uses_flex,
+)
 
 LENGTH = 3 * BLOCK + 17
 

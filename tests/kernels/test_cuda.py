@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from moe_dtensor.kernels.router.gates import router_logits, top_k_gates
+from moe_dtensor.kernels.router import router_logits, top_k_gates
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
 

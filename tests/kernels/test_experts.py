@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_dtensor.kernels.experts import autograd, split_nodes
+from moe_dtensor.kernels.experts import autograd
 from moe_dtensor.kernels.experts.mlp import choose_backend, expert_mlp
 
 from .layer_cases import ODD_CASES, Case, make_inputs, relative_errors, run
@@ -81,7 +81,7 @@ def test_no_gemm_runs_twice(order, monkeypatch):
     """Zero-bubble schedules take input gradients first and weight gradients later."""
     calls = []
     for name in ("rows_times_weight", "weight_gradient"):
-        monkeypatch.setattr(split_nodes, name, _counted(getattr(split_nodes, name), name, calls))
+        monkeypatch.setattr(autograd, name, _counted(getattr(autograd, name), name, calls))
     case = Case(37, 16, 24, 5, 2, "swiglu", split=True)
     leaves, expert_TK, dy_TD = make_inputs(case, torch.float32)
     whole = torch.autograd.grad(run(case, "torch", leaves, expert_TK), leaves, dy_TD)
@@ -201,10 +201,10 @@ def test_sizes_and_devices_a_backend_cannot_take_are_refused_by_name(backend, si
 
 
 def test_missing_package_says_how_to_get_it():
-    from moe_dtensor.kernels.experts.grouped import backend_module
+    from moe_dtensor.kernels.experts.grouped import ByPackage
 
     with pytest.raises(ValueError, match="pip install"):
-        backend_module("grouped_gemm").rows_times_weight(*[torch.ones(1, 1, dtype=torch.int64)] * 4, True)
+        ByPackage.rows_times_weight(*[torch.ones(1, 1, dtype=torch.int64)] * 4, True)
 
 
 def test_auto_is_the_reference_on_cpu():

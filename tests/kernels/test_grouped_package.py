@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_dtensor.kernels.experts import grouped_package, grouped_torch
+from moe_dtensor.kernels.experts.grouped import ByPackage, ByTorch
 
 COUNTS = [3, 0, 5, 0]
 
@@ -35,14 +35,14 @@ def test_products_and_weight_gradients(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "grouped_gemm.backend", SimpleNamespace(gmm=gmm))
     torch.manual_seed(0)
     ends_E = torch.tensor(COUNTS).cumsum(0).int()
-    plan = grouped_package.make_tiles(ends_E, rows)
+    plan = ByPackage.make_tiles(ends_E, rows)
     assert plan.tolist() == COUNTS
     l_NP, r_NQ, w_EPQ = torch.randn(rows, 16), torch.randn(rows, 8), torch.randn(4, 16, 8)
     for a, transposed in ((l_NP, False), (r_NQ, True)):
         got, expected = (
-            module.rows_times_weight(a, w_EPQ, ends_E, plan, transposed) for module in (grouped_package, grouped_torch)
+            backend.rows_times_weight(a, w_EPQ, ends_E, plan, transposed) for backend in (ByPackage, ByTorch)
         )
         assert got.shape == expected.shape
         torch.testing.assert_close(got[:8], expected[:8])
-    got, expected = (module.weight_gradient(l_NP, r_NQ, ends_E, plan) for module in (grouped_package, grouped_torch))
+    got, expected = (backend.weight_gradient(l_NP, r_NQ, ends_E, plan) for backend in (ByPackage, ByTorch))
     torch.testing.assert_close(got, expected)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels.router.gates import router_logits, top_k_gates
-from moe_dtensor.kernels.router.sinkhorn import sinkhorn
+from moe_dtensor.kernels.router import router_logits, top_k_gates
+from moe_dtensor.kernels.sinkhorn import sinkhorn
 
 from .router_cases import CASES, check_gates, check_tiny_scores
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels.router.gates import router_statistics
+from moe_dtensor.kernels.router import router_statistics
 
 from .statistics_cases import CASES, check_statistics
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.layers.assignment import Assignment
-from moe_dtensor.layers.record import RoutingRecord, unpack
+from moe_dtensor.layers.router import RoutingRecord, unpack_record
 from moe_dtensor.layers.tokens import Tokens
 
 from .routers import EXPERTS, LENGTH, SEQUENCES, build_router, load, route, route_tokens, tokens, vectors
@@ -138,7 +138,7 @@ def test_jitter_changes_the_choice_but_not_what_experts_see() -> None:
 
 
 def record_of(**keys: object) -> RoutingRecord:
-    return unpack(route(build_router(**keys)).record_R[None], TOKENS, 2)
+    return unpack_record(route(build_router(**keys)).record_R[None], TOKENS, 2)
 
 
 def test_diagnostics() -> None:
@@ -167,7 +167,7 @@ def test_a_router_of_ones_own() -> None:
     """``moe.router`` takes package.module:Name; see docs/own_parts.md."""
     router = build_router(router=f"{__name__}:Lazy", layer=3)
     assert load(route(router).expert_BSK).tolist() == [0, 0, 0, TOKENS, TOKENS, 0, 0, 0]
-    record = unpack(route(router).record_R[None], TOKENS, 2)
+    record = unpack_record(route(router).record_R[None], TOKENS, 2)
     assert record.mean_L["differs_from_top_k"].item() > 0.2
     plain = route(build_router(router="topk").eval()).expert_BSK
     assert torch.equal(route(router.eval()).expert_BSK, plain)

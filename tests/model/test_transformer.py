@@ -9,7 +9,7 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import build_batch
-from moe_dtensor.layers.record import STATISTICS
+from moe_dtensor.layers.router import STATISTICS
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer

@@ -20,7 +20,7 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Batch, Loader, build_corpus
-from moe_dtensor.kernels.experts import reference
+from moe_dtensor.kernels.experts.mlp import reference_mlp
 from moe_dtensor.layers.moe import MoE
 from moe_dtensor.testing.bytes_sent import BytesSent
 from moe_dtensor.testing.ranks import run_on_ranks
@@ -122,7 +122,7 @@ def by_hand(trainer: Trainer, x_BSD: Tensor, gate_BSK: Tensor, expert_BSK: Tenso
     """The same with all experts in one place."""
     weights = {name: param.full_tensor() for name, param in trainer.parts[0].named_parameters() if ".experts." in name}
     flat = [t.detach().flatten(0, 1) for t in (x_BSD, gate_BSK, expert_BSK)]
-    y_TD = reference.expert_mlp(flat[0], *weights.values(), *flat[1:], activation="swiglu")
+    y_TD = reference_mlp(flat[0], *weights.values(), *flat[1:], activation="swiglu")
     return y_TD.detach().view_as(x_BSD)
 
 

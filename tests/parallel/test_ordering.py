@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_dtensor.parallel.blocks import can_order
+from moe_dtensor.parallel.apply import can_order
 from moe_dtensor.parallel.ordering import OrderForOverlap, order
 from moe_dtensor.testing.ranks import run_on_ranks
 

@@ -21,9 +21,9 @@ from moe_dtensor.data import Loader, build_corpus
 from moe_dtensor.data.loader import IGNORED, Batch
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
+from moe_dtensor.train.checkpoints import load_initial
 from moe_dtensor.train.routing import RoutingDrift
 from moe_dtensor.train.step import count_targets, evaluate, read_batch, train_step
-from moe_dtensor.train.weights import load_initial
 from tests.data.chat_templates import save_tokenizer
 from tests.data.test_conversations import talks, write
 from tests.train.starts import Start

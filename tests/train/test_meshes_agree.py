@@ -11,8 +11,9 @@ import torch
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import build, set_vocabulary
+from moe_dtensor.train.build import build
 from moe_dtensor.train.step import read_batch, train_step
 
 DEBUG = Path(__file__).parents[2] / "train_configs" / "debug.toml"

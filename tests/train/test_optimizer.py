@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from moe_dtensor.config.schema import Config, Optimizer
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import optimizer
-from moe_dtensor.train.optimizer import build_optimizers, is_decayed
+from moe_dtensor.train.optimizer import Optimizers, is_decayed
 
 CONFIG = Config(optimizer=Optimizer(lr=0.01, weight_decay=0.5))
 
@@ -75,7 +75,7 @@ def adamw_by_hand(dtype: torch.dtype, steps: int) -> dict[str, torch.Tensor]:
 
 
 def train(part: nn.Module, steps: int) -> dict[str, np.ndarray]:
-    optimizers = build_optimizers([part], CONFIG)
+    optimizers = Optimizers([part], CONFIG)
     for step in range(1, steps + 1):
         for seed, parameter in enumerate(part.parameters()):
             parameter.grad = gradient(parameter, 10 * step + seed)
@@ -113,7 +113,7 @@ def test_sharded_parameters(dtype: torch.dtype) -> None:
 
 
 def test_state_keys_name_parameters_only() -> None:
-    state = build_optimizers([Part(torch.float32)], CONFIG).state_dict()
+    state = Optimizers([Part(torch.float32)], CONFIG).state_dict()
     assert set(state) == {
         f"state.{name}.{kind}"
         for name in ("tok_embeddings.weight", "wq.weight", "norm.weight")
@@ -125,7 +125,7 @@ def test_zero_eps_survives_saving() -> None:
     """torch's own way to make a missing state divides 0 by 0 and leaves NaN weights when eps is 0."""
     part = Part(torch.float32)
     before = part.wq.weight.detach().clone()
-    optimizers = build_optimizers([part], Config(optimizer=Optimizer(eps=0.0)))
+    optimizers = Optimizers([part], Config(optimizer=Optimizer(eps=0.0)))
     optimizers.load_state_dict(optimizers.state_dict())
     assert torch.equal(part.wq.weight, before)
 
@@ -137,7 +137,7 @@ def _updated(training: str, state: str, steps: int) -> tuple[dict[str, torch.Ten
         training=replace(CONFIG.training, dtype=training),
     )
     part = Part(getattr(torch, training))
-    optimizers = build_optimizers([part], config)
+    optimizers = Optimizers([part], config)
     for step in range(steps):
         for seed, parameter in enumerate(part.parameters()):
             parameter.grad = gradient(parameter, 100 * step + seed)
@@ -169,7 +169,7 @@ def test_a_loaded_state_keeps_the_dtype_that_is_asked_for() -> None:
     for saved, wanted in (("auto", "bfloat16"), ("bfloat16", "float32")):
         _, state = _updated("float32", saved, 3)
         config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, state_dtype=wanted))
-        optimizers = build_optimizers([Part(torch.float32)], config)
+        optimizers = Optimizers([Part(torch.float32)], config)
         optimizers.load_state_dict(state)
         loaded = optimizers.state_dict()
         for key in (key for key in state if "exp_avg" in key):

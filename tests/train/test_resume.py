@@ -16,9 +16,9 @@ from moe_dtensor.config.model import Model, Moe
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Checkpoint, Config, Data, Mesh, Run, Training
 from moe_dtensor.data import build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import loop
-from moe_dtensor.train.build import set_vocabulary
 from moe_dtensor.train.run_folder import open_run_folder
 
 

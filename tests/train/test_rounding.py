@@ -19,9 +19,10 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train import optimizer
-from moe_dtensor.train.build import build, set_vocabulary
+from moe_dtensor.train.build import build
 from moe_dtensor.train.optimizer import Optimizers
 from moe_dtensor.train.replicas import replicas
 from moe_dtensor.train.rounding import Chance, join, round_by_chance, split

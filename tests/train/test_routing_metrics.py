@@ -7,8 +7,8 @@ import torch
 
 from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
-from moe_dtensor.layers.record import STATISTICS
-from moe_dtensor.layers.record import RoutingRecord as Routing
+from moe_dtensor.layers.router import STATISTICS
+from moe_dtensor.layers.router import RoutingRecord as Routing
 from moe_dtensor.train.routing import routing_metrics, routing_notice
 from moe_dtensor.train.step import StepResult
 

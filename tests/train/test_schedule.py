@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dtensor.config.schema import Config, LrScheduler, Optimizer, Training
-from moe_dtensor.train.optimizer import build_schedulers, lr_factor
+from moe_dtensor.train.optimizer import Schedule, lr_factor
 
 
 def factors(steps: int, **fields: object) -> list[float]:
@@ -59,14 +59,14 @@ def test_optimizer_follows_and_state_resumes() -> None:
         torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:2]}]),
         torch.optim.AdamW(weights[2:]),
     ]
-    schedule = build_schedulers(optimizers, config)
+    schedule = Schedule(optimizers, config)
     seen = []
     for _ in range(4):
         assert all(group["lr"] == schedule.lr for optimizer in optimizers for group in optimizer.param_groups)
         seen.append(schedule.lr)
         schedule.step()
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    again = build_schedulers(optimizers, config)
+    again = Schedule(optimizers, config)
     again.load_state_dict({"steps": 2})
     assert again.lr == pytest.approx(0.6)
     assert optimizers[0].param_groups[1]["lr"] == again.lr

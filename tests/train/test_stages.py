@@ -11,8 +11,8 @@ import torch
 
 from moe_dtensor.config.load import load
 from moe_dtensor.config.resolve import resolve
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import set_vocabulary
 
 TOML = """
 [model]

@@ -9,7 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from moe_dtensor.kernels.attention import attend
+from moe_dtensor.kernels import attention as kernels
 from moe_dtensor.layers import attention, feed_forward
 
 from .mutations import _gradient_of
@@ -54,12 +54,12 @@ def sink_without_gradient() -> Iterator[None]:
 @contextmanager
 def window_off_by_one() -> Iterator[None]:
     """A query sees one position more."""
-    right = attend.first_visible
+    right = kernels.first_visible
 
     def wrong(documents: Any, window: int, *args: Any) -> Tensor:
         return right(documents, window + 1, *args)
 
-    with mock.patch.object(attend, "first_visible", wrong):
+    with mock.patch.object(kernels, "first_visible", wrong):
         yield
 
 

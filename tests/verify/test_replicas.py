@@ -18,8 +18,9 @@ from moe_dtensor.config.errors import FAILED, RunError
 from moe_dtensor.config.load import override
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import build_corpus
+from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import Trainer, build, set_vocabulary
+from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.loop import Run
 from moe_dtensor.train.run_folder import open_run_folder
 from moe_dtensor.train.step import train_step

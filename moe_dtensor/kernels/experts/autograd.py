@@ -1,4 +1,4 @@
-"""The expert MLP's autograd path, over any grouped-GEMM backend.
+"""The expert MLP's autograd path, over any grouped-GEMM backend: as one node, or as several.
 
     x_TD -> gather -> X_N -> [w_up] -> H_NP -> activation -> A_NF -> [w_down] -> Y_ND -> gate, gather, sum -> y_TD
 
@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moe_dtensor.kernels.experts import split_nodes
 from moe_dtensor.kernels.experts.exchange import gather_permute, unpermute_scatter
 from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
-from moe_dtensor.kernels.experts.permute import activate_rows, activation_backward, permute, unpermute
+from moe_dtensor.kernels.experts.permute import (
+    activate_rows,
+    activation_backward,
+    permute,
+    permute_to,
+    unpermute,
+    weighted_activation,
+)
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
 
 
@@ -128,7 +134,7 @@ def expert_mlp(
     arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
     if split_backward or up_bias_EGF is not None:
         assert group is None
-        return split_nodes.expert_mlp(*arguments, up_bias_EGF, keep_rows)
+        return _expert_mlp_in_nodes(*arguments, up_bias_EGF, keep_rows)
     return _ExpertMLP.apply(*arguments, group, keep_rows)
 
 
@@ -170,3 +176,162 @@ class _ExpertMLP(Function):
             ctx.keep_rows,
         )
         return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK.to(gate_TK.dtype), *[None] * 7
+
+
+def _expert_mlp_in_nodes(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    route: Route,
+    tiles: Tensor,
+    num_rows: int,
+    activation: str,
+    backend: str,
+    up_bias_EGF: Tensor | None = None,
+    keep_rows: bool = False,
+) -> Tensor:
+    """The same as several nodes, for schedules that run weight gradients apart from input gradients.
+
+    The same operators and the same bytes kept, but a node for each weight's gradient stands beside the path from y to x
+    and not on it, so that a zero-bubble schedule, which runs the two apart, computes neither twice. It takes more of
+    the host's time: nodes cost some ten microseconds each.
+
+    A weight's node stands in the graph by a *handle*: a tensor without storage, of the shape of what that node needs to
+    be told. ``w_down``'s is told dO and A', ``w_up``'s is told dH. Nodes created later run earlier; the order here
+    therefore lets each weight's gradient be complete before the input's (FSDP reduces a block's gradients once its
+    input's is there), and frees dO and A' first.
+    """
+    # Apart from _Up, so that dH is gone when its backward sums.
+    x_ND = permute_to(x_TD, route.position, num_rows)
+    h_NP = _Up.apply(x_ND, w_up_EGFD.detach().flatten(1, 2), route, tiles, backend)
+    kept = (x_ND if keep_rows else x_TD).detach()
+    handle_NP = _UpWeight.apply(w_up_EGFD.flatten(1, 2), kept, keep_rows, route, tiles, num_rows, backend)
+    h_NP = _Join.apply(h_NP, handle_NP)
+    if up_bias_EGF is not None:
+        h_NP = _AddBias.apply(h_NP, up_bias_EGF.flatten(1), route, tiles, backend)
+    do_ND, weighted_NF = _DownWeight.apply(w_down_EDF, route, tiles, num_rows, backend)
+    return _Down.apply(h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF.detach(), route, tiles, activation, backend)
+
+
+def _handle(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of this shape over a single element: its gradient is all that matters."""
+    return like.new_empty(()).expand(shape)
+
+
+def _wanted(ctx: Function, index: int) -> bool:
+    """Whether this backward pass goes on to the node behind an input. Tracing and unusual callers: yes."""
+    if torch.compiler.is_compiling():
+        return True
+    node = ctx.next_functions[index][0]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
+class _Up(Function):
+    """H = x w_up^T; backward gives dX of the rows."""
+
+    @staticmethod
+    def forward(ctx, x_ND, w_up_EPD, route, tiles, backend):
+        ctx.save_for_backward(w_up_EPD, route.ends, tiles)
+        ctx.backend = backend
+        return rows_times_weight(x_ND, w_up_EPD, route.ends, tiles, True, backend)
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        w_up_EPD, ends_E, tiles = ctx.saved_tensors
+        return rows_times_weight(dh_NP, w_up_EPD, ends_E, tiles, False, ctx.backend), None, None, None, None
+
+
+class _UpWeight(Function):
+    """The handle of w_up: told dH, its gradient is ``dH^T gather(x)``."""
+
+    @staticmethod
+    def forward(ctx, w_up_EPD, kept, keep_rows, route, tiles, num_rows, backend):
+        ctx.save_for_backward(kept, route.position, route.ends, tiles)
+        ctx.keep_rows, ctx.num_rows, ctx.backend = keep_rows, num_rows, backend
+        return _handle(kept, num_rows, w_up_EPD.shape[1])
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        kept, position_TK, ends_E, tiles = ctx.saved_tensors
+        x_ND = kept if ctx.keep_rows else permute(kept, position_TK, ctx.num_rows, dh_NP)
+        return weight_gradient(dh_NP, x_ND, ends_E, tiles, ctx.backend), *[None] * 6
+
+
+class _Join(Function):
+    """The value, as the output of two nodes: both get its gradient."""
+
+    @staticmethod
+    def forward(ctx, value, handle):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class _AddBias(Function):
+    """H plus each row's expert's bias; the bias's gradient is the sum of its rows, as a product with ones."""
+
+    @staticmethod
+    def forward(ctx, h_NP, bias_EP, route, tiles, backend):
+        ctx.save_for_backward(route.ends, tiles)
+        ctx.backend = backend
+        row_N = torch.arange(h_NP.shape[0], device=h_NP.device)
+        # Rows past the last end hold nothing.
+        expert_N = torch.searchsorted(route.ends, row_N, right=True).clamp(max=bias_EP.shape[0] - 1)
+        return h_NP + bias_EP[expert_N]
+
+    @staticmethod
+    def backward(ctx, dh_NP):
+        ends_E, tiles = ctx.saved_tensors
+        # Grouped GEMMs want rows of a multiple of 16 bytes.
+        ones_NC = dh_NP.new_ones(dh_NP.shape[0], 16)
+        return dh_NP, weight_gradient(dh_NP, ones_NC, ends_E, tiles, ctx.backend)[..., 0], None, None, None
+
+
+class _DownWeight(Function):
+    """The handles of w_down: told dO and A', its gradient is ``dO^T A'``."""
+
+    @staticmethod
+    def forward(ctx, w_down_EDF, route, tiles, num_rows, backend):
+        ctx.save_for_backward(route.ends, tiles)
+        ctx.backend = backend
+        _, width, hidden = w_down_EDF.shape
+        return _handle(w_down_EDF, num_rows, width), _handle(w_down_EDF, num_rows, hidden)
+
+    @staticmethod
+    def backward(ctx, do_ND, weighted_NF):
+        ends_E, tiles = ctx.saved_tensors
+        return weight_gradient(do_ND, weighted_NF, ends_E, tiles, ctx.backend), None, None, None, None
+
+
+class _Down(Function):
+    """y = sum over choices of gate * (act(H) w_down^T); backward gives dH, dgate, and what w_down's node needs."""
+
+    @staticmethod
+    def forward(ctx, h_NP, gate_TK, do_ND, weighted_NF, w_down_EDF, route, tiles, activation, backend):
+        a_NF = activate_rows(h_NP, route.ends, activation)
+        y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
+        ctx.save_for_backward(h_NP, gate_TK, w_down_EDF, *route, tiles)
+        ctx.activation, ctx.backend = activation, backend
+        return unpermute(y_ND, route.position, gate_TK)
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        h_NP, gate_TK, w_down_EDF, position_TK, copy_N, ends_E, tiles = ctx.saved_tensors
+        route = Route(position_TK, copy_N, ends_E)
+        do_ND = permute(dy_TD, route.position, h_NP.shape[0])
+        if not (_wanted(ctx, 0) or _wanted(ctx, 1)):
+            weighted_NF = weighted_activation(h_NP, gate_TK, copy_N, ends_E, ctx.activation)
+            return None, None, do_ND, weighted_NF, None, None, None, None, None
+        da_NF = rows_times_weight(do_ND, w_down_EDF, ends_E, tiles, False, ctx.backend)
+        dh_NP, weighted_NF, dgate_TK = activation_backward(
+            h_NP, da_NF, gate_TK, position_TK, copy_N, ends_E, ctx.activation
+        )
+        return dh_NP, dgate_TK.to(gate_TK.dtype), do_ND, weighted_NF, None, None, None, None, None

@@ -1,22 +1,20 @@
 """Grouped GEMMs: rows sorted by expert times each expert's weight, and the weights' gradients, by backend.
 
-A backend is a module with three functions: ``tiles`` (what it precomputes from the rows' ends), ``rows_times_weight``
-and ``weight_gradient``. P and Q are a weight's two sides, ``w_EPQ``.
+Those of ``torch`` and of the package ``grouped_gemm`` stand here, those of ``triton`` in :mod:`.grouped_triton`. P and
+Q are a weight's two sides, ``w_EPQ``.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dtensor.kernels.library import define, launches_triton
-
-_MODULES = {"torch": "grouped_torch", "triton": "grouped_triton", "grouped_gemm": "grouped_package"}
-
+from moe_dtensor.kernels.library import define, launches_triton, triton_kernels
 
 _DTYPES = {
     "torch": (torch.bfloat16, torch.float16, torch.float32),
@@ -43,20 +41,91 @@ def check(backend: str, x_TD: Tensor, hidden: int) -> None:
         )
 
 
-@cache
-def backend_module(backend: str) -> ModuleType:
-    """The module of a grouped-GEMM backend; what it needs is imported here, on first use."""
-    return importlib.import_module(f"{__package__}.{_MODULES[backend]}")
+class ByTorch:
+    """``torch.nn.functional.grouped_mm``."""
+
+    @staticmethod
+    def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
+        """Nothing to precompute."""
+        return ends_E.new_empty(0)
+
+    fake_tiles = make_tiles
+
+    @staticmethod
+    def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor, transposed: bool) -> Tensor:
+        """See :data:`rows_times_weight`."""
+        return F.grouped_mm(a_N, w_EPQ.transpose(1, 2) if transposed else w_EPQ, offs=ends_E)
+
+    @staticmethod
+    def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor) -> Tensor:
+        """See :data:`weight_gradient`."""
+        return F.grouped_mm(l_NP.T, r_NQ, offs=ends_E)
+
+
+class ByPackage:
+    """The PyPI package ``grouped_gemm`` (CUDA, bf16; counts per expert on the host: one sync a layer)."""
+
+    @staticmethod
+    def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
+        """Rows of each expert, int64, on the host (a sync)."""
+        ends = ends_E.cpu().long()
+        return torch.diff(ends, prepend=ends.new_zeros(1))
+
+    @staticmethod
+    def fake_tiles(ends_E: Tensor, rows: int) -> Tensor:
+        """For tracing."""
+        return torch.empty(ends_E.shape, dtype=torch.int64, device="cpu")
+
+    @staticmethod
+    def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor, transposed: bool) -> Tensor:
+        """See :data:`rows_times_weight`."""
+        out_N = a_N.new_empty(a_N.shape[0], w_EPQ.shape[1 if transposed else 2])
+        # The package wants as many rows as the counts add up to; ours may be more.
+        held = int(tiles.sum())
+        _package().gmm(a_N[:held], w_EPQ, tiles, trans_a=False, trans_b=transposed, c=out_N[:held])
+        return out_N
+
+    @staticmethod
+    def weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor) -> Tensor:
+        """See :data:`weight_gradient`."""
+        held = int(tiles.sum())
+        out_EPQ = _package().gmm(l_NP[:held], r_NQ[:held], tiles, trans_a=True, trans_b=False)
+        # One product for each expert: nothing promises that one over no rows writes zeros.
+        for expert in (tiles == 0).nonzero().flatten().tolist():
+            out_EPQ[expert].zero_()
+        return out_EPQ
+
+
+def _package() -> ModuleType:
+    try:
+        return importlib.import_module("grouped_gemm.backend")
+    except ImportError as error:
+        raise ValueError(
+            "moe.backend = grouped_gemm needs the package grouped_gemm, which is not installed. On a machine with the "
+            "CUDA toolkit run `pip install --no-build-isolation 'moe_dtensor[grouped_gemm]'` (nv-grouped-gemm serves "
+            "too, and builds on CUDA 13), or set moe.backend = torch."
+        ) from error
+
+
+_PLAIN = {"torch": ByTorch, "grouped_gemm": ByPackage}
+
+
+def _by(backend: str) -> Any:
+    """What computes for a backend: ``make_tiles`` (what it precomputes from the rows' ends), ``fake_tiles``,
+    ``rows_times_weight`` and ``weight_gradient``."""
+    if backend == "triton":
+        return triton_kernels("experts.grouped")
+    return _PLAIN[backend]
 
 
 def _make_tiles(ends_E: Tensor, rows: int, backend: str) -> Tensor:
-    return backend_module(backend).make_tiles(ends_E, rows)
+    return _by(backend).make_tiles(ends_E, rows)
 
 
 make_tiles = define(
     "make_tiles(Tensor ends, SymInt rows, str backend) -> Tensor",
     _make_tiles,
-    lambda ends_E, rows, backend: backend_module(backend).fake_tiles(ends_E, rows),
+    lambda ends_E, rows, backend: _by(backend).fake_tiles(ends_E, rows),
 )
 """What a backend's GEMMs share: the tile table of ``triton``, the host's counts of ``grouped_gemm``, else nothing."""
 
@@ -66,7 +135,7 @@ def _rows_times_weight(
 ) -> Tensor:
     if a_N.shape[0] == 0:
         return _fake_rows_times_weight(a_N, w_EPQ, ends_E, tiles, transposed, backend)
-    return backend_module(backend).rows_times_weight(a_N.contiguous(), w_EPQ.contiguous(), ends_E, tiles, transposed)
+    return _by(backend).rows_times_weight(a_N.contiguous(), w_EPQ.contiguous(), ends_E, tiles, transposed)
 
 
 def _fake_rows_times_weight(
@@ -86,7 +155,7 @@ rows_times_weight = define(
 def _weight_gradient(l_NP: Tensor, r_NQ: Tensor, ends_E: Tensor, tiles: Tensor, backend: str) -> Tensor:
     if l_NP.shape[0] == 0:
         return l_NP.new_zeros(ends_E.numel(), l_NP.shape[1], r_NQ.shape[1])
-    return backend_module(backend).weight_gradient(l_NP.contiguous(), r_NQ.contiguous(), ends_E, tiles)
+    return _by(backend).weight_gradient(l_NP.contiguous(), r_NQ.contiguous(), ends_E, tiles)
 
 
 weight_gradient = define(

@@ -1,4 +1,4 @@
-"""The expert MLP, one signature over several backends."""
+"""The expert MLP, one signature over several backends, and the reference among them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_dtensor.kernels.experts import autograd, reference
-from moe_dtensor.kernels.experts.activation import num_up_projections
+from moe_dtensor.kernels.experts import autograd
+from moe_dtensor.kernels.experts.activation import activate, num_up_projections
 from moe_dtensor.kernels.experts.exchange import PEERS
 
 _LOGGER = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def expert_mlp(
     chosen = choose_backend(backend, x_TD, w_up_EGFD)
     _log_once(backend, chosen, x_TD)
     run = (
-        reference.expert_mlp
+        reference_mlp
         if chosen == "reference"
         else partial(autograd.expert_mlp, backend=chosen, group=group, keep_rows=keep_rows)
     )
@@ -159,3 +159,43 @@ def check_shapes(
         )
     if expert_TK.dtype != torch.int64:
         raise ValueError(f"expert ids must be int64, not {expert_TK.dtype}.")
+
+
+def reference_mlp(
+    x_TD: Tensor,
+    w_up_EGFD: Tensor,
+    w_down_EDF: Tensor,
+    gate_TK: Tensor,
+    expert_TK: Tensor,
+    *,
+    activation: str,
+    first_expert: int = 0,
+    rows: str | int = "exact",
+    num_experts: int | None = None,
+    split_backward: bool = False,
+    up_bias_EGF: Tensor | None = None,
+) -> Tensor:
+    """:func:`expert_mlp` as a plain loop over experts, which every other backend is tested against.
+
+    Any device and dtype; ``rows``, ``num_experts`` and ``split_backward`` change nothing.
+    """
+    tokens, choices = expert_TK.shape
+    width, experts = x_TD.shape[1], w_up_EGFD.shape[0]
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    local_TK = expert_TK - first_expert
+    held_TK = (local_TK >= 0) & (local_TK < experts)
+    # unbind, not indexing: its backward stacks the gradients, where E selects would make E full-size zero tensors.
+    weights = zip(w_up_EGFD.unbind(), w_down_EDF.unbind(), strict=True)
+    biases = [None] * experts if up_bias_EGF is None else up_bias_EGF.unbind()
+    where, copies = [], []
+    # Experts without tokens go through as well, so that their weights get zeros for a gradient and not None.
+    for expert, ((w_up_GFD, w_down_DF), up_bias_GF) in enumerate(zip(weights, biases, strict=True)):
+        where.append((local_TK.flatten() == expert).nonzero().flatten())
+        h_nGF = (x_TD[where[-1] // choices] @ w_up_GFD.flatten(0, 1).T).unflatten(1, w_up_GFD.shape[:2])
+        h_nGF = h_nGF if up_bias_GF is None else h_nGF + up_bias_GF
+        copies.append(activate(h_nGF, activation) @ w_down_DF.T)
+    assert experts == len(copies)
+    y_ND = x_TD.new_zeros(tokens * choices, width).index_copy(0, torch.cat(where), torch.cat(copies))
+    gate_TK = gate_TK.to(wide).where(held_TK, 0)
+    y_TKD = y_ND.view(tokens, choices, width).to(wide) * gate_TK.unsqueeze(-1)
+    return y_TKD.sum(1).to(x_TD.dtype)

@@ -14,7 +14,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
-from moe_dtensor.train.weights import load_initial
+from moe_dtensor.train.checkpoints import load_initial
 from tests.checkpoint.hugging_face import tiny_models
 
 MESHES = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels.heads import norm_and_rotate, takes
-from moe_dtensor.kernels.heads_parts import norm_parts_and_rotate
+from moe_dtensor.kernels.heads import norm_and_rotate, norm_parts_and_rotate, takes
 from moe_dtensor.layers.positions import rotate
 
 

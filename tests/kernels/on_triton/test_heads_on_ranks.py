@@ -27,7 +27,7 @@ from moe_dtensor.layers.block import Block
 from moe_dtensor.layers.positions import build_positions
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.transformer import Transformer
-from moe_dtensor.parallel.blocks import apply_compile, apply_recompute
+from moe_dtensor.parallel.apply import apply_compile, apply_recompute
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 from moe_dtensor.testing.ranks import run_on_ranks
 

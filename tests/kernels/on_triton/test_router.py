@@ -7,8 +7,8 @@ import torch
 
 from moe_dtensor.kernels.experts import sort_triton
 from moe_dtensor.kernels.experts.sort import sort_by_expert
-from moe_dtensor.kernels.router.gates import top_k_gates
-from moe_dtensor.kernels.router.gates_triton import split_halves
+from moe_dtensor.kernels.router import top_k_gates
+from moe_dtensor.kernels.router_triton import split_halves
 from tests.kernels.router_cases import CASES, check_gates, check_tiny_scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels.router.sinkhorn import sinkhorn
+from moe_dtensor.kernels.sinkhorn import sinkhorn
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 3), (2, 64, 8), (5, 3, 130), (300, 16), (2, 40, 512)])

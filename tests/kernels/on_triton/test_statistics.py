@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_dtensor.kernels.router.gates import router_statistics
+from moe_dtensor.kernels.router import router_statistics
 from tests.kernels.statistics_cases import CASES, check_statistics
 
 

@@ -1,4 +1,4 @@
-"""AdamW in one kernel, against torch's own with pieces widened around it."""
+"""Narrow gradients added up, and AdamW in one kernel, against torch (its AdamW with pieces widened around it)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,35 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_dtensor.kernels import update
+from moe_dtensor.kernels.update import add_narrow, widened
 from moe_dtensor.train import optimizer as module
 from moe_dtensor.train.optimizer import REMAINDER, WideningAdamW
 from moe_dtensor.train.rounding import Chance, round_by_chance, split
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (5, 4099), (2, 3, 4096)])
+def test_sums_are_those_of_float32(shape, dtype, device, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(update, "WORTH", 1)
+    torch.manual_seed(0)
+    grads = [torch.randn(shape, device=device).to(dtype) for _ in range(3)]
+    total = widened(grads[0], torch.float32)
+    assert torch.equal(total, grads[0].float())
+    for grad in grads[1:]:
+        add_narrow(total, grad)
+    assert torch.equal(total, grads[0].float() + grads[1].float() + grads[2].float())
+
+
+def test_what_has_no_kernel(device):
+    grad = torch.randn(6, 4, device=device).bfloat16().t()
+    total = widened(grad, torch.float32)
+    add_narrow(total, grad)
+    assert torch.equal(total, 2 * grad.float())
+    wide = torch.ones(3, device=device, dtype=torch.float64)
+    add_narrow(wide, wide.clone())
+    assert torch.equal(wide, torch.full_like(wide, 2))
+
 
 KINDS = {
     "all in bfloat16": (torch.bfloat16, torch.bfloat16, "nearest"),

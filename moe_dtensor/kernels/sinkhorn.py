@@ -39,7 +39,7 @@ def sinkhorn(logits_GTE: Tensor, iterations: int) -> Tensor:
 
 
 def _sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
-    return triton_kernels("router.sinkhorn").sinkhorn(logits_GTE.contiguous(), iterations, log_share)
+    return triton_kernels("sinkhorn").sinkhorn(logits_GTE.contiguous(), iterations, log_share)
 
 
 _sinkhorn_op = define(

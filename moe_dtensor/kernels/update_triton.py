@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`.adamw`, bound by memory bandwidth."""
+"""Triton kernels of :mod:`.update`, bound by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dtensor.kernels.adamw import Elements, Numbers
 from moe_dtensor.kernels.library import ceil_div
+from moe_dtensor.kernels.update import Elements, Numbers
 
-_BLOCK = 1024
+_SUM_BLOCK = 4096
+_ADAMW_BLOCK = 1024
 _ALL = Elements((0, 0, 0), 0, 1, 1)
 
 
-def update(
+def accumulate(total: Tensor, grad: Tensor, first: bool) -> None:
+    """``total = grad`` if it is the first, else ``total += grad``; both contiguous."""
+    elements = grad.numel()
+    _accumulate[(ceil_div(elements, _SUM_BLOCK),)](total, grad, elements, FIRST=first, BLOCK=_SUM_BLOCK)
+
+
+@triton.jit
+def _accumulate(total_ptr, grad_ptr, elements, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    grad = tl.load(grad_ptr + place, mask=inside).to(total_ptr.dtype.element_ty)
+    if not FIRST:
+        grad += tl.load(total_ptr + place, mask=inside)
+    tl.store(total_ptr + place, grad, mask=inside)
+
+
+def adamw(
     tensors: tuple[Tensor, ...],
     step: Tensor,
     corrections: Tensor,
@@ -21,13 +38,13 @@ def update(
     numbers: Numbers,
     chance: Elements | None,
 ) -> None:
-    """See :func:`moe_dtensor.kernels.adamw.update`."""
+    """See :func:`moe_dtensor.kernels.update.adamw`."""
     elements = tensors[0].numel()
     if not elements:
         return
     place = chance or _ALL
     rounding = "remainder" if len(tensors) == 5 else "nearest" if chance is None else "stochastic"
-    _update[(ceil_div(elements, _BLOCK),)](
+    _update[(ceil_div(elements, _ADAMW_BLOCK),)](
         *(tensors if len(tensors) == 5 else (*tensors, tensors[0])),
         step,
         corrections,
@@ -44,7 +61,7 @@ def update(
         *place.keys,
         ROUNDING=rounding,
         IN_RUNS=place.run < elements,
-        BLOCK=_BLOCK,
+        BLOCK=_ADAMW_BLOCK,
     )
 
 

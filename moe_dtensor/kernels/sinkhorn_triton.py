@@ -20,7 +20,7 @@ _PROGRAMS = 132
 
 
 def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
-    """See :func:`moe_dtensor.kernels.router.sinkhorn.sinkhorn`; float32, at least one iteration and one token."""
+    """See :func:`moe_dtensor.kernels.sinkhorn.sinkhorn`; float32, at least one iteration and one token."""
     groups, tokens, experts = logits_GTE.shape
     columns = max(16, next_power_of_2(experts))
     rows = max(1, _ELEMENTS // columns)

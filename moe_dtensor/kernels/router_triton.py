@@ -17,7 +17,7 @@ _ELEMENTS = 2048
 def top_k_gates(
     logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`moe_dtensor.kernels.router.gates.top_k_gates`."""
+    """See :func:`moe_dtensor.kernels.router.top_k_gates`."""
     gate_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
     expert_TK = torch.empty_like(gate_TK, dtype=torch.int64)
     tokens, experts = logits_TE.shape
@@ -180,7 +180,7 @@ _ELEMENTS = 2048
 
 
 def router_statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
-    """See :func:`moe_dtensor.kernels.router.gates.router_statistics`; at least one token, not float64."""
+    """See :func:`moe_dtensor.kernels.router.router_statistics`; at least one token, not float64."""
     (tokens, experts), choices = logits_TE.shape, gate_TK.shape[1]
     columns = max(16, next_power_of_2(experts))
     rows = max(1, min(64, _ELEMENTS // columns))

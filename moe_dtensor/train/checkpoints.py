@@ -1,21 +1,30 @@
-"""Weights that a run starts from (``checkpoint.initial``) and leaves as a Hugging Face folder (``export_hf``)."""
+"""What a run's checkpoints begin from, carry and leave: weights to start from (``checkpoint.initial``), a file that
+says where a checkpoint comes from, and a Hugging Face folder after the last (``checkpoint.export_hf``).
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_dtensor.checkpoint.folder import on_rank_0, step_folder
 from moe_dtensor.checkpoint.hugging_face.export import Export, appear
 from moe_dtensor.checkpoint.hugging_face.source import HuggingFaceSource, same_function_problems
 from moe_dtensor.checkpoint.native import CONFIG_FILE, NativeFolder, find_native
+from moe_dtensor.checkpoint.proof import PROOF_FILE, proof_text, read_stamp
 from moe_dtensor.checkpoint.weights import load_weights
 from moe_dtensor.config.errors import ConfigError
+from moe_dtensor.config.load import dump
 from moe_dtensor.config.schema import Config
 from moe_dtensor.train.build import Trainer
-from moe_dtensor.train.run_folder import EXPORT_FOLDER, RUN_FILE
+from moe_dtensor.train.metrics import Value
+from moe_dtensor.train.run_folder import EXPORT_FOLDER, RUN_FILE, RunFolder
 
 
 def open_initial(config: Config) -> HuggingFaceSource | NativeFolder:
@@ -53,6 +62,41 @@ def check_weights(config: Config) -> None:
             open_initial(config)
 
     on_rank_0(check)
+
+
+def carried_files(
+    folder: RunFolder,
+    config: Config,
+    device: torch.device,
+    step: int,
+    routing: Mapping[str, Value],
+    warn: Callable[[str], None],
+) -> dict[str, str]:
+    """Name and text of the file that a checkpoint carries. Rank 0's work; reads ``routing`` from the device.
+
+    Args:
+        config: of the step, resolved on this run's mesh.
+        routing: diagnostics of the step's MoE blocks by name, ``(L,)`` each.
+        warn: takes what is wrong with the run's stamp: the checkpoint then carries none.
+    """
+    try:
+        stamp = read_stamp(folder.path)
+    except (OSError, ValueError) as error:
+        warn(f"warning: the checkpoint of step {step} carries no proof: {error}.")
+        stamp = None
+    mesh = config.mesh
+    saved = {
+        "run_id": folder.run_id,
+        "step": step,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "mesh": f"{mesh.dp}x{mesh.pp}x{mesh.tp}",
+        "schedule": config.pipeline.schedule if mesh.pp > 1 else "none",
+        "config": dump(folder.config),
+        "data": folder.run["data"],
+        "routing": {name: value.tolist() if isinstance(value, Tensor) else value for name, value in routing.items()},
+    }
+    return {PROOF_FILE: proof_text(stamp, saved)}
 
 
 def plan_export(config: Config, checkpoints: Path) -> Export | None:

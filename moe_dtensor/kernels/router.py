@@ -72,7 +72,7 @@ _logits_op = define(
 
 def _logits_backward(dlogits_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> tuple[Tensor, Tensor]:
     # A float32 number as the sum of two bf16 ones, side by side: one product each for dx and dw.
-    halves_TC, twice_CD = triton_kernels("router.gates").split_halves(dlogits_TE.contiguous(), w_ED.contiguous())
+    halves_TC, twice_CD = triton_kernels("router").split_halves(dlogits_TE.contiguous(), w_ED.contiguous())
     dx_TD = torch.mm(halves_TC, twice_CD)
     high_ED, low_ED = torch.mm(halves_TC.T, x_TD, out_dtype=torch.float32).chunk(2)
     return dx_TD, torch.add(high_ED, low_ED, out=torch.empty_like(w_ED))
@@ -104,7 +104,7 @@ def _top_k(
     logits_TE: Tensor, ranking_TE: Tensor | None, top_k: int, score: str, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     if _by_triton(logits_TE):
-        return triton_kernels("router.gates").top_k_gates(logits_TE, ranking_TE, top_k, score, normalize)
+        return triton_kernels("router").top_k_gates(logits_TE, ranking_TE, top_k, score, normalize)
     ranking_TE = (logits_TE if ranking_TE is None else ranking_TE).nan_to_num(nan=-torch.inf)
     expert_TK = ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
     if normalize:
@@ -133,9 +133,7 @@ _top_k_op = define(
 
 def _gates_backward(dgate_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, score: str, normalize: bool) -> Tensor:
     if _by_triton(logits_TE):
-        return triton_kernels("router.gates").gates_backward(
-            dgate_TK.contiguous(), logits_TE, expert_TK, score, normalize
-        )
+        return triton_kernels("router").gates_backward(dgate_TK.contiguous(), logits_TE, expert_TK, score, normalize)
     if normalize:
         chosen_TK = logits_TE.gather(1, expert_TK)
         gate_TK = _normalized(chosen_TK, score)
@@ -199,7 +197,7 @@ def router_statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
 def _statistics(logits_TE: Tensor, gate_TK: Tensor) -> Tensor:
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
     if launches_triton(logits_TE) and wide == torch.float32 and logits_TE.numel() > 0:
-        return triton_kernels("router.gates").router_statistics(logits_TE.contiguous(), gate_TK.contiguous())
+        return triton_kernels("router").router_statistics(logits_TE.contiguous(), gate_TK.contiguous())
     logits_TE, gate_TK = logits_TE.to(wide), gate_TK.to(wide)
     logsumexp_T = logits_TE.logsumexp(1)
     probability_TE = logits_TE.softmax(1)

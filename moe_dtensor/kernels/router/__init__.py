@@ -1,1 +1,0 @@
-"""Router arithmetic: gates, Sinkhorn, statistics."""
