@@ -113,6 +113,11 @@ def _scaling(config: Config) -> Broken:
             f"rope.scaling = {rope.scaling} needs rope.original_length.",
             "Set it to the longest context before scaling.",
         )
+    if rope.scaling == "longrope" and rope.original_length == 1 and rope.factor > 1 and not rope.attention_factor:
+        yield (
+            "rope.original_length = 1 with rope.scaling = longrope, which divides by its logarithm.",
+            "Set it to the longest context before scaling, or set rope.attention_factor.",
+        )
     if rope.scaling == "none" and rope.factor != 1:
         yield f"rope.factor = {rope.factor} with rope.scaling = none.", "Set rope.scaling, or rope.factor = 1."
     if rope.scaling == "none" and rope.attention_factor:

@@ -147,7 +147,8 @@ def prove(cases: Sequence[Case], *, timeout: float = 600.0, answers: Answers | N
         answers: where the oracle's are kept, for several calls about the same configs.
 
     Yields:
-        A verdict for each case in order. A rank that raises or hangs is a failure with its traceback, not an exception.
+        A verdict for each case in order. A rank that raises or hangs is a failure with its traceback, not an exception;
+        an oracle that raises is one too.
     """
     answers = {} if answers is None else answers
     for _, same_mesh in itertools.groupby(cases, key=lambda case: case.layout.mesh):
@@ -157,14 +158,14 @@ def prove(cases: Sequence[Case], *, timeout: float = 600.0, answers: Answers | N
 def _prove_on_one_mesh(cases: list[Case], answers: Answers, timeout: float) -> Iterator[Verdict]:
     world_size = cases[0].layout.world_size
     device = "cuda" if torch.cuda.device_count() >= world_size else "cpu"
-    tasks = [_task(case, answers) for case in cases]
     try:
+        tasks = [_task(case, answers) for case in cases]
         backend = "nccl" if device == "cuda" else "gloo"
         ranks = run_on_ranks(_run_tasks, world_size, tasks, device, timeout=timeout, backend=backend)
-    except (RuntimeError, TimeoutError) as error:
+    except Exception as error:
         if len(cases) == 1:
             lost = missing("no answer", "gradient", 0.0)
-            yield Verdict(cases[0].layout.mesh, cases[0].layout.schedule, (lost,), failure=str(error))
+            yield Verdict(cases[0].layout.mesh, cases[0].layout.schedule, (lost,), failure=_told(error))
         else:
             # One case took the others with it: give each ranks of its own.
             for case in cases:
@@ -177,6 +178,12 @@ def _prove_on_one_mesh(cases: list[Case], answers: Answers, timeout: float) -> I
         seconds = max(rank[i][1] for rank in ranks)
         verdict = Verdict(case.layout.mesh, case.layout.schedule, deviations + lost_parameters, seconds)
         yield replace(verdict, experts_ran_as=ranks[0][i][2])
+
+
+def _told(error: Exception) -> str:
+    """What a rank raised, with its traceback, or hung in; or what the oracle raised."""
+    from_rank = isinstance(error, RuntimeError | TimeoutError)
+    return str(error) if from_rank else f"the oracle: {type(error).__name__}: {error}"
 
 
 def _task(case: Case, answers: Answers) -> Task:

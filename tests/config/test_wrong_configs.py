@@ -85,6 +85,11 @@ WRONG = [
     ("--model.window 8 --model.window_layers window,some", "is not among its choices", "window"),
     ("--rope.factor 2", "rope.factor = 2.0 with rope.scaling = none", "rope.scaling"),
     ("--rope.scaling yarn --rope.factor 2", "needs rope.original_length", "longest context"),
+    (
+        "--rope.scaling longrope --rope.original_length 1 --rope.factor 2 --rope.short_factors 1 --rope.long_factors 1",
+        "rope.original_length = 1 with rope.scaling = longrope",
+        "rope.attention_factor",
+    ),
     ("--rope.scaling longrope --rope.original_length 8", "rope.short_factors has 0 factors", "12 numbers"),
     ("--model.num_kv_heads 3", "model.num_heads = 8 is not a multiple of model.num_kv_heads = 3", "divisor of 8"),
     ("--moe.top_k 9", "moe.top_k = 9 is above moe.num_experts = 8", "at most 8"),

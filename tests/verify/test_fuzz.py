@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_dtensor.__main__ import main
 from moe_dtensor.config.load import load, override
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify import run
 from moe_dtensor.verify.fuzz import Drawn, command, drawn_keys, draws, shrink_failure, smallest
 from moe_dtensor.verify.inputs import global_batch
 from moe_dtensor.verify.miniature import Case, Layout, legal, whole_case
+from moe_dtensor.verify.run import prove
 
 DEBUG = str(Path(__file__).parents[2] / "train_configs" / "debug.toml")
 
@@ -119,3 +122,20 @@ def test_no_sequence_is_one_token_over_and_over() -> None:
     batches = [batch for step in range(1, 9) for batch in global_batch(config, step)]
     assert len(batches) == 32
     assert all(len(set(row)) > 1 for batch in batches for row in batch.tokens.tolist())
+
+
+def test_an_oracle_that_raises_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case whose scaling divides by zero had ended a fuzz of two thousand."""
+    layout = Layout(1, 1, 1)
+    good, bad = (whole_case(layout, override(smallest(layout), {"training.seed": seed})) for seed in (1, 2))
+    right = run.steps
+
+    def steps(config: Config, *inputs: Any) -> Any:
+        if config.training.seed == 2:
+            raise ZeroDivisionError("float division by zero")
+        return right(config, *inputs)
+
+    monkeypatch.setattr(run, "steps", steps)
+    first, second, third = prove([good, bad, good])
+    assert first.ok and third.ok
+    assert not second.ok and second.failure == "the oracle: ZeroDivisionError: float division by zero"
