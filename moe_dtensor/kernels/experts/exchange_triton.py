@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_dtensor.kernels.experts.permute_triton import sum_rows, write_rows
 from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 
@@ -61,9 +62,7 @@ def _gather_permute(
     x_ptr = tl.load(addresses_ptr + owner).to(tl.pointer_type(out_ptr.dtype.element_ty))
     x = tl.load(x_ptr + own_token * width + column, mask=inside)
     tl.store(all_ptr + token * width + column, x, mask=inside)
-    for k in tl.static_range(K):
-        row = tl.load(position_ptr + token * K + k).to(tl.int64)
-        tl.store(out_ptr + row * width + column, x, mask=inside & (row >= 0))
+    write_rows(out_ptr, x, position_ptr, token, column, inside, width, K)
 
 
 @triton.jit
@@ -85,13 +84,7 @@ def _unpermute_scatter(
     token = owner * tokens + own_token
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(position_ptr + token * K + k).to(tl.int64)
-        y = tl.load(y_ptr + row * width + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
-        if HAS_GATE:
-            y *= tl.load(gate_ptr + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
-        total += y
+    total = sum_rows(y_ptr, position_ptr, gate_ptr, token, column, inside, width, K, BLOCK, HAS_GATE)
     out_ptr = tl.load(addresses_ptr + owner).to(tl.pointer_type(y_ptr.dtype.element_ty))
     place = (own_token + rank * tokens) * width + column
     tl.store(out_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)

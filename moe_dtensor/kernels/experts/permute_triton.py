@@ -90,14 +90,44 @@ def _activation_constants(hidden: int, activation: str) -> dict[str, Any]:
 
 
 @triton.jit
+def write_rows(out_ptr, x, position_ptr, token, column, inside, width, K: tl.constexpr):
+    """Write a token's columns to each of its rows."""
+    for k in tl.static_range(K):
+        row = tl.load(position_ptr + token * K + k).to(tl.int64)
+        tl.store(out_ptr + row * width + column, x, mask=inside & (row >= 0))
+
+
+@triton.jit
+def sum_rows(
+    y_ptr,
+    position_ptr,
+    gate_ptr,
+    token,
+    column,
+    inside,
+    width,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    """The sum of a token's rows, each times its gate if there is one, in the order of its choices."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(position_ptr + token * K + k).to(tl.int64)
+        y = tl.load(y_ptr + row * width + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+        if HAS_GATE:
+            y *= tl.load(gate_ptr + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
+        total += y
+    return total
+
+
+@triton.jit
 def _permute(x_ptr, position_ptr, out_ptr, width, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(x_ptr + token * width + column, mask=inside)
-    for k in tl.static_range(K):
-        row = tl.load(position_ptr + token * K + k).to(tl.int64)
-        tl.store(out_ptr + row * width + column, x, mask=inside & (row >= 0))
+    write_rows(out_ptr, x, position_ptr, token, column, inside, width, K)
 
 
 @triton.jit
@@ -107,13 +137,7 @@ def _unpermute(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(position_ptr + token * K + k).to(tl.int64)
-        y = tl.load(y_ptr + row * width + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
-        if HAS_GATE:
-            y *= tl.load(gate_ptr + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
-        total += y
+    total = sum_rows(y_ptr, position_ptr, gate_ptr, token, column, inside, width, K, BLOCK, HAS_GATE)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
