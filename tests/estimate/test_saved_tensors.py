@@ -1,0 +1,63 @@
+"""What a block keeps for its backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moe_dtensor.estimate import saved_tensors
+from moe_dtensor.estimate.saved_tensors import block_bytes
+from tests.verbs.test_plan import preset
+
+
+def test_recomputation_keeps_less_and_needs_more_in_the_backward() -> None:
+    modes = ("none", "selective", "full")
+    none, selective, full = (
+        block_bytes(preset("olmoe_small", "1x1x1", activation_checkpoint__mode=m), is_moe=True) for m in modes
+    )
+    assert none.kept > selective.kept > full.kept == 16 * 2048 * 1024 * 2
+    assert none.backward < selective.backward < full.backward
+
+
+def test_experts_keep_their_input_and_hidden_rows() -> None:
+    """The formula of docs/log.md: 2 TD for x and 4 TKF for H in bf16."""
+    config = preset("olmoe_small", "1x1x1")
+    wider = preset("olmoe_small", "1x1x1", moe__hidden_dim=1024)
+    tokens = 16 * 2048
+    assert block_bytes(wider, True).kept - block_bytes(config, True).kept == 4 * tokens * 8 * 512
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "numbers"),
+    [
+        ({}, 2 * 2, 0),  # without a kernel: q and k before their norm, and between it and the weight; deviations
+        ({"mesh__sequence_parallel": False}, 2, 0),
+        ({"model__qk_norm": "head"}, 2, 16),
+    ],
+)
+def test_norm_and_rotation_keep_less_by_kernels(
+    keys: dict[str, Any], values: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """olmoe_small on tp = 2: with kernels q and k before their norm, 512 wide each; of one over the whole width sums of
+    squares take the place of deviations."""
+    config = preset("olmoe_small", "1x1x2", **keys)
+    kernels = block_bytes(config, is_moe=True).kept
+    monkeypatch.setattr(saved_tensors, "has_kernel", lambda *_: False)
+    plain = block_bytes(config, is_moe=True).kept
+    assert plain - kernels == 16 * 2048 * (2 * 512 * (values - 2) + 4 * numbers)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model__clip_qkv": 8.0},
+        {"model__qk_norm": "head_after_rope"},
+        {"model__rope_layers": ("none",)},
+        {"model__rotary_dim": 32},
+        {"training__param_dtype": "float64"},
+    ],
+)
+def test_heads_that_have_no_kernel(keys: dict[str, Any]) -> None:
+    assert saved_tensors.has_kernel(preset("olmoe_small", "1x1x2"), 0)
+    assert not saved_tensors.has_kernel(preset("olmoe_small", "1x1x2", **keys), 0)
