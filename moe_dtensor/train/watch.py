@@ -134,13 +134,23 @@ class Watch:
             return
         healthy = [rank for rank in signs if rank not in hung]
         self._dump()
+        self._store.add("hang/kept", 1)
         if healthy and self._ranks.rank == healthy[0]:
             self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
             print(words(tale(signs, hung, healthy[0], self._folder)), file=sys.stderr, flush=True)
+            # Who loses this rank first keeps no stacks.
+            self._wait(lambda: self._store.add("hang/kept", 0) >= len(healthy))
             self._end(FAILED)
         else:
-            time.sleep(1.0)  # leave the one that tells the time to
+            self._wait(lambda: self._store.check(["told/lost"]))
+            time.sleep(1.0)  # leave the one that tells the time to end
             self._end(PEER_LOST)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Until it is so, or every rank that looks has had time to."""
+        end = time.monotonic() + 2 * self._period
+        while not done() and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _dump(self) -> None:
         """This rank's stacks, and the flight recorder's last collectives."""
