@@ -205,6 +205,24 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in items for leaf in (flat(v, f"{k}.") if isinstance(v, dict) else [(k, v)])]
 
 
+def graphs(compiled: str) -> Callable[[Session], dict[str, Any]]:
+    """Ten steps, launched kernel by kernel and as CUDA graphs: the same to the last bit."""
+
+    def part(session: Session) -> dict[str, Any]:
+        rows = (*TEN_STEPS, "--moe.rows", "worst", "--compile.enable", compiled, "--checkpoint.interval", "10")
+        names = [f"graph_{on}_compiled_{compiled}" for on in ("false", "true")]
+        launched, graph = (
+            numbers(session.train(name, *rows, "--compile.cuda_graph", on))
+            for name, on in zip(names, ("false", "true"), strict=True)
+        )
+        same = same_weights(*(session.folder / name for name in names))
+        if launched != graph or not same:
+            raise RuntimeError(json.dumps({"launched": launched, "graph": graph, "same_weights": same}))
+        return {"steps": len(launched)}
+
+    return part
+
+
 def offload(session: Session) -> dict[str, Any]:
     """Ten steps with weights in host memory: the losses of those without."""
     options = (*SMALL, "--training.steps", "10", "--training.param_dtype", "float32")
@@ -251,6 +269,8 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         **(between if gpus > 1 else {}),
         "losses": losses,
         "deterministic and resumed": deterministic,
+        "cuda graphs": graphs("false"),
+        "cuda graphs compiled": graphs("true"),
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),

@@ -24,6 +24,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Corpus, Loader, build_corpus
 from moe_dtensor.data.corpus import set_vocabulary
 from moe_dtensor.estimate.shards import flops_per_token, parameters
+from moe_dtensor.parallel.graphed import peak_memory
 from moe_dtensor.train.build import build
 from moe_dtensor.train.metrics import peak_flops
 from moe_dtensor.train.ranks import end_ranks, start_ranks
@@ -235,7 +236,7 @@ def _result(config: Config, times: list[float], first: float, loss: Tensor, devi
     peak = peak_flops(device)
     memory = None
     if device.type == "cuda":
-        most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+        most = torch.tensor(peak_memory(device, config), device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         memory = most.item() / 2**30
     return TrainResult(

@@ -28,6 +28,7 @@ def check_mesh(as_given: Config, config: Config, world_size: int) -> Broken:
     yield from _tensor_parallel(config)
     yield from _placement(config)
     yield from _async_tp(config)
+    yield from _cuda_graph(config)
     yield from _data_parallel(config)
 
 
@@ -219,6 +220,38 @@ def _async_tp(config: Config) -> Broken:
             "compile.async_tp = true needs mesh.sequence_parallel = true: it cuts all-gathers and reduce-scatters.",
             "Set mesh.sequence_parallel = true, or compile.async_tp = false.",
         )
+
+
+def _cuda_graph(config: Config) -> Broken:
+    """What a graph cannot hold: work for the host, weights and gradients that move."""
+    if not config.compile.cuda_graph:
+        return
+    moe, fsdp = config.moe, config.fsdp
+    if config.mesh.pp > 1:
+        yield "compile.cuda_graph = true needs mesh.pp = 1.", "Set one of them."
+    reads = expert_ranks(config) > 1 and (moe.rows == "exact" or config.mesh.dispatch in ("all_to_all", "auto"))
+    if moe.num_experts and reads:
+        yield (
+            f"compile.cuda_graph = true with moe.rows = {moe.rows} and mesh.dispatch = {config.mesh.dispatch}: with "
+            "experts on several ranks the host reads how many rows each has.",
+            "Set moe.rows = worst and mesh.dispatch = all_gather (or one_sided).",
+        )
+    if moe.num_experts and moe.backend == "grouped_gemm":
+        yield (
+            "compile.cuda_graph = true with moe.backend = grouped_gemm, which reads each expert's rows on the host.",
+            "Set moe.backend = auto.",
+        )
+    for name, found, wanted in (
+        ("fsdp.cpu_offload", fsdp.cpu_offload, "false"),
+        ("fsdp.reshard_after_forward", fsdp.reshard_after_forward == "always", "never"),
+        ("fsdp.accumulate", fsdp.accumulate == "sharded", "whole"),
+    ):
+        if found:
+            yield (
+                f"compile.cuda_graph = true with {name} = {'true' if wanted == 'false' else getattr(fsdp, name[5:])}: "
+                "weights and gradients have to stay where they are.",
+                f"Set {name} = {wanted}.",
+            )
 
 
 def _data_parallel(config: Config) -> Broken:

@@ -34,7 +34,8 @@ def resolve(config: Config, world_size: int) -> Config:
     dp = mesh.dp if mesh.dp != -1 else max(1, world_size // max(1, mesh.pp * mesh.tp))
     reshard = config.fsdp.reshard_after_forward
     if reshard == "auto":
-        reshard = "always" if mesh.pp == 1 and (dp > 1 or config.fsdp.cpu_offload) else "never"
+        gives_back = mesh.pp == 1 and (dp > 1 or config.fsdp.cpu_offload) and not config.compile.cuda_graph
+        reshard = "always" if gives_back else "never"
     return replace(
         config,
         model=replace(

@@ -309,11 +309,14 @@ class Compile:
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
     order: bool = True
-    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. On GPUs that exchange
-    activations; with a version of torch that this was not tested with, it is off, and a line of the log says so."""
+    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. For GPUs that exchange
+    activations; off with a version of torch that this was not tested with, as a line of the log then says."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
+    cuda_graph: bool = False
+    """Launch a microbatch's forward and backward pass as one CUDA graph: for small models and small microbatches, whose
+    kernels end before the next is launched. Weights stay gathered for a step. On CPUs nothing is captured."""
 
 
 @dataclass(frozen=True)

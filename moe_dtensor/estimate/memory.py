@@ -94,7 +94,12 @@ def settle_accumulate(config: Config) -> Config:
         return replace(config, fsdp=replace(config.fsdp, accumulate=name))
 
     whole, training = settled("whole"), config.training
-    if config.fsdp.accumulate == "whole" or not accumulates(whole) or shard_ranks(config) == 1:
+    if (
+        config.compile.cuda_graph
+        or config.fsdp.accumulate == "whole"
+        or not accumulates(whole)
+        or shard_ranks(config) == 1
+    ):
         return whole
     if config.fsdp.accumulate == "sharded":
         return config
@@ -134,7 +139,7 @@ def rank_memory(config: Config, pp_rank: int, skewed: bool = False) -> Memory:
         at_loss=at_loss,
         at_block=at_block,
         at_reduce=at_reduce,
-        one_backward=microbatches(config) == 1 and config.mesh.pp == 1,
+        one_backward=microbatches(config) == 1 and config.mesh.pp == 1 and not config.compile.cuda_graph,
     )
 
 

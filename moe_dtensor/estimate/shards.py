@@ -105,6 +105,8 @@ def _stage_shards(config: Config, stage: int) -> tuple[ParameterShard, ...]:
 def accumulates(config: Config) -> bool:
     """Whether FSDP keeps gradients whole, in ``reduce_dtype``, before it reduces them: not for a single microbatch,
     which it reduces as the backward pass goes, nor where shards add up. ``fsdp.accumulate`` is settled."""
+    if config.compile.cuda_graph:
+        return True
     return config.fsdp.accumulate == "whole" and (microbatches(config) > 1 or config.mesh.pp > 1)
 
 

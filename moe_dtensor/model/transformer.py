@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,15 +166,14 @@ class Transformer(nn.Module):
             labels = labels_ahead(labels_BS, documents_BS, depth)
             losses.append(self.token_loss(self.logits(normed), labels).sum(-1))
         loss_K = torch.stack([loss.detach().sum() for loss in losses])
-        self.mtp_loss_K = loss_K if self.mtp_loss_K is None else self.mtp_loss_K + loss_K
+        self.mtp_loss_K = _plus(self.mtp_loss_K, loss_K)
         return AlsoMinimize.apply(loss_B, self.mtp_weight * torch.stack(losses).sum(0))
 
     def _keep(self, records: list[Tensor | None]) -> None:
         """Add a forward pass's records to those of the step so far."""
         of_moe = [record_R for record_R in records if record_R is not None]
         if of_moe and (self.training or self.records_evaluation):
-            record_LR = torch.stack(of_moe)
-            self.record_LR = record_LR if self.record_LR is None else self.record_LR + record_LR
+            self.record_LR = _plus(self.record_LR, torch.stack(of_moe))
 
     def head(self, x_BSD: Tensor) -> Tensor:
         """Logits ``(B, S, V)`` over the held rows of the vocabulary, padding included."""
@@ -190,6 +190,32 @@ class Transformer(nn.Module):
         """The summed loss of each depth ``(K,)`` since the last call, and start again; None where there is none."""
         loss_K, self.mtp_loss_K = self.mtp_loss_K, None
         return loss_K
+
+    def take_told(self) -> Told:
+        """All that forward passes left since the last call, and start again."""
+        losses, self.sequence_losses = self.sequence_losses, None if self.sequence_losses is None else []
+        return Told(self.take_record(), self.take_mtp_loss(), losses)
+
+    def add_told(self, told: Told) -> None:
+        """Add what was taken."""
+        if told.record_LR is not None:
+            self.record_LR = _plus(self.record_LR, told.record_LR)
+        if told.mtp_loss_K is not None:
+            self.mtp_loss_K = _plus(self.mtp_loss_K, told.mtp_loss_K)
+        if told.sequence_losses:
+            self.sequence_losses = (self.sequence_losses or []) + told.sequence_losses
+
+
+class Told(NamedTuple):
+    """What forward passes leave in a model beside their output."""
+
+    record_LR: Tensor | None
+    mtp_loss_K: Tensor | None
+    sequence_losses: list[tuple[Tensor, Tensor]] | None
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:

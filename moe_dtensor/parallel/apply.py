@@ -147,7 +147,9 @@ def apply_recompute(part: Transformer, config: Config) -> None:
     if mode == "none":
         return
     for block in part.layers.values():
-        rerun = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        # Only a router of one's own may draw random numbers; torch's state cannot be read while a graph is captured.
+        draws = any(":" in router for router in (config.moe.router, *config.moe.router_by_layer))
+        rerun = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws)
         if mode == "selective":
             rerun = functools.partial(rerun, context_fn=_selective_contexts)
         # On the instance, not a wrapper module: parameter names stay as they are.

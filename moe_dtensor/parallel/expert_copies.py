@@ -22,7 +22,7 @@ from moe_dtensor.layers.moe import Experts
 from moe_dtensor.model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from moe_dtensor.parallel.pipeline import Runner
+    from moe_dtensor.parallel.accumulation import Runner
 
 Weights = Iterator[tuple[Experts, str, DTensor]]
 
@@ -72,7 +72,7 @@ class WithOwnExperts:
         self.runner = runner
 
     def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward; see :class:`moe_dtensor.parallel.pipeline.Runner`."""
+        """Forward and backward; see :class:`moe_dtensor.parallel.accumulation.Runner`."""
         self._cast()
         loss = self.runner.step(batch, scale)
         for _, _, weight in self._weights():

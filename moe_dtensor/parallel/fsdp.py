@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -225,3 +225,63 @@ def reduce_now(part: FSDPModule, last: bool) -> None:
         if isinstance(module, FSDPModule):
             for group in _groups(module):
                 group.post_backward()
+
+
+class GradientSum(NamedTuple):
+    """Where a parameter's gradients add up until they are reduced."""
+
+    tensor: Tensor
+    owner: Any
+    attribute: str
+
+
+def stay_in_place(part: nn.Module) -> None:
+    """Have gathered weights keep their memory when they are given back, so that they are gathered into it again."""
+    for group in _all_groups(part):
+        for param in group.fsdp_params:
+            param.free_unsharded_param = _do_nothing
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def gather(part: nn.Module) -> None:
+    """Gather all weights of a part at once."""
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
+def only_accumulate(part: nn.Module) -> None:
+    """Have every next backward pass leave weights gathered and gradients as they add up."""
+    assert isinstance(part, FSDPModule)
+    part.set_is_last_backward(False)
+    part.set_requires_gradient_sync(False)
+    part.set_reshard_after_backward(False)
+
+
+def gradient_sums(part: nn.Module) -> list[GradientSum]:
+    """Of a part whose gradients only accumulated and whose weights are gathered."""
+    wide = [
+        param
+        for group in _all_groups(part)
+        for param in group.fsdp_params
+        if param.unsharded_accumulated_grad is not None
+    ]
+    sums = [GradientSum(param.unsharded_accumulated_grad, param, "unsharded_accumulated_grad") for param in wide]
+    return sums + [GradientSum(param.grad, param, "grad") for param in part.parameters() if param.grad is not None]
+
+
+def reduce_at_end(part: nn.Module) -> None:
+    """Reduce over dp what has accumulated, outside of a backward pass, and give gathered weights back."""
+    assert isinstance(part, FSDPModule)
+    part.set_is_last_backward(True)
+    part.set_requires_gradient_sync(True)
+    part.set_requires_all_reduce(True)
+    part.set_reshard_after_backward(True)
+    fully_shard.state(part)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def _all_groups(part: nn.Module) -> list[Any]:
+    return [group for module in part.modules() if isinstance(module, FSDPModule) for group in _groups(module)]

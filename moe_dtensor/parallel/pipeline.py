@@ -1,4 +1,4 @@
-"""Forward and backward over all microbatches of a step: through pipeline stages, or one after the other.
+"""Forward and backward over all microbatches of a step through pipeline stages.
 
 M microbatches, S stages.
 
@@ -9,7 +9,7 @@ two calls.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,25 +23,13 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.estimate.memory import settle_accumulate
 from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.accumulation import Accumulation, Arguments, Runner, split
 from moe_dtensor.parallel.expert_copies import WithOwnExperts, has_own_experts
-from moe_dtensor.parallel.fsdp import next_microbatch, reduce_each, reduce_now
+from moe_dtensor.parallel.fsdp import reduce_each, reduce_now
+from moe_dtensor.parallel.graphed import GraphedAccumulation
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
-
-
-class Runner(Protocol):
-    """What runs a step's microbatches on one rank."""
-
-    def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward over this rank's sequences; its summed loss times ``scale``, a scalar."""
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only; the summed loss, a scalar."""
-
-
-Arguments = tuple[Tensor | None, ...]
-"""Of the model for one microbatch: tokens, labels, positions, documents, None, sequence numbers."""
 
 
 def stream_shape(config: Config) -> tuple[int, int, int]:
@@ -122,7 +110,9 @@ gloo; 2.12 was not tried."""
 def build_runner(parts: list[Transformer], config: Config, mesh: DeviceMesh, device: torch.device) -> Runner:
     """Accumulation for pp = 1, else the pipeline schedule."""
     runner: Runner
-    if config.mesh.pp == 1:
+    if config.compile.cuda_graph:
+        runner = GraphedAccumulation(parts[0], config, device)
+    elif config.mesh.pp == 1:
         runner = Accumulation(parts[0], config)
     else:
         check_torch(config, torch.__version__)
@@ -142,38 +132,6 @@ def check_torch(config: Config, version: str) -> None:
             f"newer; this is torch {version}.",
             f"Install torch {wanted}, or set pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
         )
-
-
-def split(batch: Batch, size: int) -> list[tuple[Tensor | None, ...]]:
-    """Cut a batch into microbatches of ``size`` sequences: the arguments of the model for each."""
-    fields = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS, None, batch.sequence_B)
-    count = batch.tokens_BS.shape[0] // size
-    return list(zip(*([None] * count if x is None else x.split(size) for x in fields), strict=True))
-
-
-class Accumulation:
-    """pp = 1: one microbatch after the other, gradients reduced with the last, or with each (``fsdp.accumulate``)."""
-
-    def __init__(self, part: Transformer, config: Config) -> None:
-        self.part = part
-        self.config = settle_accumulate(config)
-
-    def step(self, batch: Batch, scale: Tensor) -> Tensor:
-        """Forward and backward; the summed loss times ``scale``, a scalar."""
-        chunks = split(batch, self.config.training.microbatch_size)
-        losses = []
-        for i, arguments in enumerate(chunks):
-            next_microbatch(self.part, self.config, last=i == len(chunks) - 1)
-            loss = self.part(*arguments).sum() * scale
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only; the summed loss."""
-        chunks = split(batch, self.config.training.microbatch_size)
-        return torch.stack([self.part(*arguments).sum() for arguments in chunks]).sum()
 
 
 class Pipeline:

@@ -16,9 +16,10 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.balance_state import BalanceState
 from moe_dtensor.model.transformer import Transformer
+from moe_dtensor.parallel.accumulation import Runner
 from moe_dtensor.parallel.apply import build_parts
 from moe_dtensor.parallel.gradients import local_part
-from moe_dtensor.parallel.pipeline import Runner, build_runner
+from moe_dtensor.parallel.pipeline import build_runner
 from moe_dtensor.train.optimizer import Optimizers, Schedule
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_dtensor.config.schema import Config
 from moe_dtensor.config.stages import tokens_through
+from moe_dtensor.parallel.graphed import peak_memory
 from moe_dtensor.train.sinks import Record, Sink
 
 # Dense bf16 tensor-core FLOP/s by a fragment of the device's name, from the makers' data sheets (without
@@ -151,7 +152,7 @@ class Meter:
         measured = {
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
-            "peak_memory_gib": _peak_memory(self._device) / 2**30,
+            "peak_memory_gib": _peak_memory(self._device, self._config) / 2**30,
         }
         if self._peak and self._flops_per_token:
             measured["mfu"] = self._flops_per_token * tokens_per_second / self._peak
@@ -179,10 +180,10 @@ def _read(
         yield step, numbers
 
 
-def _peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device, config: Config) -> int:
     """Bytes at the peak: on a GPU of tensors since the last call, on a CPU of the process since its start."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = peak_memory(device, config)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     # Kibibytes on Linux, bytes on macOS.

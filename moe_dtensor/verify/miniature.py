@@ -131,7 +131,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
             "fsdp.cpu_offload": False,
             # A miniature fits whatever it does: judged is what the whole config may need.
-            "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" else "sharded",
+            "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" or config.compile.cuda_graph else "sharded",
             # What is rounded on purpose is no error of a mesh.
             "optimizer.state_dtype": "auto",
             "optimizer.rounding": "nearest",

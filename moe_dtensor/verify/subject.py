@@ -21,8 +21,10 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.parallel.accumulation import Runner
+from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.gradients import local_part
-from moe_dtensor.parallel.pipeline import Runner
+from moe_dtensor.parallel.graphed import GraphedAccumulation
 from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import to_device
 from moe_dtensor.verify.oracle import Answer, Microbatch
@@ -85,6 +87,8 @@ def build_subject(
     load_parameters(trainer, initial)
     if replayed:
         _force_routing(trainer, replayed)
+        # A graph would take the first choices again and again.
+        _run_as_it_is(trainer.runner)
     recorder = Recorder(trainer, spoilt)
     return replace(trainer, runner=recorder), recorder
 
@@ -211,6 +215,13 @@ def _force_routing(trainer: Trainer, answers: Sequence[Answer]) -> None:
             replay = Replay(router, list(zip(chosen, kept, strict=True)), evaluated)
             # On the instance: the module's own methods stay what they are.
             router.rank, router.keep = replay.rank, replay.keep  # type: ignore[method-assign]
+
+
+def _run_as_it_is(runner: Runner) -> None:
+    if isinstance(runner, WithOwnExperts):
+        runner = runner.runner
+    if isinstance(runner, GraphedAccumulation):
+        runner.without_graph()
 
 
 class Replay:

@@ -285,6 +285,33 @@ WRONG = [
         "needs mesh.sequence_parallel = true",
         "compile.async_tp = false",
     ),
+    ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set one of them"),
+    (
+        "--compile.cuda_graph true --mesh.tp 2",
+        "moe.rows = exact and mesh.dispatch = all_gather",
+        "Set moe.rows = worst and mesh.dispatch = all_gather",
+    ),
+    (
+        "--compile.cuda_graph true --mesh.tp 2 --moe.rows worst --mesh.dispatch all_to_all",
+        "moe.rows = worst and mesh.dispatch = all_to_all",
+        "mesh.dispatch = all_gather",
+    ),
+    ("--compile.cuda_graph true --moe.backend grouped_gemm", "moe.backend = grouped_gemm", "moe.backend = auto"),
+    (
+        "--compile.cuda_graph true --fsdp.cpu_offload true",
+        "fsdp.cpu_offload = true: weights and gradients have to stay",
+        "Set fsdp.cpu_offload = false",
+    ),
+    (
+        "--compile.cuda_graph true --fsdp.reshard_after_forward always",
+        "fsdp.reshard_after_forward = always: weights",
+        "Set fsdp.reshard_after_forward = never",
+    ),
+    (
+        "--compile.cuda_graph true --fsdp.accumulate sharded",
+        "fsdp.accumulate = sharded: weights",
+        "Set fsdp.accumulate = whole",
+    ),
     ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
     ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
     (
