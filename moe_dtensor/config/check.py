@@ -16,6 +16,7 @@ from moe_dtensor.config.errors import Broken, ConfigError
 from moe_dtensor.config.load import is_pythons_own, names_object
 from moe_dtensor.config.resolve import (
     FORCED,
+    SPLIT_BACKWARD,
     expert_shards,
     microbatches,
     moe_kinds,
@@ -175,6 +176,7 @@ def _precision(config: Config) -> Broken:
     """What is kept, computed and summed in which dtype."""
     yield from _dtypes(config)
     yield from _sums_of_experts(config)
+    yield from _float8(config)
     yield from _rounding(config)
     if config.optimizer.state_dtype != "auto":
         yield from _moments(config)
@@ -223,6 +225,36 @@ def _dtypes(config: Config) -> Broken:
         yield (
             f"moe.backend = {backend} has no kernel for training.param_dtype = float64.",
             "Set moe.backend to auto or reference.",
+        )
+
+
+def _float8(config: Config) -> Broken:
+    """What experts in float8 cannot be combined with."""
+    if config.moe.expert_dtype != "float8" or not config.moe.num_experts:
+        return
+    if config.moe.backend in ("torch", "grouped_gemm"):
+        yield (
+            f"moe.expert_dtype = float8 has no kernel in moe.backend = {config.moe.backend}.",
+            "Set moe.backend = auto.",
+        )
+    if config.moe.expert_bias:
+        yield "moe.expert_dtype = float8 does not take moe.expert_bias = true.", "Set moe.expert_dtype = param."
+    if config.mesh.experts == "tp_hidden" and config.mesh.tp > 1:
+        yield (
+            "moe.expert_dtype = float8 scales whole rows of experts, of which mesh.experts = tp_hidden gives each rank "
+            "a part.",
+            "Set mesh.experts = tp, dp or dp_tp.",
+        )
+    if config.mesh.dispatch == "one_sided":
+        yield (
+            "moe.expert_dtype = float8 has no kernels for mesh.dispatch = one_sided.",
+            "Set mesh.dispatch = all_gather.",
+        )
+    if config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD:
+        yield (
+            f"moe.expert_dtype = float8 with pipeline.schedule = {config.pipeline.schedule}, which splits the backward "
+            "pass: the experts are one node.",
+            "Set pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
         )
 
 

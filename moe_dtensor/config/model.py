@@ -222,5 +222,9 @@ class Moe:
     keep_rows: bool = False
     """Keep the rows of tokens that experts read for their weights' gradients, instead of gathering them once more: less
     traffic in memory, for model.dim numbers a row."""
+    expert_dtype: Literal["param", "float8"] = "param"
+    """What experts' products read, forward and for the gradients of their inputs. param: training.param_dtype. float8:
+    that, rounded to E4M3 (4 bits of exponent, 3 of fraction) with a scale for each row and for each expert's weight;
+    gradients of weights are computed in param_dtype. On Hopper; elsewhere the same rounding in plain PyTorch."""
     backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm"] = "auto"
     """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""

@@ -55,7 +55,17 @@ _FREE_KEYS = {
     "model": {"attention_backend"},
     "rope": set[str](),
     # How experts are computed changes no bit; how they are balanced may be tuned on the way, as the optimizer may.
-    "moe": {"backend", "rows", "keep_rows", "balance_loss", "balance_over", "z_loss", "bias_rate", "jitter"},
+    "moe": {
+        "backend",
+        "expert_dtype",
+        "rows",
+        "keep_rows",
+        "balance_loss",
+        "balance_over",
+        "z_loss",
+        "bias_rate",
+        "jitter",
+    },
 }
 _FIXED_KEYS = {
     "data": ("document_mask", "packing", "too_long", "sources"),

@@ -312,6 +312,23 @@ WRONG = [
         "fsdp.accumulate = sharded: weights",
         "Set fsdp.accumulate = whole",
     ),
+    ("--moe.expert_dtype float8 --moe.backend torch", "float8 has no kernel in moe.backend = torch", "backend = auto"),
+    (
+        "--moe.expert_dtype float8 --moe.expert_bias true",
+        "float8 does not take moe.expert_bias",
+        "expert_dtype = param",
+    ),
+    ("--moe.expert_dtype float8 --mesh.tp 2 --mesh.experts tp_hidden", "scales whole rows", "Set mesh.experts = tp"),
+    (
+        "--moe.expert_dtype float8 --mesh.tp 2 --mesh.dispatch one_sided",
+        "no kernels for mesh.dispatch = one_sided",
+        "all_gather",
+    ),
+    (
+        "--moe.expert_dtype float8 --mesh.pp 2 --pipeline.schedule ZBVZeroBubble",
+        "float8 with pipeline.schedule = ZBVZeroBubble",
+        "Set pipeline.schedule to 1F1B",
+    ),
     ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
     ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
     (
