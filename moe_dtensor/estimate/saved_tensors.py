@@ -239,13 +239,15 @@ def _sums(config: Config, at: Sizes, met: AtExperts | None) -> int:
 
 
 def _gradients(config: Config, at: Sizes, met: AtExperts | None) -> int:
-    """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH."""
+    """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH, in
+    float8 too where products read that."""
     model, mesh = config.model, config.mesh
     if met is None:
         inner = at.whole * (1 + gates(config)) * model.hidden_dim // mesh.tp
         return ((at.whole + at.own) * model.dim + inner) * at.compute
     rows = met.rows * (model.dim + (2 + gates(config)) * met.hidden)
-    return ((met.tokens + at.own) * model.dim + rows) * at.compute
+    narrow = met.rows * gates(config) * met.hidden if config.moe.expert_dtype == "float8" else 0
+    return ((met.tokens + at.own) * model.dim + rows) * at.compute + narrow
 
 
 def gates(config: Config) -> int:
@@ -255,9 +257,11 @@ def gates(config: Config) -> int:
 
 def uses_reference(config: Config) -> bool:
     """Whether a GPU would run the ``reference`` backend: it is named, or no other takes the sizes."""
-    size = BYTES[config.training.param_dtype]
-    aligned = config.model.dim * size % 16 == 0 and config.moe.hidden_dim * size % 16 == 0
-    return config.moe.backend == "reference" or (config.moe.backend == "auto" and (size == 8 or not aligned))
+    size, float8 = BYTES[config.training.param_dtype], config.moe.expert_dtype == "float8"
+    smallest = 1 if float8 else size
+    aligned = config.model.dim * smallest % 16 == 0 and config.moe.hidden_dim * smallest % 16 == 0
+    none = size == 8 or not aligned or (float8 and size != 2)
+    return config.moe.backend == "reference" or (config.moe.backend == "auto" and none)
 
 
 def attention_bytes(config: Config, at: Sizes, layer: int) -> int:

@@ -77,7 +77,8 @@ def is_kernels_only(model: Transformer, config: Config) -> bool:
     if isinstance(model, FSDPModule) or any(":" in router for router in routers):
         return False
     experts = (module.local_weight("w_up") for module in model.modules() if isinstance(module, Experts))
-    return all(choose_backend(config.moe.backend, w_up, w_up) in ("torch", "triton") for w_up in experts)
+    float8 = config.moe.expert_dtype == "float8"
+    return all(choose_backend(config.moe.backend, w_up, w_up, float8) in ("torch", "triton") for w_up in experts)
 
 
 @contextmanager

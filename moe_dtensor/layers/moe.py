@@ -31,6 +31,7 @@ class Experts(Layer):
         self.backend = moe.backend
         self.rows = moe.rows
         self.keep_rows = moe.keep_rows
+        self.float8 = moe.expert_dtype == "float8"
         self.split_backward = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
         self.gate_on_input = moe.gate_on == "input"
         self.first_expert = 0
@@ -80,6 +81,7 @@ class Experts(Layer):
             up_bias_EGF=weights.get("up_bias"),
             group=group,
             keep_rows=self.keep_rows,
+            float8=self.float8,
         )
 
 

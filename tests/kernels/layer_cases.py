@@ -30,6 +30,8 @@ class Case:
     """Experts' biases of the up-projections."""
     keep: bool = False
     """The rows of tokens are kept for the backward pass."""
+    float8: bool = False
+    """Products of rows in float8."""
 
     @property
     def num_held(self) -> int:
@@ -61,6 +63,17 @@ ODD_CASES = [
     Case(37, 16, 24, 5, 2, "swiglu_clamped", bias=True, absent=3),
     Case(64, 40, 24, 6, 4, "gelu", first_expert=2, held=3, rows="worst", bias=True, split=True),
     Case(0, 16, 16, 4, 2, "swiglu", bias=True),
+]
+
+FLOAT8_CASES = [
+    Case(90, 96, 80, 5, 2, "swiglu", float8=True),
+    Case(37, 16, 48, 5, 1, "gelu", float8=True),
+    Case(5, 32, 16, 40, 3, "geglu", float8=True),
+    Case(64, 48, 32, 6, 4, "relu2", first_expert=2, held=3, rows="worst", float8=True),
+    Case(0, 16, 16, 4, 2, "swiglu", float8=True),
+    Case(9, 16, 16, 4, 2, "silu", absent=1, float8=True),
+    Case(37, 16, 32, 5, 3, "swiglu", absent=2, rows=60, keep=True, float8=True),
+    Case(140, 272, 16, 1, 1, "swiglu_clamped", float8=True),
 ]
 
 
@@ -105,6 +118,7 @@ def run(case: Case, backend: str, leaves: list[Tensor], expert_TK: Tensor) -> Te
         split_backward=case.split,
         up_bias_EGF=leaves[4] if case.bias else None,
         keep_rows=case.keep,
+        float8=case.float8,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moe_dtensor.kernels.experts.exchange import gather_permute, unpermute_scatter
+from moe_dtensor.kernels.experts.float8 import ExpertMLP as ExpertMLP8
 from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
 from moe_dtensor.kernels.experts.permute import (
     activate_rows,
@@ -122,16 +123,19 @@ def expert_mlp(
     up_bias_EGF: Tensor | None = None,
     group: str | None = None,
     keep_rows: bool = False,
+    float8: bool = False,
 ) -> Tensor:
     """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
-    check(backend, x_TD, hidden)
+    check(backend, x_TD, hidden, float8)
     route = sort_by_expert(expert_TK, first_expert, held_experts)
     # An unknown total with first_expert = 0 takes the static bound: right in any case, and without a sync.
     all_held = first_expert == 0 and num_experts in (None, held_experts)
     num_rows = count_rows(route, rows, held_experts, all_held)
     tiles = make_tiles(route.ends, num_rows, backend)
     arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, tiles, num_rows, activation, backend)
+    if float8:
+        return ExpertMLP8.apply(*arguments, keep_rows)
     if split_backward or up_bias_EGF is not None:
         assert group is None
         return _expert_mlp_in_nodes(*arguments, up_bias_EGF, keep_rows)

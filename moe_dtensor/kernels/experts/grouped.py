@@ -23,7 +23,7 @@ _DTYPES = {
 }
 
 
-def check(backend: str, x_TD: Tensor, hidden: int) -> None:
+def check(backend: str, x_TD: Tensor, hidden: int, float8: bool = False) -> None:
     """Raise ValueError for a dtype, device or size (D, F) that a backend does not take."""
     remedy = "set moe.backend = reference"
     if x_TD.dtype not in _DTYPES[backend]:
@@ -33,10 +33,11 @@ def check(backend: str, x_TD: Tensor, hidden: int) -> None:
     if backend == "triton" and not launches_triton(x_TD):
         raise ValueError(f"moe.backend = triton runs on CUDA, not on {x_TD.device.type}: {remedy}.")
     # The hardware's bulk loads take rows that start at multiples of 16 bytes.
-    step, width = 16 // x_TD.dtype.itemsize, x_TD.shape[1]
+    dtype = torch.float8_e4m3fn if float8 else x_TD.dtype
+    step, width = 16 // dtype.itemsize, x_TD.shape[1]
     if width % step or hidden % step:
         raise ValueError(
-            f"moe.backend = {backend} needs model.dim and moe.hidden_dim to be multiples of {step} in {x_TD.dtype} "
+            f"moe.backend = {backend} needs model.dim and moe.hidden_dim to be multiples of {step} in {dtype} "
             f"(16 bytes), but they are {width} and {hidden}: round them up, or {remedy}."
         )
 

@@ -27,7 +27,7 @@ ROW_TILE = 128
 # An expert's weight above this many bytes does not stay in the L2 cache while one row tile sweeps over it.
 _L2_BYTES = 24 << 20
 _WEIGHT_GROUP = 4
-_PARTS = 4
+PARTS = 4
 """Parts of a product of rows, one after the other, each with a program for every multiprocessor. With more of them
 pipelines fill and drain more often."""
 
@@ -64,18 +64,19 @@ def choose_group(weight_bytes: int) -> int:
 
 
 @lru_cache
-def _num_programs(device: int) -> int:
+def num_programs(device: int) -> int:
+    """One for each multiprocessor; a few under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 3
 
 
-def _max_row_tiles(rows: int, num_experts: int) -> int:
-    # Every expert may end in a part of a tile.
+def max_row_tiles(rows: int, num_experts: int) -> int:
+    """Room for all tiles of rows: every expert may end in a part of one."""
     return rows // ROW_TILE + num_experts
 
 
 def fake_tiles(ends_E: Tensor, rows: int) -> Tensor:
     """The tile table's shape: the number of row tiles, then (expert, first row) of each."""
-    return ends_E.new_empty(1 + 2 * _max_row_tiles(rows, ends_E.shape[0]))
+    return ends_E.new_empty(1 + 2 * max_row_tiles(rows, ends_E.shape[0]))
 
 
 def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
@@ -84,7 +85,7 @@ def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
     experts = len(ends_E)
     bins = max(2, next_power_of_2(experts))
     make_tiles_kernel[(experts,)](
-        ends_E, table, experts, _max_row_tiles(rows, experts), ROW_TILE=ROW_TILE, EXPERTS=bins, BLOCK=64
+        ends_E, table, experts, max_row_tiles(rows, experts), ROW_TILE=ROW_TILE, EXPERTS=bins, BLOCK=64
     )
     return table
 
@@ -95,14 +96,14 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor,
     experts, p, q = w_EPQ.shape
     columns = p if transposed else q
     out_N = a_N.new_empty(rows, columns)
-    tile, programs = choose_tile(a_N.dtype, columns), _num_programs(a_N.get_device())
-    rows_kernel[(_PARTS * programs,)](
+    tile, programs = choose_tile(a_N.dtype, columns), num_programs(a_N.get_device())
+    rows_kernel[(PARTS * programs,)](
         describe(a_N, [ROW_TILE, tile.k]),
         describe(w_EPQ, [1, tile.n, tile.k] if transposed else [1, tile.k, tile.n]),
         describe_ragged(out_N, [ROW_TILE, tile.n // tile.epilogue]),
         ends_E,
         tiles,
-        _max_row_tiles(rows, experts),
+        max_row_tiles(rows, experts),
         columns,
         inner,
         TRANSPOSED=transposed,
@@ -111,7 +112,7 @@ def rows_times_weight(a_N: Tensor, w_EPQ: Tensor, ends_E: Tensor, tiles: Tensor,
         COLUMN_TILE=tile.n,
         INNER_TILE=tile.k,
         EPILOGUE=tile.epilogue,
-        PARTS=_PARTS,
+        PARTS=PARTS,
         PROGRAMS=programs,
         PRECISION=_precision(a_N.dtype),
         num_stages=tile.stages,
@@ -185,7 +186,7 @@ def make_tiles_kernel(
 
 
 @triton.jit
-def _split_columns(acc, PARTS: tl.constexpr):
+def split_columns(acc, PARTS: tl.constexpr):
     """The left and right half of a tile (both the same if it is not split)."""
     if PARTS == 1:
         left = acc
@@ -196,7 +197,7 @@ def _split_columns(acc, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _store_ragged(desc, begin, size, column, tile):
+def store_ragged(desc, begin, size, column, tile):
     """Store a tile at row ``begin``, all but what lies past ``size`` rows; ``ragged_tma.store_ragged`` for two axes."""
     x, y, z = to_ragged_indices(begin, size, 0)
     desc.store([x, y, z, column], tile.reshape(1, 1, tile.shape[0], tile.shape[1]))
@@ -257,10 +258,10 @@ def rows_kernel(
             else:
                 w = w_desc.load([expert, k * INNER_TILE, column]).reshape(INNER_TILE, COLUMN_TILE)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        left, right = _split_columns(acc, EPILOGUE)
-        _store_ragged(out_desc, row, end - row, column, left.to(out_desc.dtype))
+        left, right = split_columns(acc, EPILOGUE)
+        store_ragged(out_desc, row, end - row, column, left.to(out_desc.dtype))
         if EPILOGUE == 2:
-            _store_ragged(out_desc, row, end - row, column + COLUMN_TILE // 2, right.to(out_desc.dtype))
+            store_ragged(out_desc, row, end - row, column + COLUMN_TILE // 2, right.to(out_desc.dtype))
 
 
 @triton.jit
@@ -296,7 +297,7 @@ def weight_kernel(
         left_rows = _load_ragged(l_desc, begin, end - begin, row, p_start, ROWS_TILE, P_TILE)
         right_rows = _load_ragged(r_desc, begin, end - begin, row, q_start, ROWS_TILE, Q_TILE)
         acc = tl.dot(left_rows.T, right_rows, acc, input_precision=PRECISION)
-    left, right = _split_columns(acc, EPILOGUE)
+    left, right = split_columns(acc, EPILOGUE)
     half: tl.constexpr = Q_TILE // EPILOGUE
     out_desc.store([expert, p_start, q_start], left.to(out_desc.dtype).reshape(1, P_TILE, half))
     if EPILOGUE == 2:

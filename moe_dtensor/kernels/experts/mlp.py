@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dtensor.kernels.experts import autograd
 from moe_dtensor.kernels.experts.activation import activate, num_up_projections
 from moe_dtensor.kernels.experts.exchange import PEERS
+from moe_dtensor.kernels.experts.float8 import reference_gated_product, reference_product
 
 _LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[str, str]] = set()
@@ -34,6 +35,7 @@ def expert_mlp(
     up_bias_EGF: Tensor | None = None,
     group: str | None = None,
     keep_rows: bool = False,
+    float8: bool = False,
 ) -> Tensor:
     """Send each token to its K experts and sum their gate-weighted outputs: dropless, in a fixed order.
 
@@ -61,6 +63,8 @@ def expert_mlp(
             are then a rank's own tokens, gates and ids those of all ranks, one rank after the other; the output is
             summed over them. Not with the backend ``reference``, nor with ``split_backward`` or a bias.
         keep_rows: keep the gathered rows of tokens for the gradient of ``w_up`` instead of gathering them once more.
+        float8: products of rows read E4M3 (:mod:`.float8`). With the backends ``triton`` and ``reference``, without a
+            group, ``split_backward`` or a bias.
 
     Returns:
         ``(T, D)`` in the dtype of ``x_TD``. Differentiable in x, both weights, the bias and the gate.
@@ -72,12 +76,14 @@ def expert_mlp(
     check_shapes(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation, ranks)
     if isinstance(rows, str) and rows not in ("exact", "worst"):
         raise ValueError(f"rows = {rows!r} is not known. Use exact, worst or a number of rows.")
-    chosen = choose_backend(backend, x_TD, w_up_EGFD)
+    chosen = choose_backend(backend, x_TD, w_up_EGFD, float8)
+    if float8 and (chosen not in ("triton", "reference") or group or split_backward or up_bias_EGF is not None):
+        raise ValueError(f"float8 is for the backends triton and reference, as one node and without a bias: {chosen}.")
     _log_once(backend, chosen, x_TD)
     run = (
-        reference_mlp
+        partial(reference_mlp, float8=float8)
         if chosen == "reference"
-        else partial(autograd.expert_mlp, backend=chosen, group=group, keep_rows=keep_rows)
+        else partial(autograd.expert_mlp, backend=chosen, group=group, keep_rows=keep_rows, float8=float8)
     )
     if group is not None and (chosen == "reference" or split_backward or up_bias_EGF is not None):
         raise ValueError("A group needs one node of a backend other than reference, without a bias.")
@@ -96,22 +102,25 @@ def expert_mlp(
     )
 
 
-def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor) -> str:
+def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor, float8: bool = False) -> str:
     """The backend in use: the one named, or for ``auto`` the fastest measured one that takes these sizes.
 
     ``auto`` is ``reference`` off CUDA, in float64, and where D or F are no multiple of 16 bytes. Elsewhere it is
     ``triton`` in bf16 and fp16 on Hopper, where it beat ``torch`` on every shape measured (``docs/log.md``), and
-    ``torch`` on other GPUs and in float32.
+    ``torch`` on other GPUs and in float32. With ``float8`` it is ``triton`` or ``reference``.
     """
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"moe.backend = {backend!r} is not known. Use auto or one of {', '.join(BACKENDS)}.")
         return backend
     hidden, width = w_up_EGFD.shape[2:]
-    aligned = width * x_TD.dtype.itemsize % 16 == 0 and hidden * x_TD.dtype.itemsize % 16 == 0
+    size = 1 if float8 else x_TD.dtype.itemsize
+    aligned = width * size % 16 == 0 and hidden * size % 16 == 0
     if not x_TD.is_cuda or x_TD.dtype == torch.float64 or not aligned:
         return "reference"
-    return "triton" if x_TD.dtype.itemsize == 2 and _is_hopper(x_TD.device.index) else "torch"
+    if x_TD.dtype.itemsize == 2 and _is_hopper(x_TD.device.index):
+        return "triton"
+    return "reference" if float8 else "torch"
 
 
 def _is_hopper(device: int) -> bool:
@@ -174,6 +183,7 @@ def reference_mlp(
     num_experts: int | None = None,
     split_backward: bool = False,
     up_bias_EGF: Tensor | None = None,
+    float8: bool = False,
 ) -> Tensor:
     """:func:`expert_mlp` as a plain loop over experts, which every other backend is tested against.
 
@@ -187,15 +197,21 @@ def reference_mlp(
     # unbind, not indexing: its backward stacks the gradients, where E selects would make E full-size zero tensors.
     weights = zip(w_up_EGFD.unbind(), w_down_EDF.unbind(), strict=True)
     biases = [None] * experts if up_bias_EGF is None else up_bias_EGF.unbind()
+    gate_TK = gate_TK.to(wide).where(held_TK, 0)
     where, copies = [], []
     # Experts without tokens go through as well, so that their weights get zeros for a gradient and not None.
     for expert, ((w_up_GFD, w_down_DF), up_bias_GF) in enumerate(zip(weights, biases, strict=True)):
         where.append((local_TK.flatten() == expert).nonzero().flatten())
-        h_nGF = (x_TD[where[-1] // choices] @ w_up_GFD.flatten(0, 1).T).unflatten(1, w_up_GFD.shape[:2])
+        x_nD, w_up_PD = x_TD[where[-1] // choices], w_up_GFD.flatten(0, 1)
+        h_nGF = (reference_product(x_nD, w_up_PD) if float8 else x_nD @ w_up_PD.T).unflatten(1, w_up_GFD.shape[:2])
         h_nGF = h_nGF if up_bias_GF is None else h_nGF + up_bias_GF
-        copies.append(activate(h_nGF, activation) @ w_down_DF.T)
+        a_nF = activate(h_nGF, activation)
+        if float8:
+            copies.append(reference_gated_product(a_nF, w_down_DF, gate_TK.flatten()[where[-1]]))
+        else:
+            copies.append(a_nF @ w_down_DF.T)
     assert experts == len(copies)
-    y_ND = x_TD.new_zeros(tokens * choices, width).index_copy(0, torch.cat(where), torch.cat(copies))
-    gate_TK = gate_TK.to(wide).where(held_TK, 0)
-    y_TKD = y_ND.view(tokens, choices, width).to(wide) * gate_TK.unsqueeze(-1)
+    y_nD = torch.cat(copies)
+    y_TKD = y_nD.new_zeros(tokens * choices, width).index_copy(0, torch.cat(where), y_nD).view(tokens, choices, width)
+    y_TKD = y_TKD if float8 else y_TKD.to(wide) * gate_TK.unsqueeze(-1)
     return y_TKD.sum(1).to(x_TD.dtype)

@@ -166,7 +166,7 @@ def _act(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr):
+def load_up(h_ptr, row, column, inside, hidden, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr):
     """The activated first projection, its slope, the factor that the second one gives (1 for plain activations), and
     that one's slope."""
     KIND: tl.constexpr = (
@@ -217,7 +217,7 @@ def _activate_rows(
         for start in range(left, tl.minimum(left + COLUMNS, hidden), BLOCK):
             column = (start + tl.arange(0, BLOCK))[None, :]
             inside = (row < end) & (column < hidden)
-            _, value, _, up, _ = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+            _, value, _, up, _ = load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
             a = value * up
             if HAS_GATE:
                 a *= gate
@@ -257,7 +257,7 @@ def _activation_backward(
         for start in range(0, hidden, BLOCK):
             column = (start + tl.arange(0, BLOCK))[None, :]
             inside = (row < end) & (column < hidden)
-            offset, value, slope, up, up_slope = _load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
+            offset, value, slope, up, up_slope = load_up(h_ptr, row, column, inside, hidden, ACTIVATION, GROUPS)
             da = tl.load(da_ptr + row * hidden + column, mask=inside, other=0.0).to(tl.float32)
             a = value * up
             dgate += tl.sum(a * da, axis=1)
