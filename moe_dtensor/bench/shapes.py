@@ -79,13 +79,16 @@ def moe_layer(
     backend: str,
     expert_TK: Tensor | None = None,
 ) -> Tensor:
-    """Router, experts and combine: ``(T, D)`` in and out. ``expert_TK`` fixes the choice; gates are then its scores."""
+    """Router, experts and combine: ``(T, D)`` in and out. ``expert_TK`` fixes the choice; gates are then its scores.
+    ``float8`` as a backend is ``auto`` with ``moe.expert_dtype = float8``."""
     logits_TE = router_logits(x_TD, w_router_ED)
     if expert_TK is None:
         gate_TK, expert_TK = top_k_gates(logits_TE, top_k)
     else:
         gate_TK = logits_TE.softmax(1).gather(1, expert_TK)
-    return expert_mlp(x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK, activation=activation, backend=backend)
+    float8 = backend == "float8"
+    arguments = (x_TD, w_up_EGFD, w_down_EDF, gate_TK, expert_TK)
+    return expert_mlp(*arguments, activation=activation, backend="auto" if float8 else backend, float8=float8)
 
 
 class Layer:
