@@ -45,7 +45,8 @@ FLOAT8_LARGER = [
 def test_float8_in_bf16(case, poisoned_memory):
     """Against the reference with the same rounding; numbers near the middle between two of E4M3's go either way."""
     errors = relative_errors(case, "triton", torch.bfloat16, "cuda")
-    assert max(errors.values()) < 3e-2, errors
+    # The reference in bfloat16 is as far from itself in float64: 2e-2, and 5e-2 where clamps begin.
+    assert max(errors.values()) < (1e-1 if case.activation == "swiglu_clamped" else 3e-2), errors
 
 
 def make_step(backend):

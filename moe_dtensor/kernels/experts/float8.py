@@ -42,21 +42,24 @@ weight_scales = define(
 """What undoes the rounding of each expert's weight: its largest magnitude over 448."""
 
 
-def _quantise_weight(w_EPQ: Tensor, scale_E: Tensor, transposed: bool) -> Tensor:
+def _quantise_weight(w_EPQ: Tensor, scale_E: Tensor, transposed: bool, after: Tensor | None = None) -> Tensor:
     out = _fake_quantise_weight(w_EPQ, scale_E, transposed)
     triton_kernels("experts.float8").quantise_weight(w_EPQ.contiguous(), scale_E, out, transposed)
     return out
 
 
-def _fake_quantise_weight(w_EPQ: Tensor, scale_E: Tensor, transposed: bool) -> Tensor:
+def _fake_quantise_weight(w_EPQ: Tensor, scale_E: Tensor, transposed: bool, after: Tensor | None = None) -> Tensor:
     experts, p, q = w_EPQ.shape
     return w_EPQ.new_empty((experts, q, p) if transposed else (experts, p, q), dtype=E4M3)
 
 
 quantise_weight = define(
-    "float8_quantise_weight(Tensor w, Tensor scale, bool transposed) -> Tensor", _quantise_weight, _fake_quantise_weight
+    "float8_quantise_weight(Tensor w, Tensor scale, bool transposed, Tensor? after=None) -> Tensor",
+    _quantise_weight,
+    _fake_quantise_weight,
 )
-"""``(E, P, Q)`` in E4M3, or ``(E, Q, P)``: the tensor cores want the inner axis of a product last."""
+"""``(E, P, Q)`` in E4M3, or ``(E, Q, P)``: the tensor cores want the inner axis of a product last. ``after`` as in
+:data:`.permute.permute`."""
 
 # ---- rows_times_weight ----------------------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class ExpertMLP(Function):
         wanted, num_rows = ctx.needs_input_grad, h_NP.shape[0]
         dx_TD = dw_up_EGFD = dw_down_EDF = None
         do8_ND, do_scale_N, do_ND = permute(dy_TD, position_TK, num_rows, True)
-        w_down8 = quantise_weight(w_down_EDF, down_scale_E, True)
+        w_down8 = quantise_weight(w_down_EDF, down_scale_E, True, do_ND)
         da_NF = rows_times_weight(do8_ND, do_scale_N, w_down8, down_scale_E, ends_E, tiles, dy_TD)
         del do8_ND, w_down8
         dh_NP, dh8_NP, dh_scale_N, weighted_NF, dgate_TK = activation_backward(
@@ -210,7 +213,7 @@ class ExpertMLP(Function):
             del x_ND
         del dh_NP
         if wanted[0]:
-            w_up8 = quantise_weight(w_up_EGFD.flatten(1, 2), up_scale_E, True)
+            w_up8 = quantise_weight(w_up_EGFD.flatten(1, 2), up_scale_E, True, dh8_NP)
             dx_ND = rows_times_weight(dh8_NP, dh_scale_N, w_up8, up_scale_E, ends_E, tiles, dy_TD)
             del dh8_NP, w_up8
             dx_TD = plain.unpermute(dx_ND, position_TK, None)

@@ -51,7 +51,8 @@ def rows_times_weight(
     """See :data:`moe_dtensor.kernels.experts.float8.rows_times_weight`."""
     rows, inner = a_NC.shape
     experts, columns, _ = w_EPC.shape
-    tile = _WIDE if inner >= _DEEP else _TWO
+    # Sums in float32 leave no room for the wide one.
+    tile = _WIDE if inner >= _DEEP and out_NP.dtype.itemsize == 2 else _TWO
     programs = tile.programs * num_programs(a_NC.get_device())
     rows_kernel[(PARTS * programs,)](
         describe(a_NC, [ROW_TILE, tile.k]),
