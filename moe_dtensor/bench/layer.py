@@ -93,8 +93,8 @@ def bench_layer(
 
     Args:
         shapes: names, or ``T,D,F,E,K,activation``.
-        backends: names, ``float8`` among them for ``moe.expert_dtype``. Empty: torch, triton and, if it is installed, grouped_gemm on CUDA, reference elsewhere; and
-            the peers that are installed.
+        backends: names, ``float8`` among them for ``moe.expert_dtype``. Empty: torch, triton and, if it is installed,
+            grouped_gemm on CUDA, reference elsewhere; and the peers that are installed.
         skew: ``0`` near-uniform routing; ``zipf``: odds of expert e proportional to ``1 / (e + 1)``.
         json_path: file for the results with commit, versions and device.
         compiled: run backends and peers by ``torch.compile``, as training does. None: on CUDA.
