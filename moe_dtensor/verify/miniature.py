@@ -168,6 +168,12 @@ def _refuse_unknown_parts(config: Config) -> None:
             f"verify's oracle knows the routers that are built in, not moe.router = {own[0]!r}.",
             "Verify the rest of the config with --moe.router topk.",
         )
+    # Of a run check refuses this; of a step file nothing has yet.
+    if config.moe.num_experts and config.moe.expert_dtype == "float8" and config.moe.expert_bias:
+        raise ConfigError(
+            "verify's oracle knows no moe.expert_bias where moe.expert_dtype = float8.",
+            "Verify the rest of the config with --moe.expert_dtype param.",
+        )
     if config.training.loss != "cross_entropy":
         raise ConfigError(
             f"verify's oracle knows the loss cross_entropy, not training.loss = {config.training.loss!r}.",

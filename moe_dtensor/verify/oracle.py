@@ -3,7 +3,8 @@
 One process, float64, a Python loop over experts and tokens. It shares nothing with what it judges but
 the config: no module, no kernel, no DTensor, no fused call. Where there is a choice it takes another road
 than the library does (complex numbers for the rotation, products of probabilities for Sinkhorn). Routing is in
-:mod:`moe_dtensor.verify.oracle_routing`, attention in :mod:`moe_dtensor.verify.oracle_attention`.
+:mod:`moe_dtensor.verify.oracle_routing`, attention in :mod:`moe_dtensor.verify.oracle_attention`, experts in float8 in
+:mod:`moe_dtensor.verify.oracle_float8`.
 
 B sequences, S positions, D width, H heads, C head width, V vocabulary, T = B*S tokens, E experts, K choices,
 F hidden width.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import moe_layers
 from moe_dtensor.config.schema import Config
+from moe_dtensor.verify import oracle_float8
 from moe_dtensor.verify.oracle_attention import Attention
 from moe_dtensor.verify.oracle_routing import Balance, Routed, histogram, jitter, place, route
 
@@ -351,10 +353,15 @@ class Transformer:
         self.routed.setdefault(layer, []).append(routed)
         up_EGFD, down_EDF = (self.weights[f"{prefix}experts.{name}"].unbind(0) for name in ("w_up", "w_down"))
         parts: list[list[Tensor]] = [[torch.zeros_like(x)] for x in x_TD]
+        in_float8 = self.config.moe.expert_dtype == "float8"
         for e in range(self.config.moe.num_experts):
+            float8 = oracle_float8.expert(up_EGFD[e], down_EDF[e], self._activate) if in_float8 else None
             for t, k in ((routed.chosen_TK == e) & routed.kept_TK).nonzero().tolist():
                 weight = routed.gate_TK[t, k]
                 before, after = (weight, 1) if self.config.moe.gate_on == "input" else (1, weight)
+                if float8:
+                    parts[t].append(float8(before * x_TD[t], after))
+                    continue
                 h_GF = up_EGFD[e] @ (before * x_TD[t])
                 if self.config.moe.expert_bias:
                     h_GF = h_GF + self.weights[prefix + "experts.up_bias"][e]

@@ -75,7 +75,13 @@ LIMITS = {
         "statistic": 5e-2,
     },
 }
-"""Counts and biases, kinds ``routing`` and ``state``, have to be equal."""
+"""Counts and biases, kinds ``routing`` and ``state``, have to be equal. Ask :func:`limits_of`."""
+FLOAT8 = {
+    "float32": LIMITS["bfloat16"],
+    "bfloat16": {"gradient": 0.3, "moment": 0.3, "update": 0.7},
+}
+"""With experts in float8, in place of those above: a number that rounding takes past the middle between two of E4M3
+differs by a whole step, up to an eighth of it. In float64 hardly one does."""
 UPDATE_FLOOR = 1e-2
 """An update smaller than this share of what AdamW moves a parameter by in a step is measured against that share."""
 STATISTIC_FLOOR = 1e-2
@@ -99,6 +105,13 @@ class Task:
     answers: Sequence[Answer]
     skipped: tuple[int, ...] = ()
     restarted: int = 0
+
+
+def limits_of(config: Config) -> dict[str, float]:
+    """The limits for a config's dtype, and for experts in float8."""
+    dtype = config.training.param_dtype
+    float8 = config.moe.num_experts > 0 and config.moe.expert_dtype == "float8"
+    return LIMITS[dtype] | (FLOAT8.get(dtype, {}) if float8 else {})
 
 
 Answers = dict[str, tuple[Mapping[str, Tensor], Mapping[int, Tensor], Sequence[Batch], Sequence[Answer]]]
@@ -258,7 +271,7 @@ def _compare(task: Task, device: torch.device) -> Iterator[Deviation]:
 
 
 def _compare_gradients(trainer: Trainer, recorder: Recorder, answer: Answer) -> Iterator[Deviation]:
-    limit = LIMITS[trainer.config.training.param_dtype]["gradient"]
+    limit = limits_of(trainer.config)["gradient"]
     size = gradient_norm(answer.gradients, 2.0)
     for name, value in recorder.gradients.items():
         if value is None or name not in answer.gradients:
@@ -270,7 +283,7 @@ def _compare_gradients(trainer: Trainer, recorder: Recorder, answer: Answer) -> 
 def _compare_updates(trainer: Trainer, start: Mapping[str, Tensor], answer: Answer) -> Iterator[Deviation]:
     """What the optimizer did: moments (of the second the root, which is of the gradient's size), by how much each
     parameter moved since ``start``, and where it is."""
-    limits = LIMITS[trainer.config.training.param_dtype]
+    limits = limits_of(trainer.config)
     first = gradient_norm(answer.first_moments, 2.0)
     second = sum(float(v.sum()) for v in answer.second_moments.values()) ** 0.5
     for name, state in moments(trainer).items():
@@ -293,14 +306,14 @@ def _compare_updates(trainer: Trainer, start: Mapping[str, Tensor], answer: Answ
 
 
 def _compare_evaluation(trainer: Trainer, own: LoadedBatch, expected: float) -> Deviation:
-    limit = LIMITS[trainer.config.training.param_dtype]["loss"]
+    limit = limits_of(trainer.config)["loss"]
     return deviate_scalar("validation_loss", "validation", float(evaluate(trainer, [own])), expected, limit)
 
 
 def _compare_numbers(trainer: Trainer, result: StepResult, answer: Answer) -> Iterator[Deviation]:
     """Loss and norm, and of each MoE block what its router did and what balancing made of it."""
     dtype = trainer.config.training.param_dtype
-    limits = LIMITS[dtype]
+    limits = limits_of(trainer.config)
     yield deviate_scalar("loss", "loss", float(result.loss), answer.loss, limits["loss"])
     for k, (found, expected) in enumerate(zip(result.mtp_loss_K.tolist(), answer.mtp_losses, strict=True), start=1):
         yield deviate_scalar(f"mtp_loss_{k}", "loss", found, expected, limits["loss"])

@@ -20,7 +20,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.inputs import parameter_shapes
 from moe_dtensor.verify.miniature import judged
 from moe_dtensor.verify.oracle import Answer, Microbatch, gradient_norm, one_step
-from moe_dtensor.verify.run import LIMITS, UPDATE_FLOOR
+from moe_dtensor.verify.run import UPDATE_FLOOR, limits_of
 from moe_dtensor.verify.verdict import FLOOR, Deviation, Verdict, deviate, deviate_scalar, missing
 
 FORMAT = 1
@@ -174,7 +174,7 @@ def _config(step: StepFile) -> Config:
 
 
 def _compare(step: StepFile, config: Config, answer: Answer) -> Iterator[Deviation]:
-    limits = LIMITS[step.dtype]
+    limits = limits_of(config)
     yield deviate_scalar("loss", "loss", step.loss, answer.loss, limits["loss"])
     scale = gradient_norm(answer.gradients, 2.0)
     for name, right in answer.gradients.items():
