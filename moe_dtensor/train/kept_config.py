@@ -54,7 +54,8 @@ def absolute(path: str) -> str:
 _FREE_KEYS = {
     "model": {"attention_backend"},
     "rope": set[str](),
-    # How experts are computed changes no bit; how they are balanced may be tuned on the way, as the optimizer may.
+    # How experts are computed changes no bit, but for what their products read; that, and how experts are balanced, may
+    # be tuned on the way, as the optimizer may.
     "moe": {
         "backend",
         "expert_dtype",

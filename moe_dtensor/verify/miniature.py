@@ -197,13 +197,15 @@ def _shrink_widths(small: Config, whole: Config, layouts: Sequence[Layout]) -> C
     # Half precision is judged by statistics of rounding and by kernels that work in tiles: both want more of it.
     more = 3 if small.training.param_dtype == "bfloat16" else 1
     head = 8 if more == 1 else 16
+    # Of 8-bit numbers 16 bytes are 16.
+    tiles = 16 if more > 1 and small.moe.expert_dtype == "float8" else 1
     return override(
         small,
         {
             # Heads come next; head_dim is fixed first so that it no longer follows the width.
             "model.head_dim": head,
             **_attention_widths(whole, head, split),
-            "model.dim": lcm(24 * more, split),
+            "model.dim": lcm(24 * more, split, tiles),
             "model.hidden_dim": lcm(40 * more, split),
             "moe.hidden_dim": lcm(16 * more, split),
         },

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Replicate
 
 from moe_dtensor.layers import moe
 from moe_dtensor.layers.router import Router
-from moe_dtensor.parallel import collectives, gradients, pipeline, tensor
+from moe_dtensor.parallel import accumulation, collectives, gradients, tensor
 from moe_dtensor.train import optimizer, step
 
 
@@ -119,8 +119,8 @@ def router_term_per_microbatch() -> Iterator[None]:
 
 @contextmanager
 def microbatch_dropped() -> Iterator[None]:
-    right = pipeline.split
-    with mock.patch.object(pipeline, "split", lambda batch, size: right(batch, size)[:-1]):
+    right = accumulation.split
+    with mock.patch.object(accumulation, "split", lambda batch, size: right(batch, size)[:-1]):
         yield
 
 

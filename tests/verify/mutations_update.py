@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dtensor.config.resolve import microbatches
 from moe_dtensor.model.balance_state import BalanceState
-from moe_dtensor.parallel import gradients, pipeline
+from moe_dtensor.parallel import accumulation, gradients
 from moe_dtensor.train import optimizer, step
 from moe_dtensor.train.optimizer import Optimizers
 from moe_dtensor.verify import run
@@ -117,13 +117,13 @@ def bias_moves_with_every_microbatch() -> Iterator[None]:
 
 @contextmanager
 def last_microbatch_counted_twice() -> Iterator[None]:
-    right = pipeline.split
+    right = accumulation.split
 
     def wrong(batch: Any, size: int) -> Any:
         chunks = right(batch, size)
         return [*chunks, chunks[-1]] if torch.is_grad_enabled() else chunks
 
-    with mock.patch.object(pipeline, "split", wrong):
+    with mock.patch.object(accumulation, "split", wrong):
         yield
 
 

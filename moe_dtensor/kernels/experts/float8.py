@@ -229,7 +229,10 @@ def rounded(x: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
     if not x.numel():
         return wide
     most = wide.abs().amax(dims, keepdim=True).clamp(min=_SMALLEST)
-    return (wide * (LARGEST / most)).to(E4M3).to(wide.dtype) * (most / LARGEST)
+    scaled = wide * (LARGEST / most)
+    # Not by a cast, which takes float64 to float32 first. A number's last place is a power of two; below 2^-6 it stays.
+    place = torch.ldexp(torch.ones_like(scaled), scaled.frexp().exponent.clamp(min=-5) - 4)
+    return (scaled / place).round() * place * (most / LARGEST)
 
 
 def reference_product(x_nC: Tensor, w_PC: Tensor) -> Tensor:
