@@ -40,6 +40,9 @@ NARROW = (
     *(*SMALL, "--training.steps", "10", "--training.dtype", "bfloat16", "--training.param_dtype", "bfloat16"),
     *("--optimizer.state_dtype", "bfloat16"),
 )
+COMPILED = ("--compile.enable", "true")
+ONE_SIDED = ("--mesh.experts", "dp", "--mesh.dispatch", "one_sided")
+FLOAT8 = '[float8]\nmoe.expert_dtype = "float8"\n'
 PLACEMENTS = "train_configs/variants/placements.toml"
 BETWEEN_RANKS = {
     "1x1x2": '[tp_one_sided]\nmesh.dispatch = "one_sided"\n[tp_lent]\nmesh.lent_experts = 1\n',
@@ -87,12 +90,14 @@ class Session:
                 self.train("drawn", *SMALL, "--training.steps", "1", "--training.param_dtype", "float32", on_cpu=True)
         return self.folder / "drawn"
 
-    def train(self, name: str, *options: str, on_cpu: bool = False, **variables: str) -> list[dict[str, Any]]:
-        """Train in a run folder of this name; the metrics of each step."""
+    def train(
+        self, name: str, *options: str, on_cpu: bool = False, dp: bool = False, **variables: str
+    ) -> list[dict[str, Any]]:
+        """Train in a run folder of this name, the GPUs on tp or on dp; the metrics of each step."""
         ranks = 1 if on_cpu else self.gpus
         start = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         start = [*start, f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        tp = ("--mesh.tp", str(ranks))
+        tp = ("--mesh.tp", "1" if dp else str(ranks))
         # Devices draw other numbers from the same seed: all start from weights that a CPU drew.
         if name != "drawn":
             options = (*options, "--checkpoint.initial", str(self.drawn()))
@@ -205,17 +210,17 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in items for leaf in (flat(v, f"{k}.") if isinstance(v, dict) else [(k, v)])]
 
 
-def graphs(compiled: str) -> Callable[[Session], dict[str, Any]]:
+def graphs(name: str, *options: str, dp: bool = False) -> Callable[[Session], dict[str, Any]]:
     """Ten steps, launched kernel by kernel and as CUDA graphs: the same to the last bit."""
 
     def part(session: Session) -> dict[str, Any]:
-        rows = (*TEN_STEPS, "--moe.rows", "worst", "--compile.enable", compiled, "--checkpoint.interval", "10")
-        names = [f"graph_{on}_compiled_{compiled}" for on in ("false", "true")]
+        words = (*TEN_STEPS, "--moe.rows", "worst", *options, "--checkpoint.interval", "10")
+        names = [f"graph_{name}_{on}" for on in ("false", "true")]
         launched, graph = (
-            numbers(session.train(name, *rows, "--compile.cuda_graph", on))
-            for name, on in zip(names, ("false", "true"), strict=True)
+            numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=dp))
+            for run, on in zip(names, ("false", "true"), strict=True)
         )
-        same = same_weights(*(session.folder / name for name in names))
+        same = same_weights(*(session.folder / run for run in names))
         if launched != graph or not same:
             raise RuntimeError(json.dumps({"launched": launched, "graph": graph, "same_weights": same}))
         return {"steps": len(launched)}
@@ -262,6 +267,10 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         f"verify float32 triton placements {mesh}": verify("float32", "triton", False, mesh, PLACEMENTS)
         for mesh in BETWEEN_RANKS
     }
+    graphs_between = {
+        "cuda graphs over dp": graphs("dp", *COMPILED, dp=True),
+        "cuda graphs one-sided": graphs("one_sided", *COMPILED, *ONE_SIDED, dp=True),
+    }
     return {
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
@@ -269,8 +278,10 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         **(between if gpus > 1 else {}),
         "losses": losses,
         "deterministic and resumed": deterministic,
-        "cuda graphs": graphs("false"),
-        "cuda graphs compiled": graphs("true"),
+        "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
+        "cuda graphs": graphs("eager"),
+        "cuda graphs compiled": graphs("compiled", *COMPILED),
+        **(graphs_between if gpus > 1 else {}),
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),
