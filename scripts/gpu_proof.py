@@ -40,8 +40,6 @@ NARROW = (
     *(*SMALL, "--training.steps", "10", "--training.dtype", "bfloat16", "--training.param_dtype", "bfloat16"),
     *("--optimizer.state_dtype", "bfloat16"),
 )
-COMPILED = ("--compile.enable", "true")
-ONE_SIDED = ("--mesh.experts", "dp", "--mesh.dispatch", "one_sided")
 FLOAT8 = '[float8]\nmoe.expert_dtype = "float8"\n'
 PLACEMENTS = "train_configs/variants/placements.toml"
 BETWEEN_RANKS = {
@@ -210,14 +208,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in items for leaf in (flat(v, f"{k}.") if isinstance(v, dict) else [(k, v)])]
 
 
-def graphs(name: str, *options: str, dp: bool = False) -> Callable[[Session], dict[str, Any]]:
-    """Ten steps, launched kernel by kernel and as CUDA graphs: the same to the last bit."""
+def graphs(name: str, *options: str) -> Callable[[Session], dict[str, Any]]:
+    """Ten steps, launched kernel by kernel and as CUDA graphs, the GPUs on dp: the same to the last bit."""
 
     def part(session: Session) -> dict[str, Any]:
-        words = (*TEN_STEPS, "--moe.rows", "worst", *options, "--checkpoint.interval", "10")
+        words = (*TEN_STEPS, *options, "--checkpoint.interval", "10")
         names = [f"graph_{name}_{on}" for on in ("false", "true")]
         launched, graph = (
-            numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=dp))
+            numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=True))
             for run, on in zip(names, ("false", "true"), strict=True)
         )
         same = same_weights(*(session.folder / run for run in names))
@@ -267,10 +265,6 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         f"verify float32 triton placements {mesh}": verify("float32", "triton", False, mesh, PLACEMENTS)
         for mesh in BETWEEN_RANKS
     }
-    graphs_between = {
-        "cuda graphs over dp": graphs("dp", *COMPILED, dp=True),
-        "cuda graphs one-sided": graphs("one_sided", *COMPILED, *ONE_SIDED, dp=True),
-    }
     return {
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
@@ -280,8 +274,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "deterministic and resumed": deterministic,
         "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "cuda graphs": graphs("eager"),
-        "cuda graphs compiled": graphs("compiled", *COMPILED),
-        **(graphs_between if gpus > 1 else {}),
+        "cuda graphs compiled": graphs("compiled", "--compile.enable", "true"),
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),

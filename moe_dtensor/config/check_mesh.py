@@ -223,18 +223,17 @@ def _async_tp(config: Config) -> Broken:
 
 
 def _cuda_graph(config: Config) -> Broken:
-    """What a graph cannot hold: work for the host, weights and gradients that move."""
+    """What a graph cannot hold: collectives, work for the host, weights and gradients that move."""
     if not config.compile.cuda_graph:
         return
     moe, fsdp = config.moe, config.fsdp
     if config.mesh.pp > 1:
         yield "compile.cuda_graph = true needs mesh.pp = 1.", "Set one of them."
-    reads = expert_ranks(config) > 1 and (moe.rows == "exact" or config.mesh.dispatch in ("all_to_all", "auto"))
-    if moe.num_experts and reads:
+    if config.mesh.tp > 1 or expert_ranks(config) > 1:
         yield (
-            f"compile.cuda_graph = true with moe.rows = {moe.rows} and mesh.dispatch = {config.mesh.dispatch}: with "
-            "experts on several ranks the host reads how many rows each has.",
-            "Set moe.rows = worst and mesh.dispatch = all_gather (or one_sided).",
+            f"compile.cuda_graph = true with mesh.tp = {config.mesh.tp} and experts spread over {expert_ranks(config)} "
+            "ranks: a capture that holds collectives waits for good.",
+            "Set mesh.tp = 1 and mesh.experts = tp (FSDP may go over any dp), or compile.cuda_graph = false.",
         )
     if moe.num_experts and moe.backend == "grouped_gemm":
         yield (

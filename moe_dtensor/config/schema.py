@@ -316,7 +316,7 @@ class Compile:
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
     cuda_graph: bool = False
     """Launch a microbatch's forward and backward pass as one CUDA graph: for small models and small microbatches, whose
-    kernels end before the next is launched. Weights stay gathered for a step. On CPUs nothing is captured."""
+    kernels end before the next is launched. On one rank or FSDP's; weights stay gathered. On CPUs none is captured."""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
     | {"rope.beta_fast": (2.0, 32.0), "rope.beta_slow": (0.5, 1.0), "rope.attention_factor": (0.0, 1.3)},
     {"rope.scaling": ("longrope",), "rope.factor": (1.0, 4.0), "rope.original_length": (4, 32)}
     | {"rope.short_factors": ((1.0, 1.5), (1.0,), (1.0, 1.5, 3.0)), "rope.long_factors": ((2.0, 3.0), (4.0,))},
-    {"compile.cuda_graph": (True,), "moe.rows": ("worst",), "mesh.dispatch": ("all_gather", "one_sided")}
+    {"compile.cuda_graph": (True,), "mesh.experts": ("tp", "dp"), "mesh.expert_ranks": (0, 1)}
     | {"fsdp.reshard_after_forward": ("auto", "never"), "fsdp.accumulate": ("whole", "auto")},
     {"moe.expert_dtype": ("float8",), "mesh.dispatch": ("all_gather", "all_to_all"), "moe.top_k": (1, 2)}
     | {"moe.gate_on": ("output", "input"), "mesh.experts": ("tp", "dp", "dp_tp")},

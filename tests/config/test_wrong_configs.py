@@ -288,13 +288,13 @@ WRONG = [
     ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set one of them"),
     (
         "--compile.cuda_graph true --mesh.tp 2",
-        "moe.rows = exact and mesh.dispatch = all_gather",
-        "Set moe.rows = worst and mesh.dispatch = all_gather",
+        "with mesh.tp = 2 and experts spread over 2 ranks: a capture that holds collectives",
+        "Set mesh.tp = 1",
     ),
     (
-        "--compile.cuda_graph true --mesh.tp 2 --moe.rows worst --mesh.dispatch all_to_all",
-        "moe.rows = worst and mesh.dispatch = all_to_all",
-        "mesh.dispatch = all_gather",
+        "--compile.cuda_graph true --mesh.dp 2 --mesh.experts dp",
+        "with mesh.tp = 1 and experts spread over 2 ranks",
+        "mesh.experts = tp",
     ),
     ("--compile.cuda_graph true --moe.backend grouped_gemm", "moe.backend = grouped_gemm", "moe.backend = auto"),
     (

@@ -26,7 +26,6 @@ SMALL: Keys = {
     "moe.num_experts": 4,
     "moe.hidden_dim": 8,
     "moe.top_k": 2,
-    "moe.rows": "worst",
     "data.corpus": "random",
     "training.seq_len": 8,
     "training.microbatch_size": 1,
@@ -42,9 +41,8 @@ CASES: dict[str, tuple[int, Keys]] = {
     "multi-token prediction": (1, {"model.mtp_depth": 2}),
     "two sources": (1, {"data.sources": [{"name": n, "corpus": "random", "weight": 1.0} for n in ("one", "two")]}),
     "fsdp": (2, {}),
-    "tp": (2, {"mesh.tp": 2}),
-    "experts over dp": (2, {"mesh.experts": "dp"}),
-    "experts over dp, one sided": (2, {"mesh.experts": "dp", "mesh.dispatch": "one_sided"}),
+    "experts outside of fsdp": (2, {"mesh.experts": "dp", "mesh.expert_ranks": 1}),
+    "experts in float8": (1, {"moe.expert_dtype": "float8", "model.dim": 32}),
     "copies over dp": (2, {"mesh.dp_replicate": 2}),
 }
 
