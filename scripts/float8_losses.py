@@ -29,6 +29,7 @@ SETTINGS = {
     "compile.cuda_graph": "true",
     "checkpoint.enable": "false",
 }
+COLOURS = {"bfloat16": "#4477aa", "float8": "#ee6677"}
 DTYPES = {"bfloat16": "param", "float8": "float8"}
 
 
@@ -66,27 +67,30 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    grey = "#808080"  # legible on white and on black
+    pyplot.rcParams.update({f"{what}.color": grey for what in ("text", "xtick", "ytick")})
+    pyplot.rcParams.update({"axes.labelcolor": grey, "axes.edgecolor": grey, "svg.fonttype": "none"})
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2))
     smooth = {(run["dtype"], run["seed"]): means(run["losses"]) for run in record["runs"]}
     for (dtype, seed), values in smooth.items():
-        colour = {"bfloat16": "tab:blue", "float8": "tab:orange"}[dtype]
+        colour = COLOURS[dtype]
         label = dtype if seed == record["runs"][0]["seed"] else None
         above.plot(range(20, 20 * len(values) + 1, 20), values, color=colour, label=label, linewidth=1)
     seeds = sorted({seed for _, seed in smooth})
     first = seeds[0]
     for seed in seeds:
         apart = [a - b for a, b in zip(smooth["float8", seed], smooth["bfloat16", seed], strict=True)]
-        below.plot(range(20, 20 * len(apart) + 1, 20), apart, color="tab:orange", linewidth=1)
+        below.plot(range(20, 20 * len(apart) + 1, 20), apart, color=COLOURS["float8"], linewidth=1)
     for seed in seeds[1:]:
         apart = [a - b for a, b in zip(smooth["bfloat16", seed], smooth["bfloat16", first], strict=True)]
-        below.plot(range(20, 20 * len(apart) + 1, 20), apart, color="tab:blue", linewidth=1)
+        below.plot(range(20, 20 * len(apart) + 1, 20), apart, color=COLOURS["bfloat16"], linewidth=1)
     below.axhline(0, color="grey", linewidth=0.5)
     above.set_ylabel("loss, means of 20 steps")
     above.legend(frameon=False)
     below.set_ylabel("difference")
-    below.set_xlabel("step; below, orange: float8 less bfloat16, blue: one seed less the other")
+    below.set_xlabel("step; below, red: float8 less bfloat16, blue: one seed less the other")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def means(losses: list[float], width: int = 20) -> list[float]:

@@ -84,6 +84,9 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "fsdp.reshard_after_forward": "auto",
         "compile.enable": False,
         "compile.async_tp": False,
+        "compile.cuda_graph": False,
+        # Weights would be rounded for every token.
+        "moe.expert_dtype": "param",
         "activation_checkpoint.mode": "none",
         "training.microbatch_size": 1,
         "training.loss": "cross_entropy",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from moe_dtensor.config.check import check
-from moe_dtensor.config.load import override
+from moe_dtensor.config.load import load, override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
+from moe_dtensor.generate import load as load_module
 from moe_dtensor.generate.batch import Completion, Model, Sampling, complete
 from moe_dtensor.generate.cache import Cache, Slots
 from moe_dtensor.generate.decoder import is_kernels_only, open_decoder
@@ -180,3 +182,15 @@ def test_what_may_ask_the_device_is_not_replayed(changes: dict[str, Any], replay
     model = Transformer(config, range(config.model.num_layers), first=True, last=True)
     named = override(config, {"moe.router": changes.get("moe.router", "topk")})
     assert is_kernels_only(model, named) == replays
+
+
+def test_what_trained_as_graphs_in_float8_generates_on_tp_ranks() -> None:
+    """Neither goes with tp's collectives, or pays for single tokens."""
+    trained = override(
+        load(Path("train_configs/debug.toml")), {"compile.cuda_graph": True, "moe.expert_dtype": "float8"}
+    )
+    config = load_module._for_generation(trained, {"mesh.tp": 2}, 2)
+    check(config, 2)
+    assert not config.compile.cuda_graph
+    assert config.moe.expert_dtype == "param"
+    assert load_module._for_generation(trained, {"moe.expert_dtype": "float8"}, 1).moe.expert_dtype == "float8"
