@@ -309,14 +309,12 @@ class Compile:
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
     order: bool = True
-    """Keep the order of kernels and collectives in compiled blocks, so that they overlap. For GPUs that exchange
-    activations; off with a version of torch that this was not tested with, as a line of the log then says."""
+    """Order a compiled block's kernels and collectives so that they overlap. Off with an untested torch; the log tells."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
     cuda_graph: bool = False
-    """Launch a microbatch's forward and backward pass as one CUDA graph: for small models and small microbatches, whose
-    kernels end before the next is launched. On one rank or FSDP's; weights stay gathered. On CPUs none is captured."""
+    """A microbatch, forward and backward, as one CUDA graph: for small models and few sequences. One rank, or FSDP."""
 
 
 @dataclass(frozen=True)
