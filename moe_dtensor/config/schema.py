@@ -309,7 +309,7 @@ class Compile:
     enable: bool = False
     """Compile each block. Refused with schedules that split the backward pass (ZeroBubble, DualPipeV)."""
     order: bool = True
-    """Order a compiled block's kernels and collectives so that they overlap. Off with an untested torch; the log tells."""
+    """Order a compiled block's kernels and collectives so that they overlap. Off, as logged, with untested torch."""
     async_tp: bool = False
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""

@@ -144,6 +144,31 @@ def _write(
 
 
 @triton.jit
+def _whole_rows(
+    h_ptr,
+    da_ptr,
+    dh_ptr,
+    dh8_ptr,
+    weighted_ptr,
+    gate,
+    row,
+    end,
+    hidden,
+    ACTIVATION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows that stay in registers: the gates' gradients, and the scales of dH."""
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < end) & (column < hidden)
+    a, da, first, second = _gradients(h_ptr, da_ptr, gate, row, column, inside, hidden, ACTIVATION, GROUPS)
+    factor, scale = scales(_most_of(first, second, GROUPS))
+    factor = factor[:, None]
+    _write(dh_ptr, dh8_ptr, weighted_ptr, a, first, second, gate, factor, row, column, inside, hidden, GROUPS)
+    return tl.sum(a * da, axis=1), scale
+
+
+@triton.jit
 def backward_kernel(
     h_ptr,
     da_ptr,
@@ -177,15 +202,9 @@ def backward_kernel(
         gate = tl.load(gate_ptr + copy, mask=held, other=0.0).to(tl.float32)[:, None]
         row = row_R[:, None]
         if WHOLE:
-            column = tl.arange(0, BLOCK)[None, :]
-            inside = (row < end) & (column < hidden)
-            a, da, first, second = _gradients(h_ptr, da_ptr, gate, row, column, inside, hidden, ACTIVATION, GROUPS)
-            dgate = tl.sum(a * da, axis=1)
-            factor, scale = scales(_most_of(first, second, GROUPS))
-            _write(
-                dh_ptr, dh8_ptr, weighted_ptr, a, first, second, gate, factor[:, None], row, column, inside, hidden,
-                GROUPS,
-            )  # fmt: skip
+            dgate, scale = _whole_rows(
+                h_ptr, da_ptr, dh_ptr, dh8_ptr, weighted_ptr, gate, row, end, hidden, ACTIVATION, GROUPS, BLOCK
+            )
         else:
             dgate = tl.zeros((ROWS,), tl.float32)
             most = tl.zeros((ROWS,), tl.float32)
