@@ -232,7 +232,7 @@ def _cuda_graph(config: Config) -> Broken:
     if config.mesh.tp > 1 or expert_ranks(config) > 1:
         yield (
             f"compile.cuda_graph = true with mesh.tp = {config.mesh.tp} and experts spread over {expert_ranks(config)} "
-            "ranks: a capture that holds collectives waits for good.",
+            "ranks: a graph that holds collectives was not seen to end (docs/decisions/cuda-graph.md).",
             "Set mesh.tp = 1 and mesh.experts = tp (FSDP may go over any dp), or compile.cuda_graph = false.",
         )
     if moe.num_experts and moe.backend == "grouped_gemm":

@@ -288,7 +288,7 @@ WRONG = [
     ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set one of them"),
     (
         "--compile.cuda_graph true --mesh.tp 2",
-        "with mesh.tp = 2 and experts spread over 2 ranks: a capture that holds collectives",
+        "with mesh.tp = 2 and experts spread over 2 ranks: a graph that holds collectives",
         "Set mesh.tp = 1",
     ),
     (
