@@ -45,6 +45,8 @@ MEMORY_BANDWIDTH = 3.0e12
 THIN = 100.0
 """Products of experts F hidden units wide take 1 + THIN / F times as long as very wide ones: on two H100 half of 512
 cost 8 % of a step (``docs/several_gpus.md``)."""
+FLOAT8 = 1.2
+"""Experts with products in float8 are so many times as fast: 1.15 to 1.24 on an H200 (``docs/speed.md``)."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _flops(config: Config) -> tuple[float, float]:
     experts = 6.0 * weights * sum(block_config(config, layer).moe.top_k for layer in moe_layers(config))
     dense = flops_per_token(config) - experts
     hidden = moe.hidden_dim / (config.mesh.tp if config.mesh.experts == "tp_hidden" else 1)
-    experts *= (1 + THIN / hidden) / (1 + THIN / 512)
+    experts *= (1 + THIN / hidden) / (1 + THIN / 512) / (FLOAT8 if moe.expert_dtype == "float8" else 1.0)
     # A forward is a third of both passes. Selective recomputation keeps what experts and attention gave.
     again = {"none": (0.0, 0.0), "selective": (1 / 3, 0.0), "full": (1 / 3, 1 / 3)}[config.activation_checkpoint.mode]
     return dense * (1 + again[0]), experts * (1 + again[1])
