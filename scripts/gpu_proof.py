@@ -278,6 +278,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),
+        "verify bfloat16 torch compiled": verify("bfloat16", "torch", True),
         **{f"verify bfloat16 {b}": verify("bfloat16", b, False) for b in backends},
         **{f"verify float32 {b}": verify("float32", b, False) for b in backends if b != "grouped_gemm"},
     }
