@@ -266,13 +266,13 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         for mesh in BETWEEN_RANKS
     }
     return {
+        "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
         "kernels": kernels,
         **(between if gpus > 1 else {}),
         "losses": losses,
         "deterministic and resumed": deterministic,
-        "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "cuda graphs": graphs("eager"),
         "cuda graphs compiled": graphs("compiled", "--compile.enable", "true"),
         "cpu offload": offload,

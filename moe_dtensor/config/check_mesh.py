@@ -228,7 +228,7 @@ def _cuda_graph(config: Config) -> Broken:
         return
     moe, fsdp = config.moe, config.fsdp
     if config.mesh.pp > 1:
-        yield "compile.cuda_graph = true needs mesh.pp = 1.", "Set one of them."
+        yield "compile.cuda_graph = true needs mesh.pp = 1.", "Set mesh.pp = 1, or compile.cuda_graph = false."
     if config.mesh.tp > 1 or expert_ranks(config) > 1:
         yield (
             f"compile.cuda_graph = true with mesh.tp = {config.mesh.tp} and experts spread over {expert_ranks(config)} "
@@ -240,16 +240,16 @@ def _cuda_graph(config: Config) -> Broken:
             "compile.cuda_graph = true with moe.backend = grouped_gemm, which reads each expert's rows on the host.",
             "Set moe.backend = auto.",
         )
-    for name, found, wanted in (
-        ("fsdp.cpu_offload", fsdp.cpu_offload, "false"),
-        ("fsdp.reshard_after_forward", fsdp.reshard_after_forward == "always", "never"),
-        ("fsdp.accumulate", fsdp.accumulate == "sharded", "whole"),
-    ):
+    moving = {
+        "fsdp.cpu_offload = true": (fsdp.cpu_offload, "false"),
+        "fsdp.reshard_after_forward = always": (fsdp.reshard_after_forward == "always", "never"),
+        "fsdp.accumulate = sharded": (fsdp.accumulate == "sharded", "whole"),
+    }
+    for setting, (found, wanted) in moving.items():
         if found:
             yield (
-                f"compile.cuda_graph = true with {name} = {'true' if wanted == 'false' else getattr(fsdp, name[5:])}: "
-                "weights and gradients have to stay where they are.",
-                f"Set {name} = {wanted}.",
+                f"compile.cuda_graph = true with {setting}: weights and gradients have to stay where they are.",
+                f"Set {setting.split(' = ')[0]} = {wanted}.",
             )
 
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 from math import ceil, sqrt
 from typing import Literal, NamedTuple
 
+from moe_dtensor.config.load import names_object
 from moe_dtensor.config.schema import Config
 
 GATED = ("swiglu", "geglu", "swiglu_clamped")
@@ -61,6 +62,11 @@ def resolve(config: Config, world_size: int) -> Config:
         data=replace(config.data, document_mask=config.data.document_mask or has_conversations(config)),
         training=replace(training, validation_sequences=training.validation_sequences or training.global_batch_size),
     )
+
+
+def own_routers(config: Config) -> list[str]:
+    """Those that are named ``package.module:Name``."""
+    return [name for name in (config.moe.router, *config.moe.router_by_layer) if names_object(name)]
 
 
 def has_conversations(config: Config) -> bool:

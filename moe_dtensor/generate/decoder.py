@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from moe_dtensor.config.resolve import block_window, padded_vocab
+from moe_dtensor.config.resolve import block_window, own_routers, padded_vocab
 from moe_dtensor.config.schema import Config
 from moe_dtensor.generate.cache import KeyValueCache, LatentCache, Slots
 from moe_dtensor.kernels.attention import Visible
@@ -73,8 +73,7 @@ def is_kernels_only(model: Transformer, config: Config) -> bool:
     """Whether a forward pass of a rank alone launches kernels and nothing else, so that it can be replayed: without
     FSDP, whose hooks use streams of their own, without a router of one's own, and with experts that never ask the
     device how many rows they have."""
-    routers = (config.moe.router, *config.moe.router_by_layer)
-    if isinstance(model, FSDPModule) or any(":" in router for router in routers):
+    if isinstance(model, FSDPModule) or own_routers(config):
         return False
     experts = (module.local_weight("w_up") for module in model.modules() if isinstance(module, Experts))
     float8 = config.moe.expert_dtype == "float8"

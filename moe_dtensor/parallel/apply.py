@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import expert_ranks, num_stages, rank_stages, stage_layers
+from moe_dtensor.config.resolve import expert_ranks, num_stages, own_routers, rank_stages, stage_layers
 from moe_dtensor.config.schema import Config
 from moe_dtensor.model.initial import init_weights
 from moe_dtensor.model.transformer import Transformer
@@ -148,7 +148,7 @@ def apply_recompute(part: Transformer, config: Config) -> None:
         return
     for block in part.layers.values():
         # Only a router of one's own may draw random numbers; torch's state cannot be read while a graph is captured.
-        draws = any(":" in router for router in (config.moe.router, *config.moe.router_by_layer))
+        draws = bool(own_routers(config))
         rerun = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws)
         if mode == "selective":
             rerun = functools.partial(rerun, context_fn=_selective_contexts)

@@ -134,9 +134,11 @@ class Watch:
             return
         healthy = [rank for rank in signs if rank not in hung]
         self._dump()
-        self._store.add("hang/kept", 1)
+        with contextlib.suppress(RuntimeError):
+            self._store.add("hang/kept", 1)
         if healthy and self._ranks.rank == healthy[0]:
-            self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
+            with contextlib.suppress(RuntimeError):
+                self._store.add("told/lost", 1)  # ranks that lose this one need not tell it
             print(words(tale(signs, hung, healthy[0], self._folder)), file=sys.stderr, flush=True)
             # Who loses this rank first keeps no stacks.
             self._wait(lambda: self._store.add("hang/kept", 0) >= len(healthy))
@@ -147,10 +149,11 @@ class Watch:
             self._end(PEER_LOST)
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        """Until it is so, or every rank that looks has had time to."""
+        """Until it is so, or every rank that looks has had time to; not for a store that is gone."""
         end = time.monotonic() + 2 * self._period
-        while not done() and time.monotonic() < end:
-            time.sleep(0.05)
+        with contextlib.suppress(RuntimeError):
+            while not done() and time.monotonic() < end:
+                time.sleep(0.05)
 
     def _dump(self) -> None:
         """This rank's stacks, and the flight recorder's last collectives."""

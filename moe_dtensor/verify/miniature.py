@@ -24,6 +24,7 @@ from moe_dtensor.config.resolve import (
     has_conversations,
     is_latent,
     moe_layers,
+    own_routers,
     resolve,
 )
 from moe_dtensor.config.schema import Config, Data
@@ -162,7 +163,7 @@ def _telling_updates(config: Config) -> dict[str, Any]:
 
 
 def _refuse_unknown_parts(config: Config) -> None:
-    own = [name for name in (*config.moe.router_by_layer, config.moe.router) if ":" in name]
+    own = own_routers(config)
     if config.moe.num_experts and own:
         raise ConfigError(
             f"verify's oracle knows the routers that are built in, not moe.router = {own[0]!r}.",

@@ -10,6 +10,8 @@ from moe_dtensor.__main__ import main
 from moe_dtensor.config.check import ABOVE_ZERO, AT_LEAST_ONE, BY_ITSELF, FROM_ZERO_TO_ONE
 from moe_dtensor.config.tables import all_fields
 
+from .wrong_computing import COMPUTING
+
 PLAIN = "tests/config/plain.toml"
 
 # (command line after `check --config plain.toml`, words that the error's first line has, words of its remedy)
@@ -279,56 +281,7 @@ WRONG = [
         "activation_checkpoint.mode = selective with pipeline.schedule = InterleavedZeroBubble",
         "full or none",
     ),
-    ("--compile.async_tp true", "compile.async_tp = true needs compile.enable = true", "Set both"),
-    (
-        "--compile.async_tp true --compile.enable true --mesh.sequence_parallel false",
-        "needs mesh.sequence_parallel = true",
-        "compile.async_tp = false",
-    ),
-    ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set one of them"),
-    (
-        "--compile.cuda_graph true --mesh.tp 2",
-        "with mesh.tp = 2 and experts spread over 2 ranks: a graph that holds collectives",
-        "Set mesh.tp = 1",
-    ),
-    (
-        "--compile.cuda_graph true --mesh.dp 2 --mesh.experts dp",
-        "with mesh.tp = 1 and experts spread over 2 ranks",
-        "mesh.experts = tp",
-    ),
-    ("--compile.cuda_graph true --moe.backend grouped_gemm", "moe.backend = grouped_gemm", "moe.backend = auto"),
-    (
-        "--compile.cuda_graph true --fsdp.cpu_offload true",
-        "fsdp.cpu_offload = true: weights and gradients have to stay",
-        "Set fsdp.cpu_offload = false",
-    ),
-    (
-        "--compile.cuda_graph true --fsdp.reshard_after_forward always",
-        "fsdp.reshard_after_forward = always: weights",
-        "Set fsdp.reshard_after_forward = never",
-    ),
-    (
-        "--compile.cuda_graph true --fsdp.accumulate sharded",
-        "fsdp.accumulate = sharded: weights",
-        "Set fsdp.accumulate = whole",
-    ),
-    ("--moe.expert_dtype float8 --moe.backend torch", "float8 has no kernel in moe.backend = torch", "backend = auto"),
-    (
-        "--moe.expert_dtype float8 --moe.expert_bias true",
-        "float8 does not take moe.expert_bias",
-        "expert_dtype = param",
-    ),
-    ("--moe.expert_dtype float8 --mesh.tp 2 --mesh.experts tp_hidden", "scales whole rows", "Set mesh.experts = tp"),
-    (
-        "--moe.expert_dtype float8 --mesh.tp 2 --mesh.dispatch one_sided",
-        "no kernels for mesh.dispatch = one_sided",
-        "all_gather",
-    ),
-    (
-        "--moe.expert_dtype float8 --mesh.pp 2 --pipeline.schedule ZBVZeroBubble",
-        "float8 with pipeline.schedule = ZBVZeroBubble",
-        "Set pipeline.schedule to 1F1B",
-    ),
+    *COMPUTING,
     ("--mesh.pp 2 --fsdp.reshard_after_forward always", "fsdp.reshard_after_forward = always", "auto or never"),
     ("--mesh.pp 3 --training.microbatch_size 12", "runs 2 microbatches", "To have 3 or more"),
     (

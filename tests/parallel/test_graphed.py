@@ -12,6 +12,7 @@ from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
 from moe_dtensor.parallel import graphed
+from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.parallel.graphed import GraphedAccumulation
 from moe_dtensor.testing.ranks import run_on_ranks
 from moe_dtensor.train.build import build
@@ -48,7 +49,7 @@ CASES: dict[str, tuple[int, Keys]] = {
 
 
 def trained(keys: Keys, world_size: int) -> list[Any]:
-    """Numbers of four steps and of an evaluation between them, and where weights and sums of gradients lay."""
+    """Numbers of four steps, of an evaluation after each, and the weights at the end."""
     config = resolve(override(Config(), SMALL | keys), world_size)
     trainer, loader = build(config, torch.device("cpu")), Loader(config, build_corpus(config))
     found: list[Any] = []
@@ -66,7 +67,7 @@ def test_the_numbers_are_those_of_accumulation(name: str) -> None:
     usual, in_place = (
         run_on_ranks(trained, world_size, keys | {"compile.cuda_graph": on}, world_size) for on in (False, True)
     )
-    # FSDP reduces in blocks of other sizes; sums of two are the same in any order.
+    # Sums of two ranks are the same in any order.
     assert in_place == usual
 
 
@@ -76,17 +77,20 @@ def places(world_size: int) -> list[list[int]]:
     runner = trainer.runner
     assert isinstance(runner, GraphedAccumulation)
     found: list[list[int]] = []
+    others: list[torch.Tensor] = []
 
     def look(*arguments: Any) -> Any:
-        weights = [param.data_ptr() for param in trainer.parts[0].parameters()]
+        weights = [local_part(param) for param in trainer.parts[0].parameters()]
+        assert all(weight.dtype == torch.bfloat16 for weight in weights)  # gathered before the microbatch
         out = microbatch(*arguments)
-        grads = [held.tensor.data_ptr() for held in runner.sums]
-        found.append(weights + grads)
+        found.append([tensor.data_ptr() for tensor in (*weights, *(local_part(held.tensor) for held in runner.sums))])
         return out
 
     for i in range(3):
         train_step(trainer, read_batch(trainer, loader))
         evaluate(trainer, [read_batch(trainer, loader)])
+        # What is given back is taken by others.
+        others += [torch.zeros(size) for size in range(8, 20_000, 8)]
         if i == 0:
             microbatch, runner.run = runner.run, look
     return found
@@ -97,7 +101,8 @@ def test_weights_and_sums_stay_where_they_are(world_size: int) -> None:
     for found in run_on_ranks(places, world_size, world_size):
         assert len(found) == 2 * 8 // world_size
         assert all(one == found[0] for one in found)
-        assert len(found[0]) > 20
+        assert len(set(found[0])) == len(found[0]) > 20
+        assert 0 not in found[0]
 
 
 class FakeGraph:
