@@ -76,7 +76,7 @@ class Result:
 
 
 def _installed_backends() -> tuple[str, ...]:
-    return ("torch", "triton", "grouped_gemm") if find_spec("grouped_gemm") else ("torch", "triton")
+    return ("torch", "triton", *(name for name in ("grouped_gemm", "quack") if find_spec(name)))
 
 
 def bench_layer(
@@ -93,8 +93,8 @@ def bench_layer(
 
     Args:
         shapes: names, or ``T,D,F,E,K,activation``.
-        backends: names, ``float8`` among them for ``moe.expert_dtype``. Empty: torch, triton and, if it is installed,
-            grouped_gemm on CUDA, reference elsewhere; and the peers that are installed.
+        backends: names, ``float8`` among them for ``moe.expert_dtype``. Empty: on CUDA torch,
+            triton, and grouped_gemm and quack where they are installed, reference elsewhere; and installed peers.
         skew: ``0`` near-uniform routing; ``zipf``: odds of expert e proportional to ``1 / (e + 1)``.
         json_path: file for the results with commit, versions and device.
         compiled: run backends and peers by ``torch.compile``, as training does. None: on CUDA.
@@ -203,7 +203,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.dense_tflops = layer.shape.expert_flops / statistics.median(dense_times) / 1e9
         if cuda:
             result.kernels = break_down(record_kernels(runs[name], RECORDED), RECORDED).kernels
-        if cuda and name in ("torch", "triton", "float8"):
+        if cuda and name != "grouped_gemm" and name in (*BACKENDS, "float8"):
             result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
 
 

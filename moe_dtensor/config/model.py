@@ -226,5 +226,5 @@ class Moe:
     """What experts' products read, forward and for the gradients of their inputs. param: training.param_dtype. float8:
     that, rounded to E4M3 (4 bits of exponent, 3 of fraction) with a scale for each row and for each expert's weight;
     gradients of weights are computed in param_dtype. On Hopper; elsewhere the same rounding in plain PyTorch."""
-    backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm"] = "auto"
+    backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm", "quack"] = "auto"
     """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELP = "prove on a miniature of a config that every mesh computes the same gradients"
 DEFAULT_MESHES = ("1x1x1", "2x1x1", "1x1x2", "1x1x4", "1x1x8", "2x1x2", "1x2x2", "2x2x2", "1x3x2")
 DTYPES = ("float64", "float32", "bfloat16")
-BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm")
+BACKENDS = ("auto", "reference", "torch", "triton", "grouped_gemm", "quack")
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moe_dtensor.kernels.experts.exchange import gather_permute, unpermute_scatter
+from moe_dtensor.kernels.experts.exchange import gather_permute, leave
 from moe_dtensor.kernels.experts.float8 import ExpertMLP as ExpertMLP8
 from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
 from moe_dtensor.kernels.experts.permute import (
@@ -25,6 +25,8 @@ from moe_dtensor.kernels.experts.permute import (
     unpermute,
     weighted_activation,
 )
+from moe_dtensor.kernels.experts.quack import FUSED
+from moe_dtensor.kernels.experts.quack import ExpertMLP as ExpertMLPFused
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
 
 
@@ -53,13 +55,7 @@ def run_forward(
     a_NF = activate_rows(h_NP, route.ends, activation)
     y_ND = rows_times_weight(a_NF, w_down_EDF, route.ends, tiles, True, backend)
     del a_NF
-    return _leave(y_ND, route.position, gate_TK, group), kept, h_NP
-
-
-def _leave(y_ND: Tensor, position_SK: Tensor, gate_SK: Tensor | None, group: str | None) -> Tensor:
-    return (
-        unpermute(y_ND, position_SK, gate_SK) if group is None else unpermute_scatter(y_ND, position_SK, gate_SK, group)
-    )
+    return leave(y_ND, route.position, gate_TK, group), kept, h_NP
 
 
 def run_backward(
@@ -103,7 +99,7 @@ def run_backward(
     if wanted[0]:
         dx_ND = rows_times_weight(dh_NP, w_up_EGFD.flatten(1, 2), ends_E, tiles, False, backend)
         del dh_NP
-        dx_TD = _leave(dx_ND, position_TK, None, group)
+        dx_TD = leave(dx_ND, position_TK, None, group)
     return dx_TD, dw_up_EGFD, dw_down_EDF, dgate_TK
 
 
@@ -125,7 +121,7 @@ def expert_mlp(
     keep_rows: bool = False,
     float8: bool = False,
 ) -> Tensor:
-    """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is torch, triton or grouped_gemm."""
+    """See :func:`moe_dtensor.kernels.experts.mlp.expert_mlp`; ``backend`` is any but reference."""
     held_experts, _, hidden, _ = w_up_EGFD.shape
     check(backend, x_TD, hidden, float8)
     route = sort_by_expert(expert_TK, first_expert, held_experts)
@@ -139,6 +135,8 @@ def expert_mlp(
     if split_backward or up_bias_EGF is not None:
         assert group is None
         return _expert_mlp_in_nodes(*arguments, up_bias_EGF, keep_rows)
+    if backend == "quack" and activation in FUSED:
+        return ExpertMLPFused.apply(*arguments[:8], group)
     return _ExpertMLP.apply(*arguments, group, keep_rows)
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe_dtensor.kernels.experts.permute import unpermute
 from moe_dtensor.kernels.library import define
 
 
@@ -49,3 +50,10 @@ unpermute_scatter = define(
 """``out[t] = sum over ranks of sum_k gate[s, k] * y[position[s, k]]`` for a rank's own tokens s, ``(T, D)``.
 
 Each rank's sum is rounded before they are added, in the order of the ranks."""
+
+
+def leave(y_ND: Tensor, position_SK: Tensor, gate_SK: Tensor | None, group: str | None) -> Tensor:
+    """Rows back to tokens, ``(T, D)``: :data:`unpermute_scatter`, or ``unpermute`` where there is no group."""
+    if group is None:
+        return unpermute(y_ND, position_SK, gate_SK)
+    return unpermute_scatter(y_ND, position_SK, gate_SK, group)

@@ -1,7 +1,7 @@
 """Grouped GEMMs: rows sorted by expert times each expert's weight, and the weights' gradients, by backend.
 
-Those of ``torch`` and of the package ``grouped_gemm`` stand here, those of ``triton`` in :mod:`.grouped_triton`. P and
-Q are a weight's two sides, ``w_EPQ``.
+Those of ``torch`` and of the package ``grouped_gemm`` stand here, those of ``triton`` in :mod:`.grouped_triton`, those
+of ``quack`` in :mod:`.quack`. P and Q are a weight's two sides, ``w_EPQ``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dtensor.kernels.experts.quack import ByQuack
 from moe_dtensor.kernels.library import define, launches_triton, triton_kernels
 
 _DTYPES = {
     "torch": (torch.bfloat16, torch.float16, torch.float32),
     "triton": (torch.bfloat16, torch.float16, torch.float32),
     "grouped_gemm": (torch.bfloat16,),
+    "quack": (torch.bfloat16, torch.float16),
 }
 
 
@@ -28,8 +30,8 @@ def check(backend: str, x_TD: Tensor, hidden: int, float8: bool = False) -> None
     remedy = "set moe.backend = reference"
     if x_TD.dtype not in _DTYPES[backend]:
         raise ValueError(f"moe.backend = {backend} does not take {x_TD.dtype}: {remedy}.")
-    if backend == "grouped_gemm" and not x_TD.is_cuda:
-        raise ValueError(f"moe.backend = grouped_gemm runs on CUDA, not on {x_TD.device.type}: {remedy}.")
+    if backend in ("grouped_gemm", "quack") and not x_TD.is_cuda:
+        raise ValueError(f"moe.backend = {backend} runs on CUDA, not on {x_TD.device.type}: {remedy}.")
     if backend == "triton" and not launches_triton(x_TD):
         raise ValueError(f"moe.backend = triton runs on CUDA, not on {x_TD.device.type}: {remedy}.")
     # The hardware's bulk loads take rows that start at multiples of 16 bytes.
@@ -108,7 +110,7 @@ def _package() -> ModuleType:
         ) from error
 
 
-_PLAIN = {"torch": ByTorch, "grouped_gemm": ByPackage}
+_PLAIN = {"torch": ByTorch, "grouped_gemm": ByPackage, "quack": ByQuack}
 
 
 def _by(backend: str) -> Any:

@@ -16,7 +16,7 @@ from moe_dtensor.kernels.experts.float8 import reference_gated_product, referenc
 _LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[str, str]] = set()
 
-BACKENDS = ("reference", "torch", "triton", "grouped_gemm")
+BACKENDS = ("reference", "torch", "triton", "grouped_gemm", "quack")
 
 
 def expert_mlp(
