@@ -208,14 +208,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in items for leaf in (flat(v, f"{k}.") if isinstance(v, dict) else [(k, v)])]
 
 
-def graphs(name: str, *options: str) -> Callable[[Session], dict[str, Any]]:
-    """Ten steps, launched kernel by kernel and as CUDA graphs, the GPUs on dp: the same to the last bit."""
+def graphs(name: str, *options: str, dp: bool = True) -> Callable[[Session], dict[str, Any]]:
+    """Ten steps, launched kernel by kernel and as CUDA graphs, the GPUs on dp or on tp: the same to the last bit."""
 
     def part(session: Session) -> dict[str, Any]:
         words = (*TEN_STEPS, *options, "--checkpoint.interval", "10")
         names = [f"graph_{name}_{on}" for on in ("false", "true")]
         launched, graph = (
-            numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=True))
+            numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=dp))
             for run, on in zip(names, ("false", "true"), strict=True)
         )
         same = same_weights(*(session.folder / run for run in names))
@@ -265,6 +265,15 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         f"verify float32 triton placements {mesh}": verify("float32", "triton", False, mesh, PLACEMENTS)
         for mesh in BETWEEN_RANKS
     }
+    worst, compiled = ("--moe.rows", "worst"), ("--compile.enable", "true")
+    over_dp, one_sided = ("--mesh.experts", "dp"), ("--mesh.dispatch", "one_sided")
+    with_collectives = {
+        "cuda graphs tp": graphs("tp", *worst, dp=False),
+        "cuda graphs tp compiled": graphs("tp_compiled", *worst, *compiled, dp=False),
+        "cuda graphs experts over dp": graphs("experts_dp", *worst, *over_dp),
+        "cuda graphs one-sided over dp": graphs("one_sided_dp", *worst, *over_dp, *one_sided, *compiled),
+        "cuda graphs one-sided over tp": graphs("one_sided_tp", *worst, *one_sided, *compiled, dp=False),
+    }
     return {
         "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
@@ -275,6 +284,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "deterministic and resumed": deterministic,
         "cuda graphs": graphs("eager"),
         "cuda graphs compiled": graphs("compiled", "--compile.enable", "true"),
+        **(with_collectives if gpus > 1 else {}),
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),

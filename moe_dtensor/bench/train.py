@@ -135,7 +135,9 @@ def _measure(
         return train_step(trainer, read_batch(trainer, loader)).loss
 
     result = _run(step, config, device, options)
-    return result, measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+    breakdown = measure_breakdown(step) if options.breakdown and device.type == "cuda" else []
+    trainer.runner.close()
+    return result, breakdown
 
 
 def _run(step: Callable[[], Tensor], config: Config, device: torch.device, options: Options) -> TrainResult:

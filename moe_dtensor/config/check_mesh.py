@@ -223,18 +223,31 @@ def _async_tp(config: Config) -> Broken:
 
 
 def _cuda_graph(config: Config) -> Broken:
-    """What a graph cannot hold: collectives, work for the host, weights and gradients that move."""
+    """What a graph cannot hold: work for the host, weights and gradients that move."""
     if not config.compile.cuda_graph:
         return
-    moe, fsdp = config.moe, config.fsdp
-    if config.mesh.pp > 1:
+    moe, fsdp, mesh = config.moe, config.fsdp, config.mesh
+    if mesh.pp > 1:
         yield "compile.cuda_graph = true needs mesh.pp = 1.", "Set mesh.pp = 1, or compile.cuda_graph = false."
-    if config.mesh.tp > 1 or expert_ranks(config) > 1:
+    if config.compile.async_tp:
         yield (
-            f"compile.cuda_graph = true with mesh.tp = {config.mesh.tp} and experts spread over {expert_ranks(config)} "
-            "ranks: a graph that holds collectives was not seen to end (docs/decisions/cuda-graph.md).",
-            "Set mesh.tp = 1 and mesh.experts = tp (FSDP may go over any dp), or compile.cuda_graph = false.",
+            "compile.cuda_graph = true with compile.async_tp = true, which copies between ranks on streams of its own.",
+            "Set one of them to false.",
         )
+    if moe.num_experts and expert_ranks(config) > 1:
+        spread = f"and experts spread over {expert_ranks(config)} ranks"
+        if mesh.dispatch in ("all_to_all", "auto"):
+            yield (
+                f"compile.cuda_graph = true with mesh.dispatch = {mesh.dispatch} {spread}: an all-to-all reads its "
+                "counts on the host.",
+                "Set mesh.dispatch = all_gather or one_sided, with moe.rows = worst.",
+            )
+        elif moe.rows == "exact":
+            yield (
+                f"compile.cuda_graph = true with moe.rows = exact {spread}: each layer reads on the host how many rows "
+                "have come.",
+                "Set moe.rows = worst.",
+            )
     if moe.num_experts and moe.backend == "grouped_gemm":
         yield (
             "compile.cuda_graph = true with moe.backend = grouped_gemm, which reads each expert's rows on the host.",

@@ -23,6 +23,9 @@ class Runner(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """Forward only; the summed loss, a scalar."""
 
+    def close(self) -> None:
+        """Let go of what may not outlive the process group. After the last step."""
+
 
 Arguments = tuple[Tensor | None, ...]
 """Of the model for one microbatch: tokens, labels, positions, documents, None, sequence numbers."""
@@ -58,3 +61,6 @@ class Accumulation:
         """Forward only; the summed loss."""
         chunks = split(batch, self.config.training.microbatch_size)
         return torch.stack([self.part(*arguments).sum() for arguments in chunks]).sum()
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -88,6 +88,10 @@ class WithOwnExperts:
         self._cast()
         return self.runner.evaluate(batch)
 
+    def close(self) -> None:
+        """As the runner inside does it."""
+        self.runner.close()
+
     @torch.no_grad()
     def _cast(self) -> None:
         for module, name, weight in self._weights():

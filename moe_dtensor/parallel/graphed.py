@@ -46,15 +46,23 @@ class Graphed:
         if self.calls <= WARM_UP:
             return self.function(*arguments)
         if self.graph is None:
-            self.arguments, self.graph = tree_map_only(Tensor, torch.clone, arguments), torch.cuda.CUDAGraph()
+            self.arguments, graph = tree_map_only(Tensor, torch.clone, arguments), torch.cuda.CUDAGraph()
             # Other threads of this process (collectives, data) may go on with what a capture forbids.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = self.function(*self.arguments)
+            self.graph = graph
         for held, given in zip(self.arguments, arguments, strict=True):
             if held is not None:
                 held.copy_(given)
         self.graph.replay()
         return tree_map_only(Tensor, torch.clone, self.output)
+
+    def release(self) -> None:
+        """Destroy the graph: a communicator of NCCL ends only after all graphs that hold its collectives."""
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+            del self.arguments, self.output
 
 
 def peak_memory(device: torch.device, config: Config) -> int:
@@ -112,6 +120,11 @@ class GraphedAccumulation(Accumulation):
         self.sums = self.sums or fsdp.gradient_sums(self.part)
         fsdp.reduce_at_end(self.part)
         return torch.stack(losses).sum()
+
+    def close(self) -> None:
+        """Destroy the graph, which may hold collectives."""
+        if isinstance(self.run, Graphed):
+            self.run.release()
 
     def without_graph(self) -> None:
         """From here on run microbatches as they are: something in the model does another thing each time."""

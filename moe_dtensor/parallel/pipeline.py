@@ -181,6 +181,9 @@ class Pipeline:
         """Forward only; the summed loss, on ranks without the last stage 0."""
         return self.forward_pass(split(batch, self.microbatch_size))
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def _build_stage(
     part: Transformer, index: int, config: Config, mesh: DeviceMesh, device: torch.device

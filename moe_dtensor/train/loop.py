@@ -215,6 +215,7 @@ class Run:
         kept, mesh = keep(self.trainer), self.trainer.mesh
         self.checkpoints.replace([], self.trainer.optimizers, self.trainer.schedule, self.trainer.balance)
         with self.meter.paused():
+            self.trainer.runner.close()
             del self.trainer
             gc.collect()  # modules and their hooks hold one another
             self.trainer = build(config, self.device, mesh)
@@ -236,6 +237,7 @@ class Run:
         self.checkpoints.wait()
         self._note_saved()
         self.meter.close()
+        self.trainer.runner.close()
 
     def _record(self, result: StepResult, lr: float) -> None:
         values: dict[str, Value] = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr}

@@ -134,6 +134,8 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
     | {"rope.short_factors": ((1.0, 1.5), (1.0,), (1.0, 1.5, 3.0)), "rope.long_factors": ((2.0, 3.0), (4.0,))},
     {"compile.cuda_graph": (True,), "mesh.experts": ("tp", "dp"), "mesh.expert_ranks": (0, 1)}
     | {"fsdp.reshard_after_forward": ("auto", "never"), "fsdp.accumulate": ("whole", "auto")},
+    {"compile.cuda_graph": (True,), "mesh.experts": ("tp", "dp"), "mesh.dispatch": ("all_gather", "one_sided")}
+    | {"moe.num_experts": (4, 8), "moe.rows": ("worst",), "fsdp.accumulate": ("whole",)},
     {"moe.expert_dtype": ("float8",), "mesh.dispatch": ("all_gather", "all_to_all"), "moe.top_k": (1, 2)}
     | {"moe.gate_on": ("output", "input"), "mesh.experts": ("tp", "dp", "dp_tp")},
     {"mesh.experts": ("dp", "dp_tp"), "mesh.expert_ranks": (1, 2), "mesh.expert_weights": ("replicated", "sharded")},

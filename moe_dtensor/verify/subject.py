@@ -66,6 +66,10 @@ class Recorder:
         """As the runner does it."""
         return self.runner.evaluate(batch)
 
+    def close(self) -> None:
+        """As the runner does it."""
+        self.runner.close()
+
 
 def build_subject(
     config: Config,

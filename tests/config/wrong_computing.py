@@ -10,13 +10,23 @@ COMPUTING = [
     ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set mesh.pp = 1, or"),
     (
         "--compile.cuda_graph true --mesh.tp 2",
-        "with mesh.tp = 2 and experts spread over 2 ranks: a graph that holds collectives",
-        "Set mesh.tp = 1",
+        "moe.rows = exact and experts spread over 2 ranks: each layer reads",
+        "Set moe.rows = worst",
     ),
     (
-        "--compile.cuda_graph true --mesh.dp 2 --mesh.experts dp",
-        "with mesh.tp = 1 and experts spread over 2 ranks",
-        "mesh.experts = tp",
+        "--compile.cuda_graph true --mesh.dp 2 --mesh.experts dp --mesh.dispatch all_to_all",
+        "mesh.dispatch = all_to_all and experts spread over 2 ranks: an all-to-all reads",
+        "Set mesh.dispatch = all_gather or one_sided, with moe.rows = worst",
+    ),
+    (
+        "--compile.cuda_graph true --mesh.tp 2 --mesh.dispatch auto --moe.rows worst",
+        "mesh.dispatch = auto and experts spread over 2 ranks",
+        "Set mesh.dispatch = all_gather or one_sided",
+    ),
+    (
+        "--compile.cuda_graph true --mesh.tp 2 --moe.rows worst --compile.enable true --compile.async_tp true",
+        "compile.cuda_graph = true with compile.async_tp = true",
+        "Set one of them to false",
     ),
     ("--compile.cuda_graph true --moe.backend grouped_gemm", "moe.backend = grouped_gemm", "moe.backend = auto"),
     (

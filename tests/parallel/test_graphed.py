@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +15,17 @@ from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import resolve
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data import Loader, build_corpus
+from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel import graphed
+from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.gradients import local_part
 from moe_dtensor.parallel.graphed import GraphedAccumulation
 from moe_dtensor.testing.ranks import run_on_ranks
-from moe_dtensor.train.build import build
+from moe_dtensor.train import loop
+from moe_dtensor.train.build import Trainer, build
 from moe_dtensor.train.step import evaluate, read_batch, train_step
+from tests.train.starts import Start, tiny
+from tests.train.test_ends import wait_for_step
 
 Keys = dict[str, Any]
 SMALL: Keys = {
@@ -34,6 +43,9 @@ SMALL: Keys = {
     "training.param_dtype": "bfloat16",
     "checkpoint.enable": False,
 }
+WORST: Keys = {"moe.rows": "worst"}
+# The backend reference, which "auto" is on a CPU, would gather.
+ONE_SIDED: Keys = WORST | {"mesh.dispatch": "one_sided", "moe.backend": "torch", "training.param_dtype": "float32"}
 CASES: dict[str, tuple[int, Keys]] = {
     "one rank": (1, {}),
     "in one dtype": (1, {"training.param_dtype": "float32"}),
@@ -45,6 +57,14 @@ CASES: dict[str, tuple[int, Keys]] = {
     "experts outside of fsdp": (2, {"mesh.experts": "dp", "mesh.expert_ranks": 1}),
     "experts in float8": (1, {"moe.expert_dtype": "float8", "model.dim": 32}),
     "copies over dp": (2, {"mesh.dp_replicate": 2}),
+    "tp": (2, {"mesh.tp": 2} | WORST),
+    "tp without sequence parallelism": (2, {"mesh.tp": 2, "mesh.sequence_parallel": False} | WORST),
+    "slices of all experts": (2, {"mesh.tp": 2, "mesh.experts": "tp_hidden"}),
+    "experts over dp": (2, {"mesh.experts": "dp"} | WORST),
+    "experts over dp and tp": (4, {"mesh.tp": 2, "mesh.experts": "dp_tp"} | WORST),
+    "lent experts": (2, {"mesh.tp": 2, "mesh.lent_experts": 1} | WORST),
+    "one-sided over tp": (2, {"mesh.tp": 2} | ONE_SIDED),
+    "one-sided over dp": (2, {"mesh.experts": "dp"} | ONE_SIDED),
 }
 
 
@@ -71,16 +91,30 @@ def test_the_numbers_are_those_of_accumulation(name: str) -> None:
     assert in_place == usual
 
 
-def places(world_size: int) -> list[list[int]]:
-    config = resolve(override(Config(), SMALL | {"compile.cuda_graph": True}), world_size)
-    trainer, loader = build(config, torch.device("cpu")), Loader(config, build_corpus(config))
-    runner = trainer.runner
+def inner_runner(trainer: Trainer) -> GraphedAccumulation:
+    runner = trainer.runner.runner if isinstance(trainer.runner, WithOwnExperts) else trainer.runner
     assert isinstance(runner, GraphedAccumulation)
+    return runner
+
+
+def read_weights(part: Transformer) -> list[torch.Tensor]:
+    """What a microbatch reads: gathered weights, copies of experts outside of FSDP."""
+    found = []
+    for name, param in part.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        found.append(local_part(getattr(part.get_submodule(owner), f"{attribute}_copy", param)))
+    return found
+
+
+def places(keys: Keys, world_size: int) -> list[list[int]]:
+    config = resolve(override(Config(), SMALL | {"compile.cuda_graph": True} | keys), world_size)
+    trainer, loader = build(config, torch.device("cpu")), Loader(config, build_corpus(config))
+    runner = inner_runner(trainer)
     found: list[list[int]] = []
     others: list[torch.Tensor] = []
 
     def look(*arguments: Any) -> Any:
-        weights = [local_part(param) for param in trainer.parts[0].parameters()]
+        weights = read_weights(trainer.parts[0])
         assert all(weight.dtype == torch.bfloat16 for weight in weights)  # gathered before the microbatch
         out = microbatch(*arguments)
         found.append([tensor.data_ptr() for tensor in (*weights, *(local_part(held.tensor) for held in runner.sums))])
@@ -96,10 +130,11 @@ def places(world_size: int) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_weights_and_sums_stay_where_they_are(world_size: int) -> None:
-    for found in run_on_ranks(places, world_size, world_size):
-        assert len(found) == 2 * 8 // world_size
+@pytest.mark.parametrize("name", ["one rank", "fsdp", "tp", "experts over dp"])
+def test_weights_and_sums_stay_where_they_are(name: str) -> None:
+    world_size, keys = CASES[name]
+    for found in run_on_ranks(places, world_size, keys, world_size):
+        assert len(found) == 2 * 8 // (1 if "mesh.tp" in keys else world_size)
         assert all(one == found[0] for one in found)
         assert len(set(found[0])) == len(found[0]) > 20
         assert 0 not in found[0]
@@ -108,15 +143,23 @@ def test_weights_and_sums_stay_where_they_are(world_size: int) -> None:
 class FakeGraph:
     """A graph that counts, in place of the device's."""
 
-    replays = 0
+    replays = held = 0
+
+    def __init__(self) -> None:
+        FakeGraph.held += 1
 
     def replay(self) -> None:
-        type(self).replays += 1
+        FakeGraph.replays += 1
+
+    def reset(self) -> None:
+        FakeGraph.held -= 1
 
 
 def test_a_function_is_captured_once_and_given_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: torch.no_grad())
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+    monkeypatch.setattr(FakeGraph, "held", 0)
     calls = []
 
     def function(x: torch.Tensor, nothing: None) -> tuple[torch.Tensor, None]:
@@ -131,6 +174,43 @@ def test_a_function_is_captured_once_and_given_its_inputs(monkeypatch: pytest.Mo
     assert outputs[0][0].item() == 1.0
     assert outputs[-1][1] is None
     assert outputs[-1][0] is not run.output[0]
+    assert FakeGraph.held == 1
+    run.release()
+    run.release()
+    assert FakeGraph.held == 0
+
+
+def count_graphs(_rank: int) -> None:
+    """Have a rank on a CPU make graphs that count, and say before its process group ends how many there are."""
+    torch.cuda.CUDAGraph, torch.cuda.graph = FakeGraph, lambda *args, **kwargs: nullcontext()  # type: ignore
+    begin, end = GraphedAccumulation.__init__, loop.end_ranks
+
+    def with_graph(self: GraphedAccumulation, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.run = graphed.Graphed(self.run)
+
+    def end_ranks() -> None:
+        print(f"{FakeGraph.replays > 0} replays, {FakeGraph.held} graphs")
+        end()
+
+    GraphedAccumulation.__init__, loop.end_ranks = with_graph, end_ranks  # type: ignore
+
+
+@pytest.mark.parametrize("ends", ["at its last step", "when asked", "after two stages"])
+def test_no_graph_outlives_the_process_group(tmp_path: Path, ends: str) -> None:
+    """NCCL ends no communicator whose collectives a graph holds."""
+    steps = "300" if ends == "when asked" else "5"
+    changes = {"compile__cuda_graph": "true", "training__steps": steps, "moe__rows": "worst", "mesh__experts": "dp"}
+    argv = tiny(tmp_path / "run", **changes)
+    if ends == "after two stages":
+        (tmp_path / "tiny.toml").write_text("[[stages]]\nfrom_step = 3\nseq_len = 32\nglobal_batch_size = 8\n")
+    start = Start(tmp_path, argv, 2, before=count_graphs)
+    if ends == "when asked":
+        wait_for_step(tmp_path / "run", 3)
+        os.kill(start.pids[1], signal.SIGTERM)
+    ended = start.wait()
+    assert ended.statuses == [75 if ends == "when asked" else 0] * 2, ended.text
+    assert ended.text.count("True replays, 0 graphs") == 2, ended.text
 
 
 def test_what_waits_for_the_gpu_is_refused_in_words() -> None:

@@ -97,6 +97,9 @@ class Poisoned:
             grad.to_local()[0] = self.value
         return loss
 
+    def close(self) -> None:
+        self.runner.close()
+
 
 def step_with_bad_gradient(config: Config, value: float) -> tuple[bool, bool]:
     trainer = trainer_with_values(config)
