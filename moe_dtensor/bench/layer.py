@@ -203,7 +203,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
         result.dense_tflops = layer.shape.expert_flops / statistics.median(dense_times) / 1e9
         if cuda:
             result.kernels = break_down(record_kernels(runs[name], RECORDED), RECORDED).kernels
-        if cuda and name != "grouped_gemm" and name in (*BACKENDS, "float8"):
+        if cuda and name in ("torch", "triton", "quack", "float8"):
             result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
 
 
