@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dtensor.bench.measure import measure_memory, provenance, several
+from moe_dtensor.config.check_model import has_flash_attention_4
 from moe_dtensor.config.command_line import write_json
 from moe_dtensor.kernels.attention import (
     Visible,
@@ -149,7 +150,7 @@ def _bench_shape(name: str, shape: Shape, device: torch.device, dtype: torch.dty
         try:
             _judge(run, inputs, expected, found[way])
             runs[way] = run
-        except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+        except (AssertionError, RuntimeError, ValueError, ImportError, NotImplementedError) as error:
             found[way].failure = f"{type(error).__name__}: {error}"[:500]
         inputs.clear()
     times: dict[str, list[float]] = {way: [] for way in runs if not found[way].failure}
@@ -196,6 +197,8 @@ def _ways(shape: Shape, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         ways["values padded"] = lambda: F.scaled_dot_product_attention(
             q, k, F.pad(v, padding), is_causal=True, scale=scale
         )[..., : shape.value_width]
+    if has_flash_attention_4() and q.dtype == torch.bfloat16:
+        ways["fa4"] = lambda: attend(q, k, v, visible, scale=scale, backend="fa4")
     if flex:
         plain = Visible(inputs.first, build_blocks(inputs.first))
         ways["flex"] = lambda: chosen(plain)

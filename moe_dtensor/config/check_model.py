@@ -4,6 +4,7 @@ chosen. No torch."""
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from moe_dtensor.config.errors import Broken
 from moe_dtensor.config.resolve import (
@@ -159,17 +160,38 @@ def _windows(config: Config) -> Broken:
 
 
 def _backend(config: Config) -> Broken:
-    model, dtype = config.model, config.training.param_dtype
-    if model.attention_backend in ("flex", "fa4") and dtype == "float64":
+    backend, dtype = config.model.attention_backend, config.training.param_dtype
+    if backend == "flex" and dtype == "float64":
         yield (
-            f"model.attention_backend = {model.attention_backend} has no kernel for training.param_dtype = float64.",
+            "model.attention_backend = flex has no kernel for training.param_dtype = float64.",
             "Set model.attention_backend to auto or plain.",
         )
-    if model.attention_backend == "fa4" and importlib.util.find_spec("flash_attn") is None:
+    if backend != "fa4":
+        return
+    if dtype != "bfloat16":
+        yield (
+            f"model.attention_backend = fa4 computes in bfloat16, not training.param_dtype = {dtype}.",
+            "Set model.attention_backend = auto, or training.param_dtype = bfloat16.",
+        )
+    wrong = [width for width in head_widths(config)[:2] if width % 8 or width > 256]
+    if wrong:
+        yield (
+            f"model.attention_backend = fa4 takes heads of up to 256 dimensions, in steps of 8, not of {wrong[0]}.",
+            "Set model.attention_backend = auto, or change the width of heads.",
+        )
+    if not has_flash_attention_4():
         yield (
             "model.attention_backend = fa4 needs the package flash-attn-4, which is not installed.",
-            "Install flash-attn-4, or set model.attention_backend to auto.",
+            'Run `pip install "moe_dtensor[fa4]"` (from a clone: `pip install -e ".[fa4]"`), or set '
+            "model.attention_backend = auto.",
         )
+
+
+def has_flash_attention_4() -> bool:
+    """Whether the package is installed, without loading it or torch. Older ones have its name, ``flash_attn``, too."""
+    spec = importlib.util.find_spec("flash_attn")
+    folders = spec.submodule_search_locations or () if spec else ()
+    return any(Path(folder, "cute", "interface.py").is_file() for folder in folders)
 
 
 def check_experts(config: Config) -> Broken:

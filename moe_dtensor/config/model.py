@@ -83,8 +83,9 @@ class Model:
     """Latent attention: width of a value head."""
     attention_backend: Literal["auto", "plain", "flex", "fa4"] = "auto"
     """How attention is computed where it is more than causal (documents, windows, sinks). flex: FlexAttention, which
-    skips blocks that nothing is seen of. fa4: FlexAttention over FlashAttention 4, if that is installed. plain: a mask.
-    auto: flex on a GPU in up to 32 bits, else plain."""
+    skips blocks that nothing is seen of. plain: a mask. auto: flex on a GPU in up to 32 bits, else plain. Causal
+    attention is torch's with each of these. fa4: FlashAttention 4's kernels for causal attention, FlexAttention over
+    them for the rest; in bfloat16, on Hopper and later, if flash-attn-4 is installed."""
     norm_at: Literal["pre", "post", "both"] = "pre"
     """Where a block's norms stand: pre, on what attention and feed-forward read (Llama); post, on what they give,
     before it is added to the stream (OLMo-2, FlexOlmo); both (AFMoE)."""

@@ -334,9 +334,13 @@ def _mask_bytes(config: Config, at: Sizes, layer: int) -> int:
 
 
 def attention_gradient_bytes(config: Config, at: Sizes) -> int:
-    """Gradients of attention's output, of q, k and v and of what made k and v, alive together in its backward pass."""
+    """Gradients of attention's output, of q, k and v and of what made k and v, alive together in its backward pass; of
+    FlashAttention 4 what it sums them in."""
     model, tp = config.model, config.mesh.tp
     query, value, _ = head_widths(config)
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     made = heads * (model.nope_dim + model.v_dim)
-    return at.whole * ((heads + kv_heads) * (query + value) + made) * at.compute
+    sums = 0
+    if model.attention_backend == "fa4":  # in float32: of queries, and of keys and values that heads share
+        sums = 4 * (heads * query + (kv_heads * (query + value) if kv_heads < heads else 0))
+    return at.whole * (((heads + kv_heads) * (query + value) + made) * at.compute + sums)

@@ -70,6 +70,7 @@ def find_source(path: str | Path, overrides: Mapping[str, Any], world_size: int)
 def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: int) -> Config:
     """Without what is for training; whole batches come from the prompts."""
     computed = overrides.get("training.param_dtype", config.training.param_dtype)
+    attention = config.model.attention_backend
     changes: dict[str, Any] = {
         "mesh.dp": -1,
         "mesh.pp": 1,
@@ -78,6 +79,8 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "mesh.expert_ranks": 0,
         # A single position cannot be split.
         "mesh.sequence_parallel": False,
+        # The one that only some GPUs have, and a package that is not installed everywhere.
+        "model.attention_backend": "auto" if attention == "fa4" else attention,
         "moe.group_sequences": 0,
         "moe.capacity_factor": 0.0,
         "pipeline.stages_per_rank": 0,

@@ -4,8 +4,9 @@ are, and the ways to compute it.
 Documents lie one after the other and a window moves along, so what a query sees is always a run of keys that ends at
 its own position: a number for each query says it all, and no (S, S) mask is made.
 
-Plain causal attention is ``scaled_dot_product_attention``, which picks the fastest there is. Documents, windows and
-sinks are FlexAttention's on a GPU, which skips the blocks of keys that no query of a block sees; else a mask.
+Plain causal attention is ``scaled_dot_product_attention``, which picks the fastest that torch has, or by name
+FlashAttention 4 (:mod:`.flash`). Documents, windows and sinks are FlexAttention's on a GPU, which skips the blocks of
+keys that no query of a block sees; else a mask.
 
 B sequences, S positions, R blocks of 128 positions, H query heads, G key and value heads, C width of a query or key, V
 of a value.
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe_dtensor.kernels.flash import flash_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -145,6 +148,9 @@ def attend(
     if visible.blocks is not None:
         return _flex(q_BHSC, k_BGSC, v_BGSV, visible.blocks, scale, sink_H, backend)
     if visible.first_BS is None and sink_H is None:
+        if backend == "fa4":
+            q_BSHC, k_BSGC, v_BSGV = (t.transpose(1, 2) for t in (q_BHSC, k_BGSC, v_BGSV))
+            return flash_attention(q_BSHC, k_BSGC, v_BSGV, scale).transpose(1, 2)
         return F.scaled_dot_product_attention(
             q_BHSC, k_BGSC, v_BGSV, is_causal=True, scale=scale, enable_gqa=q_BHSC.shape[1] != k_BGSC.shape[1]
         )

@@ -37,7 +37,12 @@ def build_parts(
     Args:
         trains: False: it is never to have gradients, and is left out of FSDP where FSDP would have nothing to do.
         values: False leaves them on meta.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked.
     """
+    if config.model.attention_backend == "fa4":
+        _check_hopper(device)
     parts = []
     for stage in rank_stages(config, mesh["pp"].get_local_rank()):
         with torch.device("meta"):
@@ -53,6 +58,19 @@ def build_parts(
             make_copies(part, config)
         parts.append(part)
     return parts
+
+
+def _check_hopper(device: torch.device) -> None:
+    """Raise ConfigError where FlashAttention 4 has no kernels for a backward pass."""
+    if device.type == "cpu":
+        found = "these ranks are on CPUs"
+    elif torch.cuda.get_device_capability(device) < (9, 0):
+        found = f"this is {torch.cuda.get_device_name(device)}"
+    else:
+        return
+    raise ConfigError(
+        f"model.attention_backend = fa4 needs GPUs, Hopper or later; {found}.", "Set model.attention_backend = auto."
+    )
 
 
 def parallelize(part: Transformer, config: Config, mesh: DeviceMesh, *, trains: bool = True) -> None:

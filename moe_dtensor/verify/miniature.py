@@ -121,6 +121,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
     data = Data(corpus="random", document_mask=config.data.document_mask or has_conversations(config))
     config = replace(config, data=data, stages=())
     wide = dtype if dtype in ("float64", "float32") else "float32"
+    no_kernel = dtype == "float64" or (config.model.attention_backend == "fa4" and dtype != "bfloat16")
     return override(
         config,
         {
@@ -129,7 +130,7 @@ def judged(config: Config, dtype: str = "float64", compiled: bool = False) -> Co
             "training.reduce_dtype": wide,
             "compile.enable": compiled,
             "compile.async_tp": compiled and config.compile.async_tp,
-            "model.attention_backend": "auto" if dtype == "float64" else config.model.attention_backend,
+            "model.attention_backend": "auto" if no_kernel else config.model.attention_backend,
             "fsdp.cpu_offload": False,
             # A miniature fits whatever it does: judged is what the whole config may need.
             "fsdp.accumulate": "whole" if config.fsdp.accumulate == "whole" or config.compile.cuda_graph else "sharded",
@@ -219,7 +220,9 @@ def _attention_widths(whole: Config, head: int, split: int) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if is_latent(whole):
         changes |= {"model.kv_rank": lcm(10, split), "model.q_rank": lcm(14, split) if model.q_rank else 0}
-        changes |= {"model.nope_dim": head, "model.rope_dim": head // 2, "model.v_dim": head + head // 4}
+        # FlashAttention 4 takes widths in steps of 8.
+        value = 2 * head if model.attention_backend == "fa4" else head + head // 4
+        changes |= {"model.nope_dim": head, "model.rope_dim": head // 2, "model.v_dim": value}
     else:
         # A run's own config names what is rotated where all of a head is.
         changes["model.rotary_dim"] = head // 2 if model.rotary_dim < model.head_dim else head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,25 @@ def test_one_clear_error(
     assert rule.startswith("error: ")
     assert problem in rule
     assert remedy in hint
+
+
+def test_another_package_of_flash_attention(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention 2 has the same name."""
+    words = f"check --config {PLAIN} --model.attention_backend fa4 --training.param_dtype bfloat16".split()
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "flash_attn"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('loaded')")
+    assert main(words) == 2
+    rule, hint = capsys.readouterr().err.splitlines()
+    assert "needs the package flash-attn-4, which is not installed" in rule
+    assert "moe_dtensor[fa4]" in hint
+    (folder / "cute").mkdir()
+    (folder / "cute" / "interface.py").touch()
+    assert main(words) == 0
 
 
 TOMLS = [

@@ -44,6 +44,29 @@ COMPUTING = [
         "fsdp.accumulate = sharded: weights",
         "Set fsdp.accumulate = whole",
     ),
+    ("--model.attention_backend fa4", "fa4 computes in bfloat16, not training.param_dtype = float32", "= bfloat16"),
+    (
+        "--model.attention_backend fa4 --training.param_dtype bfloat16 --model.head_dim 20",
+        "fa4 takes heads of up to 256 dimensions, in steps of 8, not of 20",
+        "attention_backend = auto",
+    ),
+    (
+        "--model.attention_backend fa4 --training.param_dtype bfloat16 --model.head_dim 264",
+        "in steps of 8, not of 264",
+        "the width of heads",
+    ),
+    (
+        "--model.attention_backend fa4 --training.param_dtype bfloat16 --model.kv_rank 16 --model.nope_dim 8 "
+        "--model.rope_dim 8 --model.v_dim 12",
+        "in steps of 8, not of 12",
+        "the width of heads",
+    ),
+    (
+        "--model.attention_backend flex --training.dtype float64 --training.param_dtype float64 "
+        "--training.reduce_dtype float64",
+        "flex has no kernel for training.param_dtype = float64",
+        "auto or plain",
+    ),
     ("--moe.expert_dtype float8 --moe.backend torch", "float8 has no kernel in moe.backend = torch", "backend = auto"),
     (
         "--moe.expert_dtype float8 --moe.expert_bias true",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_dtensor.estimate import saved_tensors
-from moe_dtensor.estimate.saved_tensors import block_bytes
+from moe_dtensor.estimate.saved_tensors import attention_gradient_bytes, block_bytes, tokens
 from tests.verbs.test_plan import preset
 
 
@@ -61,3 +61,14 @@ def test_norm_and_rotation_keep_less_by_kernels(
 def test_heads_that_have_no_kernel(keys: dict[str, Any]) -> None:
     assert saved_tensors.has_kernel(preset("olmoe_small", "1x1x2"), 0)
     assert not saved_tensors.has_kernel(preset("olmoe_small", "1x1x2", **keys), 0)
+
+
+@pytest.mark.parametrize(("kv_heads", "sums"), [(16, 16), (4, 16 + 2 * 4)])
+def test_flash_attention_4_sums_in_float32(kv_heads: int, sums: int) -> None:
+    """The gradients of queries, and of keys and values that heads share, 64 wide each; it keeps what torch's does."""
+    keys = {"model__num_kv_heads": kv_heads, "activation_checkpoint__mode": "selective"}
+    auto, fa4 = (preset("olmoe_small", "1x1x1", model__attention_backend=way, **keys) for way in ("auto", "fa4"))
+    at = tokens(fa4)
+    more = attention_gradient_bytes(fa4, at) - attention_gradient_bytes(auto, at)
+    assert more == 16 * 2048 * sums * 64 * 4
+    assert block_bytes(fa4, True).kept == block_bytes(auto, True).kept

@@ -194,3 +194,17 @@ def test_what_trained_as_graphs_in_float8_generates_on_tp_ranks() -> None:
     assert not config.compile.cuda_graph
     assert config.moe.expert_dtype == "param"
     assert load_module._for_generation(trained, {"moe.expert_dtype": "float8"}, 1).moe.expert_dtype == "float8"
+
+
+def test_what_trained_by_flash_attention_4_generates_without_it() -> None:
+    trained = override(
+        load(Path("train_configs/debug.toml")),
+        {"model.attention_backend": "fa4", "training.param_dtype": "bfloat16"},
+    )
+    config = load_module._for_generation(trained, {}, 1)
+    check(config, 1)
+    assert config.model.attention_backend == "auto"
+    wanted = {"model.attention_backend": "fa4"}
+    assert load_module._for_generation(trained, wanted, 1).model.attention_backend == "fa4"
+    named = override(trained, {"model.attention_backend": "plain"})
+    assert load_module._for_generation(named, {}, 1).model.attention_backend == "plain"

@@ -7,7 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from moe_dtensor.config.check_model import has_flash_attention_4
+from moe_dtensor.kernels.attention import Visible, attend
 from moe_dtensor.kernels.router import router_logits, top_k_gates
 
 from .layer_cases import FLOAT8_CASES, ODD_CASES, Case, make_inputs, relative_errors, run
@@ -66,7 +69,10 @@ def make_step(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_host_sync(backend):
-    step = make_step(backend)
+    check_no_host_sync(make_step(backend))
+
+
+def check_no_host_sync(step):
     step()
     try:
         with warnings.catch_warnings():
@@ -79,7 +85,10 @@ def test_no_host_sync(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cuda_graph(backend):
-    step = make_step(backend)
+    check_cuda_graph(make_step(backend))
+
+
+def check_cuda_graph(step):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -121,3 +130,63 @@ def test_router_gradients_in_bf16():
     dx_TD, dw_ED = torch.autograd.grad(logits_TE, (x_TD, w_ED), dlogits_TE)
     torch.testing.assert_close(dx_TD, (dlogits_TE @ w_ED.float()).bfloat16(), rtol=8e-3, atol=1e-3)
     torch.testing.assert_close(dw_ED, (dlogits_TE.T @ x_TD.float()).bfloat16(), rtol=8e-3, atol=1e-3)
+
+
+HAS_FLASH = has_flash_attention_4() and torch.cuda.get_device_capability() >= (9, 0)
+needs_flash = pytest.mark.skipif(not HAS_FLASH, reason="needs flash-attn-4, and a GPU of Hopper or later")
+# Sequences, positions, heads, key and value heads, width, values' width.
+ATTENTION = [(2, 500, 8, 8, 64, 64), (2, 300, 8, 2, 128, 128), (1, 257, 4, 4, 192, 128), (3, 65, 2, 1, 24, 24)]
+
+
+def attention_leaves(shape):
+    """q, k and v as layers give them: heads beside one another, values a part of something wider."""
+    batch, length, heads, kv_heads, width, value_width = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((heads, width), (kv_heads, width), (kv_heads, value_width + 64))
+    q, k, v = (torch.randn(batch, length, *size, generator=generator, device="cuda").bfloat16() for size in sizes)
+    return [t.transpose(1, 2).requires_grad_() for t in (q, k, v[..., 64:])]
+
+
+def by_flash(q, k, v):
+    return attend(q, k, v, Visible(None, None), scale=0.1, backend="fa4")
+
+
+def flash_step(shape):
+    leaves = attention_leaves(shape)
+    dy = torch.ones_like(by_flash(*leaves))
+    return lambda: torch.autograd.grad(by_flash(*leaves), leaves, dy)
+
+
+@needs_flash
+@pytest.mark.filterwarnings("ignore")  # of the package's compiler, and of torch's
+@pytest.mark.parametrize("way", ["eager", "deterministic", "compiled"])
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_flash_attention_in_bf16(shape, way, request):
+    if way == "deterministic":
+        request.getfixturevalue("poisoned_memory")
+    leaves = attention_leaves(shape)
+    run = torch.compile(by_flash, fullgraph=True) if way == "compiled" else by_flash
+    y = run(*leaves)
+    dy = torch.randn_like(y)
+    found = y, *torch.autograd.grad(y, leaves, dy)
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    right = F.scaled_dot_product_attention(*wide, is_causal=True, scale=0.1, enable_gqa=True)
+    expected = right, *torch.autograd.grad(right, wide, dy.float())
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    assert max(errors) < 1e-2, errors
+
+
+@needs_flash
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_a_deterministic_run_is_the_same_again(shape, poisoned_memory):
+    step = flash_step(shape)
+    for a, b in zip(step(), step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_flash
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("check", [check_no_host_sync, check_cuda_graph])
+def test_flash_attention_asks_the_host_for_nothing(check, poisoned_memory):
+    check(flash_step(ATTENTION[0]))
