@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_seen import tree_hashes
 
 from moe_dtensor.bench.measure import provenance
+from moe_dtensor.config.check_model import has_flash_attention_4
 
 CONFIG = "train_configs/debug.toml"
 SMALL = (
@@ -40,6 +41,7 @@ NARROW = (
     *(*SMALL, "--training.steps", "10", "--training.dtype", "bfloat16", "--training.param_dtype", "bfloat16"),
     *("--optimizer.state_dtype", "bfloat16"),
 )
+FA4 = '[fa4]\nmodel.attention_backend = "fa4"\n'
 FLOAT8 = '[float8]\nmoe.expert_dtype = "float8"\n'
 PLACEMENTS = "train_configs/variants/placements.toml"
 BETWEEN_RANKS = {
@@ -55,7 +57,7 @@ MESHES = {
     4: ["2x1x2", "1x2x2", "2x2x1", "4x1x1"],
     8: ["2x2x2", "4x1x2", "8x1x1"],
 }
-AT_ONCE = max(4, (os.cpu_count() or 1) // 5)
+AT_ONCE = max(4, (os.cpu_count() or 1) // 4)
 """Parts side by side: the oracle, compilation and start-up take CPU cores, not the GPU."""
 
 
@@ -124,7 +126,9 @@ def verify(
     TOML."""
 
     def part(session: Session) -> dict[str, Any]:
-        name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "") + (f"_{mesh}" if variants else "")
+        name = f"verify_{dtype}_{backend}" + ("_compiled" if compiled else "")
+        if variants:
+            name += f"_{mesh}_" + (variants[1 : variants.index("]")] if variants[0] == "[" else Path(variants).stem)
         meshes = [mesh] if mesh else MESHES[session.gpus]
         out = session.folder / f"{name}.json"
         options = ["--dtype", dtype, "--backend", backend, *(["--compiled"] if compiled else [])]
@@ -213,6 +217,7 @@ def graphs(name: str, *options: str, dp: bool = True) -> Callable[[Session], dic
 
     def part(session: Session) -> dict[str, Any]:
         words = (*TEN_STEPS, *options, "--checkpoint.interval", "10")
+        words = (*words, "--training.global_batch_size", str(max(8, 2 * session.gpus)))
         names = [f"graph_{name}_{on}" for on in ("false", "true")]
         launched, graph = (
             numbers(session.train(run, *words, "--compile.cuda_graph", on, dp=dp))
@@ -256,7 +261,12 @@ def narrow_weights(session: Session) -> dict[str, Any]:
 
 def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
     """By name, those that take longest first."""
-    backends = ("torch", "triton", *(["grouped_gemm"] if find_spec("grouped_gemm") else []))
+    backends = ("torch", "triton", *(name for name in ("grouped_gemm", "quack") if find_spec(name)))
+    extras = {}
+    if find_spec("quack"):
+        extras["verify bfloat16 quack compiled"] = verify("bfloat16", "quack", True)
+    if has_flash_attention_4():
+        extras["verify bfloat16 attention by fa4 compiled"] = verify("bfloat16", "auto", True, variants=FA4)
     between = {
         f"verify bfloat16 triton compiled between ranks {mesh}": verify("bfloat16", "triton", True, mesh, variants)
         for mesh, variants in BETWEEN_RANKS.items()
@@ -278,6 +288,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
+        **extras,
         "kernels": kernels,
         **(between if gpus > 1 else {}),
         "losses": losses,
@@ -290,7 +301,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         **(placed if gpus > 1 else {}),
         "verify bfloat16 torch compiled": verify("bfloat16", "torch", True),
         **{f"verify bfloat16 {b}": verify("bfloat16", b, False) for b in backends},
-        **{f"verify float32 {b}": verify("float32", b, False) for b in backends if b != "grouped_gemm"},
+        **{f"verify float32 {b}": verify("float32", b, False) for b in ("torch", "triton")},
     }
 
 

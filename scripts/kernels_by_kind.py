@@ -12,6 +12,7 @@ from pathlib import Path
 
 KINDS = {
     "attention": ("sdpa", "flash", "cudnn::fusion"),
+    "experts: products by QuACK": ("kernel_quack",),
     "experts: products of rows": ("rows_kernel", "make_tiles"),
     "experts: weight gradients": ("weight_kernel",),
     "experts: permute, unpermute": ("_permute", "_unpermute", "permute_kernel"),

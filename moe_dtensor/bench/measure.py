@@ -198,6 +198,7 @@ def provenance() -> dict[str, Any]:
         "commit": os.environ.get("MOE_DTENSOR_COMMIT") or (found if len(found) == 40 else None),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": {name: _version(name) for name in ("torch", "triton", "torchtitan", "transformers")}
+        | {name: _version(name) for name in ("quack-kernels", "flash-attn-4") if _version(name)}
         | {"python": platform.python_version()},
     }
 

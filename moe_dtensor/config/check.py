@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from importlib.util import find_spec
 
 from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
 from moe_dtensor.config.check_mesh import check_mesh, check_pipeline, check_stages_per_rank
@@ -18,6 +19,7 @@ from moe_dtensor.config.resolve import (
     FORCED,
     SPLIT_BACKWARD,
     expert_shards,
+    fuses_activation,
     microbatches,
     moe_kinds,
     moe_layers,
@@ -177,6 +179,7 @@ def _precision(config: Config) -> Broken:
     yield from _dtypes(config)
     yield from _sums_of_experts(config)
     yield from _float8(config)
+    yield from _quack(config)
     yield from _rounding(config)
     if config.optimizer.state_dtype != "auto":
         yield from _moments(config)
@@ -216,9 +219,9 @@ def _dtypes(config: Config) -> Broken:
             f"training.reduce_dtype = {training.reduce_dtype}.",
             "Set fsdp.accumulate = whole, or training.dtype = float32.",
         )
-    if backend == "grouped_gemm" and training.param_dtype != "bfloat16":
+    if backend in ("grouped_gemm", "quack") and training.param_dtype != "bfloat16":
         yield (
-            f"moe.backend = grouped_gemm computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
+            f"moe.backend = {backend} computes in bfloat16, not training.param_dtype = {training.param_dtype}.",
             "Set moe.backend to auto or reference, or training.param_dtype = bfloat16.",
         )
     if backend in ("torch", "triton") and training.param_dtype == "float64":
@@ -232,7 +235,7 @@ def _float8(config: Config) -> Broken:
     """What experts in float8 cannot be combined with."""
     if config.moe.expert_dtype != "float8" or not config.moe.num_experts:
         return
-    if config.moe.backend in ("torch", "grouped_gemm"):
+    if config.moe.backend in ("torch", "grouped_gemm", "quack"):
         yield (
             f"moe.expert_dtype = float8 has no kernel in moe.backend = {config.moe.backend}.",
             "Set moe.backend = auto.",
@@ -255,6 +258,23 @@ def _float8(config: Config) -> Broken:
             f"moe.expert_dtype = float8 with pipeline.schedule = {config.pipeline.schedule}, which splits the backward "
             "pass: the experts are one node.",
             "Set pipeline.schedule to 1F1B, GPipe or Interleaved1F1B.",
+        )
+
+
+def _quack(config: Config) -> Broken:
+    if config.moe.backend != "quack" or not config.moe.num_experts:
+        return
+    if config.moe.keep_rows and fuses_activation(config):
+        yield (
+            "moe.keep_rows = true with moe.backend = quack, whose products gather tokens themselves: there are no rows "
+            "to keep.",
+            "Set moe.keep_rows = false.",
+        )
+    if find_spec("quack") is None:
+        yield (
+            "moe.backend = quack needs the package quack-kernels, which is not installed.",
+            'Run `pip install "moe_dtensor[quack]"` (from a clone: `pip install -e ".[quack]"`), or set '
+            "moe.backend = auto.",
         )
 
 

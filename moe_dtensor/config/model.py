@@ -228,4 +228,5 @@ class Moe:
     that, rounded to E4M3 (4 bits of exponent, 3 of fraction) with a scale for each row and for each expert's weight;
     gradients of weights are computed in param_dtype. On Hopper; elsewhere the same rounding in plain PyTorch."""
     backend: Literal["auto", "reference", "torch", "triton", "grouped_gemm", "quack"] = "auto"
-    """Expert compute. auto: the fastest measured one for the device, dtype and shape; the choice is logged."""
+    """Expert compute. auto: the fastest of this project's and torch's for the device, dtype and shape; the choice is
+    logged. quack: the package quack-kernels, whose products gather tokens and compute the activation; on Hopper."""

@@ -314,8 +314,7 @@ class Compile:
     """Asynchronous tensor parallelism: cut the products next to tp's collectives, so that a part of the tokens travels
     while another is computed with. Needs enable, mesh.sequence_parallel, and GPUs that reach each other's memory."""
     cuda_graph: bool = False
-    """A microbatch, forward and backward, as one CUDA graph: for small models and few sequences. Without pipelining;
-    where ranks share experts with moe.rows = worst, and no all-to-all."""
+    """A microbatch, forward and backward, as one CUDA graph: for small models and few sequences. With mesh.pp = 1."""
 
 
 @dataclass(frozen=True)

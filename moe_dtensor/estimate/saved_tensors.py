@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import (
     GATED,
+    WIDE,
     block_config,
     block_norms,
     block_rotates,
     expert_dp_ranks,
     expert_ranks,
+    fuses_activation,
     head_widths,
     is_latent,
     lent_experts,
@@ -195,6 +197,8 @@ def _route(config: Config, at: Sizes, met: AtExperts) -> int:
     int32 for each token and rank."""
     sends = config.mesh.dispatch == "all_to_all"
     kept = met.tokens * columns(config) * ((2 if sends else 1) * at.wide + 8)
+    if fuses_activation(config):  # each row's token and its gate in place of its copy
+        kept += met.rows * 8 - met.tokens * columns(config) * 4
     return kept + (sent_tokens(config) * expert_ranks(config) * 4 if sends else 0)
 
 
@@ -216,7 +220,8 @@ def _selected(config: Config, at: Sizes, met: AtExperts | None) -> int:
     if _keeps_rows(config) and not eager:
         kept += met.rows * model.dim * at.compute
     if eager:  # X, A, Y, their sum, and Sinkhorn's matrix
-        kept += (met.rows * (2 * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
+        written = 1 if _gathers_in_products(config) else 2
+        kept += (met.rows * (written * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
         kept += at.whole * moe.num_experts * at.wide if moe.router == "sinkhorn" else 0
         if config.mesh.dispatch == "all_to_all":  # rows for other ranks, and the sum of what they send back
             sent = sent_tokens(config)
@@ -240,14 +245,22 @@ def _sums(config: Config, at: Sizes, met: AtExperts | None) -> int:
 
 def _gradients(config: Config, at: Sizes, met: AtExperts | None) -> int:
     """At the widest point of a block's backward: the stream's gradient and, for each row, dO, dA', A' and dH, in
-    float8 too where products read that."""
+    float8 too where products read that. Fused products write no dA', nor dO where they gather tokens."""
     model, mesh = config.model, config.mesh
     if met is None:
         inner = at.whole * (1 + gates(config)) * model.hidden_dim // mesh.tp
         return ((at.whole + at.own) * model.dim + inner) * at.compute
-    rows = met.rows * (model.dim + (2 + gates(config)) * met.hidden)
+    written = 0 if _gathers_in_products(config) else model.dim
+    written += met.hidden if fuses_activation(config) else 2 * met.hidden
+    rows = met.rows * (gates(config) * met.hidden + max(written, model.dim))
     narrow = met.rows * gates(config) * met.hidden if config.moe.expert_dtype == "float8" else 0
     return ((met.tokens + at.own) * model.dim + rows) * at.compute + narrow
+
+
+def _gathers_in_products(config: Config) -> bool:
+    """Whether rows of tokens are not written: products gather them."""
+    narrow = config.moe.hidden_dim < WIDE and config.mesh.dispatch != "one_sided"
+    return fuses_activation(config) and narrow
 
 
 def gates(config: Config) -> int:

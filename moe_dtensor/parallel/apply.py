@@ -42,7 +42,9 @@ def build_parts(
         ConfigError: the device has no kernels for what is asked.
     """
     if config.model.attention_backend == "fa4":
-        _check_hopper(device)
+        _check_hopper(device, "model.attention_backend = fa4", "Set model.attention_backend = auto.", later=True)
+    if config.moe.backend == "quack" and config.moe.num_experts:
+        _check_hopper(device, "moe.backend = quack", "Set moe.backend = auto.", later=False)
     parts = []
     for stage in rank_stages(config, mesh["pp"].get_local_rank()):
         with torch.device("meta"):
@@ -60,17 +62,16 @@ def build_parts(
     return parts
 
 
-def _check_hopper(device: torch.device) -> None:
-    """Raise ConfigError where FlashAttention 4 has no kernels for a backward pass."""
+def _check_hopper(device: torch.device, asked: str, remedy: str, *, later: bool) -> None:
+    """Raise ConfigError where there are no kernels: before Hopper, and after it unless ``later``."""
     if device.type == "cpu":
         found = "these ranks are on CPUs"
-    elif torch.cuda.get_device_capability(device) < (9, 0):
-        found = f"this is {torch.cuda.get_device_name(device)}"
     else:
-        return
-    raise ConfigError(
-        f"model.attention_backend = fa4 needs GPUs, Hopper or later; {found}.", "Set model.attention_backend = auto."
-    )
+        at = torch.cuda.get_device_capability(device)
+        if at == (9, 0) or (later and at > (9, 0)):
+            return
+        found = f"this is {torch.cuda.get_device_name(device)}"
+    raise ConfigError(f"{asked} needs GPUs, Hopper{' or later' if later else ''}; {found}.", remedy)
 
 
 def parallelize(part: Transformer, config: Config, mesh: DeviceMesh, *, trains: bool = True) -> None:

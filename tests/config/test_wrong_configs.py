@@ -324,6 +324,22 @@ WRONG = [
     ),
     ("--training.reduce_dtype bfloat16", "training.reduce_dtype = bfloat16 is narrower", "float32"),
     ("--moe.backend grouped_gemm", "moe.backend = grouped_gemm computes in bfloat16", "reference"),
+    ("--moe.backend quack", "moe.backend = quack computes in bfloat16", "reference"),
+    (
+        "--moe.backend quack --training.param_dtype bfloat16",
+        "moe.backend = quack needs the package quack-kernels, which is not installed",
+        "moe_dtensor[quack]",
+    ),
+    (
+        "--moe.backend quack --training.param_dtype bfloat16 --moe.keep_rows true",
+        "moe.keep_rows = true with moe.backend = quack",
+        "Set moe.keep_rows = false",
+    ),
+    (
+        "--moe.backend quack --training.param_dtype bfloat16 --moe.expert_dtype float8",
+        "moe.expert_dtype = float8 has no kernel in moe.backend = quack",
+        "moe.backend = auto",
+    ),
     (
         "--moe.backend triton --training.dtype float64 --training.param_dtype float64 --training.reduce_dtype float64",
         "moe.backend = triton has no kernel for training.param_dtype = float64",

@@ -72,3 +72,14 @@ def test_flash_attention_4_sums_in_float32(kv_heads: int, sums: int) -> None:
     more = attention_gradient_bytes(fa4, at) - attention_gradient_bytes(auto, at)
     assert more == 16 * 2048 * sums * 64 * 4
     assert block_bytes(fa4, True).kept == block_bytes(auto, True).kept
+
+
+@pytest.mark.parametrize(("hidden", "numbers"), [(512, 2 * 512), (4096, 4096)])
+def test_fused_products_write_less(hidden: int, numbers: int) -> None:
+    """A row in the backward pass: no dA'; where experts are narrow no dO either, but X's gradient is wider than A'."""
+    keys = {"moe__hidden_dim": hidden}
+    triton, fused = (preset("olmoe_small", "1x1x1", moe__backend=way, **keys) for way in ("triton", "quack"))
+    more, less = (block_bytes(config, True) for config in (triton, fused))
+    copies = 16 * 2048 * 8
+    assert more.backward - less.backward == copies * numbers * 2
+    assert less.kept - more.kept == copies * 4

@@ -206,5 +206,8 @@ def test_what_trained_by_flash_attention_4_generates_without_it() -> None:
     assert config.model.attention_backend == "auto"
     wanted = {"model.attention_backend": "fa4"}
     assert load_module._for_generation(trained, wanted, 1).model.attention_backend == "fa4"
+    trained = override(trained, {"moe.backend": "quack"})
+    assert load_module._for_generation(trained, {}, 1).moe.backend == "auto"
+    assert load_module._for_generation(trained, {"moe.backend": "quack"}, 1).moe.backend == "quack"
     named = override(trained, {"model.attention_backend": "plain"})
     assert load_module._for_generation(named, {}, 1).model.attention_backend == "plain"

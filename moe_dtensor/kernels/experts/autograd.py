@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from moe_dtensor.config.resolve import FUSED
 from moe_dtensor.kernels.experts.exchange import gather_permute, leave
 from moe_dtensor.kernels.experts.float8 import ExpertMLP as ExpertMLP8
 from moe_dtensor.kernels.experts.grouped import check, make_tiles, rows_times_weight, weight_gradient
@@ -25,7 +26,6 @@ from moe_dtensor.kernels.experts.permute import (
     unpermute,
     weighted_activation,
 )
-from moe_dtensor.kernels.experts.quack import FUSED
 from moe_dtensor.kernels.experts.quack import ExpertMLP as ExpertMLPFused
 from moe_dtensor.kernels.experts.sort import Route, count_rows, sort_by_expert
 

@@ -103,7 +103,7 @@ def expert_mlp(
 
 
 def choose_backend(backend: str, x_TD: Tensor, w_up_EGFD: Tensor, float8: bool = False) -> str:
-    """The backend in use: the one named, or for ``auto`` the fastest measured one that takes these sizes.
+    """The backend in use: the one named, or for ``auto`` the fastest of ours and torch's that takes these sizes.
 
     ``auto`` is ``reference`` off CUDA, in float64, and where D or F are no multiple of 16 bytes. Elsewhere it is
     ``triton`` in bf16 and fp16 on Hopper, where it beat ``torch`` on every shape measured (``docs/log.md``), and

@@ -25,16 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from moe_dtensor.config.resolve import WIDE
 from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.exchange import gather_permute, leave
 from moe_dtensor.kernels.experts.permute import permute
 from moe_dtensor.kernels.library import ceil_div, define
 
-WIDE = 2048
-"""For experts of this hidden width and more rows of tokens are written once and read by every product; for narrower
-ones each product gathers tokens while it loads them, which makes it some 10 % slower."""
-FUSED = {"swiglu": "swiglu", "silu": "silu", "relu2": "relu_sq"}
-"""Activations that products compute, and QuACK's names for them. (Its GELUs are approximations by tanh.)"""
+_NAMES = {"swiglu": "swiglu", "silu": "silu", "relu2": "relu_sq"}
+"""QuACK's of :data:`~moe_dtensor.config.resolve.FUSED`. (Its GELUs are approximations by tanh.)"""
 
 
 def _package() -> ModuleType:
@@ -163,7 +161,7 @@ def _up(x_TD: Tensor, token_N: Tensor | None, w_EPD: Tensor, begins: Tensor, act
         _package().gemm_act(
             x_TD.contiguous(),
             w_EPD.mT,
-            activation=FUSED[activation],
+            activation=_NAMES[activation],
             preact_out=h_NP,
             postact_out=a_NF,
             cu_seqlens_m=begins,
@@ -221,7 +219,7 @@ def _down_backward(
         dy_TD.contiguous(),
         w_EDF,
         PreAct=h_NP,
-        activation=FUSED[activation],
+        activation=_NAMES[activation],
         dx_out=dh_NP,
         postact_out=weighted_NF,
         colvec_scale=gate_N,
@@ -286,7 +284,8 @@ weight_gradient = define(
 
 
 class ExpertMLP(Function):
-    """All of it as one node, as that of :mod:`.autograd` is; ``activation`` is one of :data:`FUSED`."""
+    """All of it as one node, as that of :mod:`.autograd` is, for activations in
+    :data:`~moe_dtensor.config.resolve.FUSED`."""
 
     @staticmethod
     def forward(ctx, x_TD, w_up_EGFD, w_down_EDF, gate_TK, route, begins, num_rows, activation, group):
