@@ -15,6 +15,9 @@ from moe_dtensor.kernels.router import router_logits, top_k_gates
 
 from .layer_cases import FLOAT8_CASES, ODD_CASES, Case, make_inputs, relative_errors, run
 
+# Of quack-kernels, as it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:cutlass.utils:DeprecationWarning")
+
 BACKENDS = ["torch", "triton", *(["quack"] if find_spec("quack") else [])]
 LARGER = [
     Case(700, 256, 512, 8, 2, "swiglu"),

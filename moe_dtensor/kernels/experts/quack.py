@@ -1,11 +1,12 @@
-"""The expert MLP by the kernels of QuACK (the package ``quack-kernels``, Hopper and later): fewer passes over memory.
+"""The expert MLP by the kernels of QuACK (the package ``quack-kernels``), on Hopper: fewer passes over memory.
 
     x -> [gather, w_up, activation] -> H, A -> [w_down] -> Y -> gate, gather, sum -> y
     dy -> [gather, w_down, activation's gradient, gate] -> dH, A', dgate -> [w_up] -> dX -> gather, sum -> dx
 
 Each bracket is one kernel: tokens are gathered while a product loads them, and an activation is computed on what a
 product still holds in registers, as SonicMoE does (arXiv:2512.14080). What is kept for the backward pass, and the
-gate's gradient, are those of :mod:`.autograd`, but rows of tokens are never written in the forward pass.
+gate's gradient, are those of :mod:`.autograd`. Rows of tokens are written where experts are wide, or tokens come from
+the memory of other ranks; then products read those.
 
 Of a gated activation the columns of H and dH are gate, up, gate, up here. Weights lie as everywhere: all gates, then
 all ups; the kernels read and write them so ("concat" in QuACK's words).
@@ -80,18 +81,13 @@ def _weight_config(gathered: bool) -> Any:
     return _config(128, 256, False, (1, 1)) if gathered else _config(128, 192, True, (2, 1))
 
 
-def _begins(ends_E: Tensor) -> Tensor:
-    """``(E + 1)`` int32: the first row of each expert, then the row after the last."""
-    return F.pad(ends_E, (1, 0))
-
-
 class ByQuack:
     """The plain products, as those of the other backends are: H is gates, then ups."""
 
     @staticmethod
     def make_tiles(ends_E: Tensor, rows: int) -> Tensor:
-        """``(E + 1)`` int32: where each expert's rows begin, and where the last's end."""
-        return _begins(ends_E)
+        """``(E + 1)`` int32: the first row of each expert, then the row after the last."""
+        return F.pad(ends_E, (1, 0))
 
     @staticmethod
     def fake_tiles(ends_E: Tensor, rows: int) -> Tensor:
