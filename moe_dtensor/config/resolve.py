@@ -272,3 +272,11 @@ def fuses_activation(config: Config) -> bool:
     splits = config.mesh.pp > 1 and config.pipeline.schedule in SPLIT_BACKWARD
     fusible = config.model.activation in FUSED and not config.moe.expert_bias and not splits
     return config.moe.backend == "quack" and fusible
+
+
+def tp_axis(config: Config) -> int | None:
+    """What tp splits of a microbatch ``(B, S)`` between layers: 0, whole sequences, if it divides their number; 1, the
+    positions of each; None, nothing."""
+    if config.mesh.tp == 1 or not config.mesh.sequence_parallel:
+        return None
+    return 1 if config.training.microbatch_size % config.mesh.tp else 0

@@ -37,7 +37,8 @@ class Mesh:
     tp: int = 1
     """Tensor-, sequence- and expert-parallel ranks."""
     sequence_parallel: bool = True
-    """Split the sequence over tp between attention and feed-forward. Needs seq_len % tp == 0."""
+    """tp ranks hold different tokens between attention and feed-forward: whole sequences if tp divides
+    training.microbatch_size, else parts of each. Needs seq_len % tp == 0."""
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""

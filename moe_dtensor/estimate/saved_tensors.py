@@ -31,6 +31,7 @@ from moe_dtensor.config.resolve import (
     lent_experts,
     padded_vocab,
     sees_more_than_causal,
+    tp_axis,
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.sizes import (
@@ -281,14 +282,14 @@ def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
     """What attention of block ``layer`` keeps of a microbatch: the projections' input; q, k, v as they are read; output
     and row sums; what norms, clamps, latents, gate and sinks read.
 
-    Where tp brings ranks' tokens together also the output in their order.
+    Where tp splits positions also the output in the order of its ranks.
     """
     model, tp = config.model, config.mesh.tp
     query, value, _ = head_widths(config)
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     output = heads * value * at.compute
     per_token = model.dim * at.compute + output + 4 * heads
-    if tp > 1 and config.mesh.sequence_parallel:
+    if tp_axis(config) == 1:
         per_token += output
     read = (heads + kv_heads) * query + kv_heads * value
     if is_latent(config):
@@ -326,7 +327,7 @@ def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, layer: 
     """A token's q and k before their norm, and of a norm over the whole width that tp splits the sums of squares.
 
     Where no kernel does it, the reciprocal deviations of any norm, and of one over the whole width, compiled and where
-    ranks' tokens come together, also q and k between norm and weight.
+    tp splits positions, also q and k between norm and weight.
     """
     model, mesh, width = config.model, config.mesh, (heads + kv_heads) * config.model.head_dim
     if model.qk_norm == "none":
@@ -335,7 +336,7 @@ def _qk_norm_bytes(config: Config, at: Sizes, heads: int, kv_heads: int, layer: 
         return width * at.compute + (2 * at.wide if model.qk_norm == "full" and mesh.tp > 1 else 0)
     if model.qk_norm != "full":
         return width * at.compute + (heads + kv_heads) * at.wide
-    compiled = at.compute * (2 if mesh.tp > 1 and mesh.sequence_parallel else 1)
+    compiled = at.compute * (2 if tp_axis(config) == 1 else 1)
     return width * (compiled if config.compile.enable else at.wide + at.compute) + 2 * at.wide
 
 

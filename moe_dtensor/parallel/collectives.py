@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_dtensor.config.resolve import tp_axis
 from moe_dtensor.config.schema import Config
 
 Pending = Callable[[], Tensor]
@@ -245,8 +246,8 @@ class Borders:
 
 
 def position_borders(config: Config, tp: DeviceMesh) -> Borders:
-    """Of layers that take whole sequences in order: under sequence parallelism tp splits their positions."""
-    return Borders(tp, 1 if config.mesh.sequence_parallel else None)
+    """Of layers that take whole sequences in order."""
+    return Borders(tp, tp_axis(config))
 
 
 def token_borders(config: Config, tp: DeviceMesh) -> Borders:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from moe_dtensor.config.errors import ConfigError
-from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages, stream_width
+from moe_dtensor.config.resolve import SPLIT_BACKWARD, microbatches, num_stages, rank_stages, stream_width, tp_axis
 from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.estimate.memory import settle_accumulate
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 
 def stream_shape(config: Config) -> tuple[int, int, int]:
-    """What travels between stages: ``(B, S held, D)`` of a microbatch, wider with multi-token prediction."""
-    training = config.training
-    length = training.seq_len // (config.mesh.tp if config.mesh.sequence_parallel else 1)
-    return training.microbatch_size, length, stream_width(config)
+    """What travels between stages: what a rank holds of a microbatch ``(B, S, D)``, wider with multi-token
+    prediction."""
+    held = [config.training.microbatch_size, config.training.seq_len]
+    if (axis := tp_axis(config)) is not None:
+        held[axis] //= config.mesh.tp
+    return held[0], held[1], stream_width(config)
 
 
 class ForwardPass:

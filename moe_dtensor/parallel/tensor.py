@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.config.load import load_object
-from moe_dtensor.config.resolve import expert_ranks, lent_experts, padded_vocab
+from moe_dtensor.config.resolve import expert_ranks, lent_experts, padded_vocab, tp_axis
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.attention import Attention
@@ -97,7 +97,7 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
         part.token_loss = build_token_loss(config, tp)
         return
     by_position, by_token = position_borders(config, tp), token_borders(config, tp)
-    rank = tp.get_local_rank()
+    rank, axis = tp.get_local_rank(), tp_axis(config)
     for module in part.modules():
         if isinstance(module, Embedding):
             module.first_row = rank * (module.num_rows // tp.size())
@@ -106,13 +106,13 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
             by_token.enter_before(module)
             module.sum_output = functools.partial(_leave, by_token)
             _split_heads(module, config, tp)
-            if config.mesh.sequence_parallel:
+            if axis == 1:
                 module.shards = tp.size()
                 module.to_sequences = functools.partial(collectives.merge_shards, ranks=tp.size(), dim=1)
                 module.from_sequences = functools.partial(collectives.split_shards, ranks=tp.size(), dim=1)
-        elif isinstance(module, MoE) and config.mesh.sequence_parallel:
+        elif isinstance(module, MoE) and axis is not None:
             module.router.gather_positions = by_position.enter_data
-            module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=1)
+            module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=axis)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             by_token.enter_before(module)

@@ -294,10 +294,23 @@ def _shrink_layers(small: Config, whole: Config, layouts: Sequence[Layout]) -> C
     return _first_legal(small, range(min(max(2, len(distinct)), total), total + 1), fewer, layouts)
 
 
+def _fewest_sequences(whole: Config, layouts: Sequence[Layout]) -> tuple[int, int]:
+    """Sequences of a microbatch, and of a routing group: several where the config has several; a tp divides the former
+    if it divides the config's."""
+    size, group = whole.training.microbatch_size, whole.moe.group_sequences
+    return min(
+        (
+            (groups * each, each)
+            for groups in range(min(2, size // group), size // group + 1)
+            for each in range(min(2, group), group + 1)
+            if all((groups * each % at.tp == 0) == (size % at.tp == 0) for at in layouts)
+        ),
+    )
+
+
 def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Config:
-    training, group = whole.training, whole.moe.group_sequences
-    groups = 1 if group == training.microbatch_size else 2
-    sequences = 2 * groups if group > 1 else groups
+    training = whole.training
+    sequences, group = _fewest_sequences(whole, layouts)
     tps = lcm(*(layout.tp for layout in layouts))
     # Without sequence parallelism a length that tp does not divide must work.
     length = lcm(64 if small.training.param_dtype == "bfloat16" else 8, tps)
@@ -308,7 +321,7 @@ def _shrink_batch(small: Config, whole: Config, layouts: Sequence[Layout]) -> Co
         {
             "training.seq_len": length,
             "training.microbatch_size": sequences,
-            "moe.group_sequences": sequences // groups,
+            "moe.group_sequences": group,
             "training.global_batch_size": sequences * training.global_batch_size // training.microbatch_size,
         },
     )

@@ -31,7 +31,8 @@ def test_experts_keep_their_input_and_hidden_rows() -> None:
 @pytest.mark.parametrize(
     ("keys", "values", "numbers"),
     [
-        ({}, 2 * 2, 0),  # without a kernel: q and k before their norm, and between it and the weight; deviations
+        ({}, 2, 0),  # without a kernel deviations in place of squares
+        ({"training__microbatch_size": 15}, 2 * 2, 0),  # of parts of sequences q and k also between norm and weight
         ({"mesh__sequence_parallel": False}, 2, 0),
         ({"model__qk_norm": "head"}, 2, 16),
     ],
@@ -45,7 +46,8 @@ def test_norm_and_rotation_keep_less_by_kernels(
     kernels = block_bytes(config, is_moe=True).kept
     monkeypatch.setattr(saved_tensors, "has_kernel", lambda *_: False)
     plain = block_bytes(config, is_moe=True).kept
-    assert plain - kernels == 16 * 2048 * (2 * 512 * (values - 2) + 4 * numbers)
+    tokens = config.training.microbatch_size * 2048
+    assert plain - kernels == tokens * (2 * 512 * (values - 2) + 4 * numbers)
 
 
 @pytest.mark.parametrize(

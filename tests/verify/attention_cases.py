@@ -13,7 +13,7 @@ from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Case, Layout
 
-from .mesh_cases import Setting, all_pairs, with_microbatches
+from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, with_microbatches
 
 MESH_SETS: tuple[dict[str, tuple[int, int, int]], ...] = (
     {"1x1x2": (1, 1, 2), "2x1x1": (2, 1, 1), "1x2x2": (1, 2, 2)},
@@ -86,7 +86,7 @@ def dimensions(meshes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[Any, 
         **dict.fromkeys(FLAGS, (False, True)),
         "schedule": SCHEDULES if any(pp > 1 for _, pp, _ in meshes.values()) else ("none",),
         "recompute": ("none", "full", "selective"),
-        "sequence_parallel": (True, False),
+        "tp_splits": TP_SPLITS,
     }
 
 
@@ -115,10 +115,10 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
         "model.qk_norm": setting["qk_norm"],
         "moe.num_experts": 4,
         "moe.hidden_dim": 8,
-        "mesh.sequence_parallel": setting["sequence_parallel"],
+        "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
         "data.corpus": "random",
-        "training.seq_len": 8 if setting["sequence_parallel"] else 7,
-        "training.microbatch_size": 2,
+        "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,
+        "training.microbatch_size": sequences(setting["tp_splits"], tp, 2),
         "training.dtype": "float64",
         "training.param_dtype": "float64",
         "training.reduce_dtype": "float64",

@@ -4,6 +4,7 @@ product being run; and how such a list is made, for the other two."""
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ MESHES = {
     "2x2x2": (2, 2, 2),
     "1x3x2": (1, 3, 2),
 }
+TP_SPLITS = ("sequences", "positions", "nothing")
+"""What tp splits between layers: whole sequences of a microbatch, the positions of each, or neither."""
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "mesh": tuple(MESHES),
     "schedule": (
@@ -52,7 +55,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "empty_expert": (False, True),
     "kv_heads": ("all", "fewer than tp"),
     "qk_norm": ("none", "head", "full"),
-    "sequence_parallel": (True, False),
+    "tp_splits": TP_SPLITS,
     "activation": ("swiglu", "gelu", "swiglu_clamped"),
     "expert_bias": (False, True),
     "norm": ("rmsnorm", "layernorm", "layernorm, with a bias"),
@@ -61,6 +64,13 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 }
 SCALES = {"model.embedding_scale": 3.0, "model.residual_scale": 0.7, "model.logit_scale": 1.5}
 Setting = Mapping[str, Any]
+
+
+def sequences(tp_splits: str, tp: int, least: int) -> int:
+    """Of a microbatch: so many at least, and a multiple of tp if whole ones are to be split, none if positions are."""
+    if tp_splits == "sequences":
+        return math.lcm(least, tp)
+    return least + 1 if tp_splits == "positions" and tp > 1 and least % tp == 0 else least
 
 
 def possible(setting: Setting) -> bool:
@@ -134,7 +144,6 @@ def build_case(setting: Setting) -> Case:
     dp, pp, tp = MESHES[setting["mesh"]]
     layout = Layout(dp, pp, tp, setting["schedule"])
     grouped = setting["router"] == "sinkhorn in groups"
-    sequences = 2 if grouped else 1
     config = override(
         Config(),
         {
@@ -167,11 +176,11 @@ def build_case(setting: Setting) -> Case:
             "model.norm_at": setting["norm_at"],
             "model.mtp_depth": setting["mtp_depth"],
             **(SCALES if setting["scales"] else {}),
-            "mesh.sequence_parallel": setting["sequence_parallel"],
+            "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
             "data.corpus": "random",
             "data.document_mask": setting["documents"],
-            "training.seq_len": 8 if setting["sequence_parallel"] else 7,
-            "training.microbatch_size": sequences,
+            "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,
+            "training.microbatch_size": sequences(setting["tp_splits"], tp, 2 if grouped else 1),
             "training.dtype": "float64",
             "training.param_dtype": "float64",
             "training.reduce_dtype": "float64",

@@ -10,7 +10,7 @@ from moe_dtensor.config.resolve import FORCED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Case, Layout
 
-from .mesh_cases import Setting, all_pairs, with_microbatches
+from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, with_microbatches
 
 MESH_SETS: tuple[dict[str, tuple[int, int, int]], ...] = (
     {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "2x2x1": (2, 2, 1)},
@@ -90,7 +90,7 @@ def dimensions(meshes: dict[str, tuple[int, int, int]]) -> dict[str, tuple[Any, 
         "jitter": (0.0, 0.1),
         "top_k": (1, 2),
         "by_layer": (False, True),
-        "sequence_parallel": (True, False),
+        "tp_splits": TP_SPLITS,
     }
 
 
@@ -131,10 +131,10 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
         "moe.top_k": setting["top_k"],
         "moe.hidden_dim": 8,
         "moe.jitter": setting["jitter"],
-        "mesh.sequence_parallel": setting["sequence_parallel"],
+        "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
         "data.corpus": "random",
-        "training.seq_len": 8 if setting["sequence_parallel"] else 7,
-        "training.microbatch_size": 2,
+        "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,
+        "training.microbatch_size": sequences(setting["tp_splits"], tp, 2),
         "training.dtype": "float64",
         "training.param_dtype": "float64",
         "training.reduce_dtype": "float64",
