@@ -35,8 +35,10 @@ class Scores(NamedTuple):
     """What the router thinks of a rank's tokens."""
 
     logits_TE: Tensor
+    lead: tuple[int, int]
+    """``(B, S)`` of those tokens."""
     whole: Callable[[], Tensor] | None
-    """Waits for the logits of whole sequences ``(B, S, E)``, without gradient; to be called once. None: the choice
+    """Waits for the logits of the whole microbatch ``(B, S, E)``, without gradient; to be called once. None: the choice
     needs no others than those at hand."""
 
 
@@ -54,9 +56,9 @@ class Routing(NamedTuple):
 class Router(Layer):
     """Scores every token against every expert, chooses K, and weights them.
 
-    Scores are computed in at least float32. ``gather_positions`` begins to bring the positions of a sequence
-    together, and gives what waits for them; ``own_positions`` takes this module's part back. Both leave things as they
-    are where whole sequences are at hand.
+    Scores are computed in at least float32. ``gather_tokens`` begins to bring a microbatch's tokens together,
+    ``(B, S, ...)``, and gives what waits for them; ``own_tokens`` takes this module's part back, whole sequences
+    or positions of each. Both leave things as they are where all tokens are at hand.
 
     Args:
         config: resolved.
@@ -81,25 +83,25 @@ class Router(Layer):
         self.takes = expert_takes(config)
         self.noise_stream = NOISE_STREAM + 1_000_003 * training.seed + layer
         self.step_tokens = training.global_batch_size * training.seq_len
-        self.gather_positions: Callable[[Tensor], Callable[[], Tensor]] = _at_hand
-        self.own_positions: Callable[[Tensor], Tensor] = _identity
+        self.gather_tokens: Callable[[Tensor], Callable[[], Tensor]] = _at_hand
+        self.own_tokens: Callable[[Tensor], Tensor] = _identity
 
     def score(self, x_BSD: Tensor, tokens: Tokens) -> Scores:
-        """Score ``x_BSD``, the held part of the sequences that ``tokens`` are. What the choice needs of other ranks is
+        """Score ``x_BSD``, the held part of the microbatch that ``tokens`` are. What the choice needs of other ranks is
         under way then."""
+        lead = (x_BSD.shape[0], x_BSD.shape[1])
         if self.training and self.moe.jitter > 0:
             x_BSD = x_BSD * self._noise(tokens, x_BSD.shape[2]).to(x_BSD.dtype)
         logits_TE = router_logits(x_BSD.flatten(0, 1), self.local_weight("weight"))
         if self.logit_bias is not None:
             logits_TE = logits_TE + self.local_weight("logit_bias").to(logits_TE.dtype)
         if not (self.assignment.over_groups and (self.training or self.assignment.forced)):
-            return Scores(logits_TE, None)
-        return Scores(logits_TE, self.gather_positions(logits_TE.detach().unflatten(0, x_BSD.shape[:2])))
+            return Scores(logits_TE, lead, None)
+        return Scores(logits_TE, lead, self.gather_tokens(logits_TE.detach().unflatten(0, lead)))
 
     def forward(self, scores: Scores, tokens: Tokens) -> Routing:
         """K experts for each token that was scored, and their weights."""
-        logits_TE, moe = scores.logits_TE, self.moe
-        lead = (len(tokens.id_BS), -1)
+        logits_TE, lead, moe = scores.logits_TE, scores.lead, self.moe
         ranking_BSE, error = self.rank(scores, tokens)
         gate_TK, expert_TK = self._choose(logits_TE, ranking_BSE.flatten(0, 1))
         gate_BSK, expert_BSK = gate_TK.unflatten(0, lead), expert_TK.unflatten(0, lead)
@@ -119,9 +121,9 @@ class Router(Layer):
         """What the choice goes by, ``(B, S, E)``, and the sum over tokens of Sinkhorn's error; None without it."""
         if scores.whole is not None:
             return self._rank_groups(scores.whole(), tokens)
-        logits_BSE = scores.logits_TE.detach().unflatten(0, (len(tokens.id_BS), -1))
+        logits_BSE = scores.logits_TE.detach().unflatten(0, scores.lead)
         if self.training or self.assignment.forced:
-            ranking_BSE = self.assignment(logits_BSE, Tokens(*map(self.own_positions, tokens)))
+            ranking_BSE = self.assignment(logits_BSE, Tokens(*map(self.own_tokens, tokens)))
         else:
             ranking_BSE = self.plain.by_logits(logits_BSE)
         return self._limited(ranking_BSE), None
@@ -130,21 +132,21 @@ class Router(Layer):
         """The same for whole sequences, of which tokens compete in their group."""
         of_groups = Tokens(*(self._in_groups(x[..., None]).squeeze(-1) for x in tokens))
         whole_BSE = self.assignment(self._in_groups(logits_BSE), of_groups).view(logits_BSE.shape)
-        ranking_BSE = self.own_positions(whole_BSE)
+        ranking_BSE = self.own_tokens(whole_BSE)
         error = self.assignment.row_error(ranking_BSE) if isinstance(self.assignment, Sinkhorn) else None
         return self._limited(ranking_BSE), error
 
     def keep(self, gate_BSK: Tensor, expert_BSK: Tensor) -> Tensor:
         """Which copies are within the capacity of their expert in their routing group, ``(B, S, K)`` bool."""
-        gate_GTK = self._in_groups(self.gather_positions(gate_BSK)())
-        expert_GTK = self._in_groups(self.gather_positions(expert_BSK)())
+        gate_BSK, expert_BSK = self.gather_tokens(gate_BSK)(), self.gather_tokens(expert_BSK)()
+        groups = self._in_groups(gate_BSK), self._in_groups(expert_BSK)
         assert self.takes is not None
-        kept_GTK = within_capacity(gate_GTK, expert_GTK, self.moe.num_experts, self.takes, self.moe.drop_by)
-        return self.own_positions(kept_GTK.reshape(len(expert_BSK), -1, expert_BSK.shape[2]))
+        kept_GTK = within_capacity(*groups, self.moe.num_experts, self.takes, self.moe.drop_by)
+        return self.own_tokens(kept_GTK.view(expert_BSK.shape))
 
     def _noise(self, tokens: Tokens, width: int) -> Tensor:
-        """Of each number that the router sees of a token, ``(B, S held, D)``: from 1 - jitter to 1 + jitter."""
-        number_BS = self.own_positions(tokens.number_BS)
+        """Of each number of the tokens held, ``(B, S, D)``: from 1 - jitter to 1 + jitter."""
+        number_BS = self.own_tokens(tokens.number_BS)
         key_BSD = number_BS[..., None] * width + torch.arange(width, device=number_BS.device)
         return 1 + self.moe.jitter * (2 * uniform_noise(key_BSD, self.noise_stream) - 1)
 
@@ -195,14 +197,15 @@ class Router(Layer):
         return gate_BSK, balance
 
     def _load_of_sets(self, expert_BSK: Tensor) -> Tensor:
-        """Copies by expert in the set that each sequence belongs to, ``(B, E)``."""
+        """Copies by expert in the set that each sequence belongs to of which tokens are held, ``(B, E)``."""
         if self.moe.balance_over == "batch":
             return self.previous_load.expand(len(expert_BSK), -1)
-        load_BE = chosen_mask(self.gather_positions(expert_BSK)(), self.moe.num_experts).sum(1)
+        whole_BSK = self.gather_tokens(expert_BSK)()
+        load_BE = chosen_mask(whole_BSK, self.moe.num_experts).sum(1)
         if self.moe.balance_over == "group":
             size = self.moe.group_sequences
             load_BE = load_BE.unflatten(0, (-1, size)).sum(1).repeat_interleave(size, dim=0)
-        return load_BE
+        return self.own_tokens(load_BE[:, None].expand(-1, whole_BSK.shape[1], -1))[:, 0]
 
     def _in_groups(self, x_BSE: Tensor) -> Tensor:
         """Whole sequences ``(B, S, E)`` as routing groups ``(G, T, E)``."""

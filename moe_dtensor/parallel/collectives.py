@@ -245,7 +245,7 @@ class Borders:
         module.register_forward_pre_hook(lambda _module, args: (self.enter(args[0])(), *args[1:]))
 
 
-def position_borders(config: Config, tp: DeviceMesh) -> Borders:
+def sequence_borders(config: Config, tp: DeviceMesh) -> Borders:
     """Of layers that take whole sequences in order."""
     return Borders(tp, tp_axis(config))
 

@@ -27,7 +27,7 @@ from moe_dtensor.layers.weights import Embedding, Layer, WeightView
 from moe_dtensor.mesh import expert_axis, expert_mesh
 from moe_dtensor.model.transformer import TokenLoss, Transformer
 from moe_dtensor.parallel import collectives
-from moe_dtensor.parallel.collectives import Borders, position_borders, token_borders
+from moe_dtensor.parallel.collectives import Borders, sequence_borders, token_borders
 from moe_dtensor.parallel.dispatch import build_dispatch
 from moe_dtensor.parallel.expert_copies import view_copy
 from moe_dtensor.placement import Row, build_table, find_row
@@ -96,12 +96,12 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
     if tp.size() == 1:
         part.token_loss = build_token_loss(config, tp)
         return
-    by_position, by_token = position_borders(config, tp), token_borders(config, tp)
+    by_sequence, by_token = sequence_borders(config, tp), token_borders(config, tp)
     rank, axis = tp.get_local_rank(), tp_axis(config)
     for module in part.modules():
         if isinstance(module, Embedding):
             module.first_row = rank * (module.num_rows // tp.size())
-            module.register_forward_hook(lambda _module, _args, y: by_position.leave(y)())
+            module.register_forward_hook(lambda _module, _args, y: by_sequence.leave(y)())
         elif isinstance(module, Attention):
             by_token.enter_before(module)
             module.sum_output = functools.partial(_leave, by_token)
@@ -111,15 +111,15 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
                 module.to_sequences = functools.partial(collectives.merge_shards, ranks=tp.size(), dim=1)
                 module.from_sequences = functools.partial(collectives.split_shards, ranks=tp.size(), dim=1)
         elif isinstance(module, MoE) and axis is not None:
-            module.router.gather_positions = by_position.enter_data
-            module.router.own_positions = functools.partial(collectives.local_slice, mesh=tp, dim=axis)
+            module.router.gather_tokens = by_sequence.enter_data
+            module.router.own_tokens = functools.partial(collectives.local_slice, mesh=tp, dim=axis)
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             by_token.enter_before(module)
             module.sum_output = functools.partial(_leave, by_token)
     if part.is_last:
         part.first_row = rank * (padded_vocab(config) // tp.size())
-        part.before_head = lambda x: by_position.enter(x)()
+        part.before_head = lambda x: by_sequence.enter(x)()
         part.token_loss = build_token_loss(config, tp)
 
 

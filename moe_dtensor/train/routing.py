@@ -104,7 +104,8 @@ class RoutingDrift:
 
 @torch.no_grad()
 def choices(trainer: Trainer, batch: Batch) -> dict[int, Tensor]:
-    """Experts of this rank's tokens by the index of each of its MoE blocks: ``(B, S held, K)`` int32, sorted over K."""
+    """Experts of the tokens that this rank holds, by the index of each of its MoE blocks: ``(B, S, K)`` int32, sorted
+    over K."""
     chosen: dict[int, list[Tensor]] = {}
     handles, forwards = [], []
     for part in trainer.parts:

@@ -240,7 +240,7 @@ class Replay:
     """
 
     def __init__(self, router: Router, coming: list[tuple[Tensor, Tensor]], evaluated: list[Tensor]) -> None:
-        self.own_positions = router.own_positions
+        self.own_tokens = router.own_tokens
         self.router = router
         self.coming = coming
         self.evaluated = evaluated
@@ -248,16 +248,16 @@ class Replay:
         self.kept_BSK: Tensor | None = None
 
     def rank(self, scores: Scores, tokens: Tokens) -> tuple[Tensor, None]:
-        """A ranking ``(B, S held here, E)`` in which the choices come first, in their order, and no other comes."""
-        logits_BSE = scores.logits_TE.detach().unflatten(0, (len(tokens.id_BS), -1))
+        """A ranking ``(B, S, E)`` of the tokens held, in which the choices come first, in their order, and no other."""
+        logits_BSE = scores.logits_TE.detach().unflatten(0, scores.lead)
         if scores.whole is not None:
             scores.whole()  # nobody needs it, but it is under way
         if not self.router.training:
-            return self._ranking(self.own_positions(self.evaluated.pop(0)), logits_BSE), None
+            return self._ranking(self.own_tokens(self.evaluated.pop(0)), logits_BSE), None
         # The same operations each time: selective recomputation counts them.
         told = logits_BSE.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         if told not in self.seen:
-            chosen, kept_BSK = map(self.own_positions, self.coming.pop(0))
+            chosen, kept_BSK = map(self.own_tokens, self.coming.pop(0))
             self.seen[told] = self._ranking(chosen, logits_BSE), kept_BSK
         ranking_BSE, self.kept_BSK = self.seen[told]
         return ranking_BSE, None

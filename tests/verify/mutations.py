@@ -192,7 +192,7 @@ def routing_over_own_tokens() -> Iterator[None]:
         right(part, config, tp)
         for module in part.modules():
             if isinstance(module, Router):
-                module.gather_positions, module.own_positions = lambda x: lambda: x, lambda x: x
+                module.gather_tokens, module.own_tokens = lambda x: lambda: x, lambda x: x
 
     from moe_dtensor.parallel import apply
 

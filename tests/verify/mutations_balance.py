@@ -88,10 +88,10 @@ def capacity_of_own_tokens() -> Iterator[None]:
     right = Router.keep
 
     def wrong(self: Router, gate: Tensor, expert: Tensor) -> Tensor:
-        parts = self.gather_positions(expert)().shape[1] // expert.shape[1]
+        parts = self.gather_tokens(expert)().numel() // expert.numel()
         changes = {
-            "gather_positions": lambda x: lambda: x,
-            "own_positions": _same,
+            "gather_tokens": lambda x: lambda: x,
+            "own_tokens": _same,
             "takes": -(-(self.takes or 0) // parts),
         }
         with mock.patch.multiple(self, **changes):
@@ -122,7 +122,7 @@ def batch_loss_of_the_microbatch() -> Iterator[None]:
     def wrong(self: Router, expert: Tensor) -> Tensor:
         if self.moe.balance_over != "batch":
             return right(self, expert)
-        load = chosen_mask(self.gather_positions(expert)(), self.moe.num_experts).sum((0, 1))
+        load = chosen_mask(self.gather_tokens(expert)(), self.moe.num_experts).sum((0, 1))
         return load.expand(len(expert), -1)
 
     with mock.patch.object(Router, "_load_of_sets", wrong):
