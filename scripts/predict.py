@@ -1,8 +1,8 @@
 """What ``plan`` reckons for every variant of presets on so many GPUs, before anything runs: tokens/s under each
 routing, where a step's time goes, memory.
 
-python scripts/predict.py --config train_configs/olmoe_small.toml --variants train_configs/variants/eight_gpus.toml \
-    --gpus 8 --json docs/results/plan_8_gpus.json
+cd train_configs && python ../scripts/predict.py --config olmoe_small.toml olmoe_1b_7b.toml qwen3_30b_a3b.toml \
+    --microbatch 8 2 1 --variants variants/eight_gpus.toml --gpus 8 --json ../docs/results/plan_8_gpus.json
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from moe_dtensor.kernels.router import router_logits, top_k_gates
 
 from .layer_cases import FLOAT8_CASES, ODD_CASES, Case, make_inputs, relative_errors, run
 
-# Of quack-kernels, as it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:cutlass.utils:DeprecationWarning")
+# Of the packages of extras, as they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 BACKENDS = ["torch", "triton", *(["quack"] if find_spec("quack") else [])]
 LARGER = [
