@@ -37,8 +37,7 @@ class Mesh:
     tp: int = 1
     """Tensor-, sequence- and expert-parallel ranks."""
     sequence_parallel: bool = True
-    """tp ranks hold different tokens between attention and feed-forward: whole sequences if tp divides
-    training.microbatch_size, else parts of each. Needs seq_len % tp == 0."""
+    """Between layers tp ranks hold different tokens: sequences if tp divides a microbatch, else equal parts of each."""
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""

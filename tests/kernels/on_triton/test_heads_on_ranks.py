@@ -28,6 +28,7 @@ from moe_dtensor.layers.positions import build_positions
 from moe_dtensor.mesh import build_mesh
 from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.apply import apply_compile, apply_recompute
+from moe_dtensor.parallel.pipeline import stream_shape
 from moe_dtensor.parallel.tensor import install_collectives, shard_parameters
 from moe_dtensor.testing.ranks import run_on_ranks
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 
 Keys = dict[str, Any]
 Results = dict[str, Tensor]
-BATCH, LENGTH = 2, 12
+LENGTH = 12
 SMALL: Keys = {
     "model.dim": 16,
     "model.num_layers": 1,
@@ -45,10 +46,12 @@ SMALL: Keys = {
     "moe.num_experts": 0,
     "model.hidden_dim": 16,
     "training.seq_len": LENGTH,
-    "training.microbatch_size": BATCH,
+    "training.microbatch_size": 3,
     "training.param_dtype": "float32",
 }
 WHOLE: Keys = {"mesh.sequence_parallel": False}
+SEQUENCES: Keys = {"training.microbatch_size": 4}
+"""Of which ranks hold whole ones; else they hold parts."""
 FULL: Keys = {"model.qk_norm": "full"}
 HEAD: Keys = {"model.qk_norm": "head"}
 SELECTIVE: Keys = {"activation_checkpoint.mode": "selective"}
@@ -59,12 +62,18 @@ ON_2: list[Keys] = [
     {**FULL, "model.num_kv_heads": 2, **SELECTIVE},
     {**FULL, "model.num_kv_heads": 1, **WHOLE},
     {**FULL, "model.num_kv_heads": 2, **COMPILED},
+    {**FULL, "model.num_kv_heads": 2, **SEQUENCES},
+    {**HEAD, **SEQUENCES, **COMPILED},
     HEAD,
     {**HEAD, "model.num_kv_heads": 1, **SELECTIVE},
     {**HEAD, **COMPILED},
     {},
 ]
-ON_4: list[Keys] = [{**FULL, "model.num_kv_heads": 2}, {**HEAD, "model.num_kv_heads": 2}]
+ON_4: list[Keys] = [
+    {**FULL, "model.num_kv_heads": 2},
+    {**HEAD, "model.num_kv_heads": 2},
+    {**FULL, "model.num_kv_heads": 2, **SEQUENCES},
+]
 KERNELS = {
     "heads": ("norm_and_rotate", "norm_and_rotate_backward"),
     "heads_parts": ("squares_of_heads", "backward_sums", "backward_given"),
@@ -92,15 +101,13 @@ def _block(config: Config) -> Block:
 
 def _results(block: Block, config: Config) -> Results:
     """Output and gradients, from what is the same at each call; bytes that were kept for the backward pass."""
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sequence_parallel = config.mesh.sequence_parallel
-    torch.manual_seed(1 + rank if sequence_parallel else 1)
-    own = LENGTH // ranks if sequence_parallel else LENGTH
-    x_BSD, dy_BSD = torch.randn(2, BATCH, own, config.model.dim)
+    torch.manual_seed(1 + torch.distributed.get_rank() if config.mesh.sequence_parallel else 1)
+    held, whole = stream_shape(config), (config.training.microbatch_size, LENGTH)
+    x_BSD, dy_BSD = torch.randn(2, *held)
     # Sequences have their own positions, so that a token in another's place is seen.
-    positions_BS = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    positions_BS = torch.arange(whole[0] * LENGTH).view(whole)
     make = {"dtype": torch.float32, "device": torch.device("cpu")}
-    positions = build_positions(config, range(1), (BATCH, LENGTH), positions_BS, None, **make)
+    positions = build_positions(config, range(1), whole, positions_BS, None, **make)
     x_BSD.requires_grad_()
     block.zero_grad()
     kept: dict[int, int] = {}
@@ -111,7 +118,7 @@ def _results(block: Block, config: Config) -> Results:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        y_BSD, _ = block(x_BSD, positions, torch.zeros(BATCH, own, dtype=torch.int64))
+        y_BSD, _ = block(x_BSD, positions, torch.zeros(held[:2], dtype=torch.int64))
     y_BSD.backward(dy_BSD)
     of_weights = {name: weight.grad.to_local() for name, weight in block.named_parameters()}
     return {"y": y_BSD.detach(), "x": x_BSD.grad, "kept": torch.tensor(sum(kept.values()))} | of_weights
