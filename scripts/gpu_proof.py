@@ -45,7 +45,8 @@ FA4 = '[fa4]\nmodel.attention_backend = "fa4"\n'
 FLOAT8 = '[float8]\nmoe.expert_dtype = "float8"\n'
 PLACEMENTS = "train_configs/variants/placements.toml"
 BETWEEN_RANKS = {
-    "1x1x2": '[tp_one_sided]\nmesh.dispatch = "one_sided"\n[tp_lent]\nmesh.lent_experts = 1\n',
+    "1x1x2": '[tp_one_sided]\nmesh.dispatch = "one_sided"\n[tp_lent]\nmesh.lent_experts = 1\n'
+    "[tp_sequences]\ntraining.microbatch_size = 2\n",
     "2x1x1": '[dp_one_sided]\nmesh = { experts = "dp", dispatch = "one_sided" }\n'
     '[dp_lent]\nmesh = { experts = "dp", lent_experts = 1 }\n',
 }
