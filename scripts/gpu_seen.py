@@ -41,11 +41,13 @@ def _git(*words: str) -> list[str]:
 def unseen() -> str:
     """The line."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob(RECORDS))]
-    seen = {tuple(record["trees"][room] for room in ROOMS): record for record in records if record["ok"]}
+    seen = {tuple(record["trees"][room] for room in ROOMS): record for record in records}
     if not seen:
         return "GPU: no record of tests/gpu.sh is in docs/results."
     if (record := seen.get(tuple(tree_hashes()[room] for room in ROOMS))) is not None:
-        return f"GPU: {record['gpus']} x {record['device']} has seen these kernels/, parallel/ and train/."
+        by = f"{record['gpus']} x {record['device']} has seen these kernels/, parallel/ and train/"
+        missed = ", ".join(part["name"] for part in record["parts"] if not part["ok"])
+        return f"warning: {by}, but these parts failed or did not end: {missed}." if missed else f"GPU: {by}."
     for count, commit in enumerate(_git("log", "--format=%H", "--", *(f"moe_dtensor/{room}" for room in ROOMS))):
         trees = tuple(_git("rev-parse", *(f"{commit}:moe_dtensor/{room}" for room in ROOMS)))
         if trees in seen:
