@@ -221,7 +221,7 @@ def _selected(config: Config, at: Sizes, met: AtExperts | None) -> int:
     if _keeps_rows(config) and not eager:
         kept += met.rows * model.dim * at.compute
     if eager:  # X, A, Y, their sum, and Sinkhorn's matrix
-        written = 1 if _gathers_in_products(config) else 2
+        written = 1 if _gathers_in_products(config, met) else 2
         kept += (met.rows * (written * model.dim + met.hidden) + met.tokens * model.dim) * at.compute
         kept += at.whole * moe.num_experts * at.wide if moe.router == "sinkhorn" else 0
         if config.mesh.dispatch == "all_to_all":  # rows for other ranks, and the sum of what they send back
@@ -251,17 +251,16 @@ def _gradients(config: Config, at: Sizes, met: AtExperts | None) -> int:
     if met is None:
         inner = at.whole * (1 + gates(config)) * model.hidden_dim // mesh.tp
         return ((at.whole + at.own) * model.dim + inner) * at.compute
-    written = 0 if _gathers_in_products(config) else model.dim
+    written = 0 if _gathers_in_products(config, met) else model.dim
     written += met.hidden if fuses_activation(config) else 2 * met.hidden
     rows = met.rows * (gates(config) * met.hidden + max(written, model.dim))
     narrow = met.rows * gates(config) * met.hidden if config.moe.expert_dtype == "float8" else 0
     return ((met.tokens + at.own) * model.dim + rows) * at.compute + narrow
 
 
-def _gathers_in_products(config: Config) -> bool:
+def _gathers_in_products(config: Config, met: AtExperts) -> bool:
     """Whether rows of tokens are not written: products gather them."""
-    narrow = config.moe.hidden_dim < WIDE and config.mesh.dispatch != "one_sided"
-    return fuses_activation(config) and narrow
+    return fuses_activation(config) and met.hidden < WIDE and config.mesh.dispatch != "one_sided"
 
 
 def gates(config: Config) -> int:
