@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "parallel", "train")
@@ -38,22 +39,28 @@ def _git(*words: str) -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+def _but(record: dict[str, Any]) -> str:
+    missed = ", ".join(part["name"] for part in record["parts"] if not part["ok"])
+    return f", but these parts failed or did not end: {missed}" if missed else ""
+
+
 def unseen() -> str:
     """The line."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob(RECORDS))]
+    # Of two records of the same trees the one in which all parts passed.
+    records.sort(key=lambda record: record["ok"])
     seen = {tuple(record["trees"][room] for room in ROOMS): record for record in records}
     if not seen:
         return "GPU: no record of tests/gpu.sh is in docs/results."
     if (record := seen.get(tuple(tree_hashes()[room] for room in ROOMS))) is not None:
         by = f"{record['gpus']} x {record['device']} has seen these kernels/, parallel/ and train/"
-        missed = ", ".join(part["name"] for part in record["parts"] if not part["ok"])
-        return f"warning: {by}, but these parts failed or did not end: {missed}." if missed else f"GPU: {by}."
+        return f"GPU: {by}." if record["ok"] else f"warning: {by}{_but(record)}."
     for count, commit in enumerate(_git("log", "--format=%H", "--", *(f"moe_dtensor/{room}" for room in ROOMS))):
         trees = tuple(_git("rev-parse", *(f"{commit}:moe_dtensor/{room}" for room in ROOMS)))
-        if trees in seen:
+        if (record := seen.get(trees)) is not None:
             return (
                 f"warning: no GPU has seen the last {count} commits to kernels/, parallel/ and train/, nor what is not "
-                f"committed of them; {seen[trees]['gpus']} x {seen[trees]['device']} saw {commit[:7]}."
+                f"committed of them; {record['gpus']} x {record['device']} saw {commit[:7]}{_but(record)}."
             )
     return "warning: no GPU has seen any commit of this history to kernels/, parallel/ and train/. Run tests/gpu.sh."
 

@@ -220,7 +220,7 @@ def member(config: Config, rank: int) -> Iterator[None]:
 
 def ready(config: Config) -> Config:
     """Resolved, with random data, for a CPU; a vocabulary that the config names stays."""
-    config = override(config, {"data.corpus": "random", "model.attention_backend": "auto"})
+    config = override(config, {"data.corpus": "random", "model.attention_backend": "auto", "moe.backend": "auto"})
     resolved = resolve(config, dist.get_world_size())
     return set_vocabulary(resolved, build_corpus(resolved))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moe_dtensor.bench import fake_world
 from moe_dtensor.config.check import check
 from moe_dtensor.config.load import load, override
 from scripts.fake_world_table import CASES, tables
@@ -89,3 +90,10 @@ def test_the_measured_meshes_can_run() -> None:
         changes = {key.removeprefix("--"): int(x) if x.isdigit() else x for key, x in flags.items()}
         changes |= {"mesh.dp": dp, "mesh.pp": pp, "mesh.tp": tp, "training.global_batch_size": dp * 4 * pp}
         check(override(config, changes), dp * pp * tp)
+
+
+def test_kernels_of_gpus_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_world.dist, "get_world_size", lambda: 1)
+    named = {"model.attention_backend": "fa4", "moe.backend": "quack", "training.param_dtype": "bfloat16"}
+    found = fake_world.ready(override(load(ROOT / "train_configs/debug.toml"), named))
+    assert (found.model.attention_backend, found.moe.backend) == ("auto", "auto")
