@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_dtensor.config.load import dump, load, override
-from moe_dtensor.config.resolve import resolve
+from moe_dtensor.config.resolve import resolve, tp_axis
 from moe_dtensor.config.schema import Checkpoint, Config, Data
 from moe_dtensor.verify.miniature import Layout, legal, shrink
 
@@ -34,3 +34,14 @@ def test_of_a_resolved_config(preset: Path, tmp_path: Path) -> None:
         own.model.num_layers,
         own.moe.num_experts,
     )
+
+
+@pytest.mark.parametrize(("sequences", "kept"), [(3, {2: 1, 4: 1}), (2, {2: 0, 4: 1}), (16, {2: 0, 4: 0})])
+def test_tp_splits_what_it_splits_of_the_config(sequences: int, kept: dict[int, int]) -> None:
+    """Whole sequences (0) or positions (1)."""
+    changes = {"training.microbatch_size": sequences, "training.global_batch_size": 2 * sequences}
+    config, layouts = override(load(Path("train_configs/debug.toml")), changes), [Layout(1, 1, tp) for tp in (1, 2, 4)]
+    small = shrink(config, layouts)
+    assert small.training.microbatch_size <= 4
+    for tp, axis in kept.items():
+        assert tp_axis(Layout(1, 1, tp).place(small)) == tp_axis(Layout(1, 1, tp).place(config)) == axis
