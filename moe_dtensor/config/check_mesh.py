@@ -27,6 +27,7 @@ def check_mesh(as_given: Config, config: Config, world_size: int) -> Broken:
     yield from _levels(config)
     yield from _tensor_parallel(config)
     yield from _placement(config)
+    yield from _attention(config)
     yield from _async_tp(config)
     yield from _cuda_graph(config)
     yield from _data_parallel(config)
@@ -210,9 +211,31 @@ def _groups(config: Config) -> Broken:
         )
 
 
+def _attention(config: Config) -> Broken:
+    """What ``mesh.attention = sequences`` asks."""
+    mesh, size = config.mesh, config.training.microbatch_size
+    if mesh.attention != "sequences" or mesh.tp == 1:
+        return
+    if not mesh.sequence_parallel:
+        yield (
+            "mesh.attention = sequences with mesh.sequence_parallel = false: tp ranks hold the same tokens.",
+            "Set mesh.sequence_parallel = true, or mesh.attention = heads.",
+        )
+    elif size % mesh.tp:
+        yield (
+            f"mesh.attention = sequences: training.microbatch_size = {size} is not a multiple of mesh.tp = {mesh.tp}.",
+            f"Set training.microbatch_size = {-(-size // mesh.tp) * mesh.tp}, or mesh.attention = heads.",
+        )
+
+
 def _async_tp(config: Config) -> Broken:
     if not config.compile.async_tp:
         return
+    if config.mesh.attention == "sequences":
+        yield (
+            "compile.async_tp = true with mesh.attention = sequences: no tokens travel that it could cut.",
+            "Set compile.async_tp = false, or mesh.attention = heads.",
+        )
     if not config.compile.enable:
         yield "compile.async_tp = true needs compile.enable = true.", "Set both, or neither."
     if not config.mesh.sequence_parallel:

@@ -280,3 +280,14 @@ def tp_axis(config: Config) -> int | None:
     if config.mesh.tp == 1 or not config.mesh.sequence_parallel:
         return None
     return 1 if config.training.microbatch_size % config.mesh.tp else 0
+
+
+def attends_by_sequence(config: Config) -> bool:
+    """Whether tp ranks attend over sequences of their own, with all heads."""
+    return config.mesh.attention == "sequences" and tp_axis(config) == 0
+
+
+def routes_by_sequence(config: Config) -> bool:
+    """Whether every routing group lies on one tp rank, so that ranks choose for their own sequences alone."""
+    training, mesh = config.training, config.mesh
+    return tp_axis(config) == 0 and training.microbatch_size // mesh.tp % config.moe.group_sequences == 0

@@ -38,6 +38,10 @@ class Mesh:
     """Tensor-, sequence- and expert-parallel ranks."""
     sequence_parallel: bool = True
     """Between layers tp ranks hold different tokens: sequences if tp divides a microbatch, else equal parts of each."""
+    attention: Literal["heads", "sequences"] = "heads"
+    """What tp ranks divide attention by. heads: each computes its own heads of all tokens; tokens travel. sequences:
+    each computes all heads of its own sequences; weights travel, gathered before use and their gradients summed. For
+    that tp has to divide training.microbatch_size."""
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""

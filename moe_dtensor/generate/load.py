@@ -79,6 +79,7 @@ def _for_generation(config: Config, overrides: Mapping[str, Any], world_size: in
         "mesh.expert_ranks": 0,
         # A single position cannot be split.
         "mesh.sequence_parallel": False,
+        "mesh.attention": "heads",
         # Those that only some GPUs have, and packages that are not installed everywhere.
         "model.attention_backend": "auto" if attention == "fa4" else attention,
         "moe.backend": "auto" if config.moe.backend == "quack" else config.moe.backend,

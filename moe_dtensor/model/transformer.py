@@ -57,6 +57,10 @@ class Transformer(nn.Module):
         """Global id of the head's first held row."""
         self.token_loss: TokenLoss = partial(_cross_entropy, vocab_size=self.vocab_size)
         self.before_head: Callable[[Tensor], Tensor] = _identity
+        self.attended: Callable[[Tensor], Tensor] = _identity
+        """Of ``(B, ...)`` the sequences that attention has the vectors of."""
+        self.routed: Callable[[Tensor], Tensor] = _identity
+        """The same of routers."""
         self.moe_layers = [i for i in layers if i in with_experts]
         self.record_LR: Tensor | None = None
         """Routing of each MoE block since the last :meth:`take_record`, of the tokens seen here."""
@@ -100,13 +104,14 @@ class Transformer(nn.Module):
         else:
             x, *ahead = x.split(self.dim, dim=-1)
         assert tokens_BS is not None
-        tokens = build_tokens(tokens_BS, sequence_B)
+        tokens = Tokens(*map(self.routed, build_tokens(tokens_BS, sequence_B)))
+        attended_BS = self.attended(tokens_BS)
         positions = positions or build_positions(
             self.config,
             map(int, self.layers),
-            (tokens_BS.shape[0], tokens_BS.shape[1]),
-            positions_BS,
-            documents_BS,
+            (attended_BS.shape[0], attended_BS.shape[1]),
+            None if positions_BS is None else self.attended(positions_BS),
+            None if documents_BS is None else self.attended(documents_BS),
             dtype=x.dtype,
             device=x.device,
         )

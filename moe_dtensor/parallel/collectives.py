@@ -38,6 +38,8 @@ class Collective(NamedTuple):
     """Of an all-to-all: rows for each rank."""
     received: Sequence[int] = ()
     """And rows from each."""
+    sum_dtype: torch.dtype | None = None
+    """In which the backward sums; None: the gradient's."""
 
 
 def start_all_gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
@@ -53,6 +55,12 @@ def gather_replicated(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 def start_gather_replicated(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
     """Begin to :func:`gather_replicated`."""
     return _gather(x, mesh, dim, "local_slice")
+
+
+def gather_weight(x: Tensor, mesh: DeviceMesh, dim: int, sum_dtype: torch.dtype) -> Tensor:
+    """All-gather a weight along ``dim``; each rank uses the whole for a part of the work. Backward: reduce-scatter, in
+    ``sum_dtype``."""
+    return _gather(x, mesh, dim, "reduce_scatter", sum_dtype)()
 
 
 def start_copy(x: Tensor, mesh: DeviceMesh) -> Pending:
@@ -115,8 +123,8 @@ def all_to_all_counts(received: Tensor, sent: Tensor, mesh: DeviceMesh) -> None:
     dist.all_to_all_single(received, sent.contiguous(), group=mesh.get_group())
 
 
-def _gather(x: Tensor, mesh: DeviceMesh, dim: int, backward: Kind) -> Pending:
-    pending, ranks = _start(x, mesh, "all_gather", backward), mesh.size()
+def _gather(x: Tensor, mesh: DeviceMesh, dim: int, backward: Kind, sum_dtype: torch.dtype | None = None) -> Pending:
+    pending, ranks = _start(x, mesh, "all_gather", backward, sum_dtype=sum_dtype), mesh.size()
     if dim == 0 or ranks == 1:
         return pending
     return lambda: merge_shards(pending(), ranks, dim)
@@ -133,11 +141,17 @@ def split_shards(x: Tensor, ranks: int, dim: int) -> Tensor:
 
 
 def _start(
-    x: Tensor, mesh: DeviceMesh, forward: Kind, backward: Kind, sent: Sequence[int] = (), received: Sequence[int] = ()
+    x: Tensor,
+    mesh: DeviceMesh,
+    forward: Kind,
+    backward: Kind,
+    sent: Sequence[int] = (),
+    received: Sequence[int] = (),
+    sum_dtype: torch.dtype | None = None,
 ) -> Pending:
     if mesh.size() == 1:
         return lambda: x
-    collective = describe(mesh, forward, backward, sent, received)
+    collective = describe(mesh, forward, backward, sent, received)._replace(sum_dtype=sum_dtype)
     pending, gradient = _Start.apply(x, collective)
     return lambda: _Wait.apply(pending, gradient, collective)
 
@@ -148,12 +162,13 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, collective):
         ctx.set_materialize_grads(False)
-        ctx.kind = collective.backward
-        return start(x, collective.forward, collective), x.new_empty(()).expand(x.shape)
+        ctx.kind, ctx.dtype = collective.backward, x.dtype
+        stand_in = x.new_empty((), dtype=collective.sum_dtype).expand(x.shape)
+        return start(x, collective.forward, collective), stand_in
 
     @staticmethod
     def backward(ctx, _, grad):
-        return finish(grad, ctx.kind), None
+        return finish(grad, ctx.kind).to(ctx.dtype), None
 
 
 class _Wait(torch.autograd.Function):
@@ -165,6 +180,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         collective = ctx.collective
+        grad = grad if collective.sum_dtype is None else grad.to(collective.sum_dtype)
         return (
             None,
             start(grad, collective.backward, collective._replace(sent=collective.received, received=collective.sent)),

@@ -17,7 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from moe_dtensor.config.load import load_object
-from moe_dtensor.config.resolve import expert_ranks, lent_experts, padded_vocab, tp_axis
+from moe_dtensor.config.resolve import (
+    attends_by_sequence,
+    expert_ranks,
+    lent_experts,
+    padded_vocab,
+    routes_by_sequence,
+    tp_axis,
+)
 from moe_dtensor.config.schema import Config
 from moe_dtensor.kernels.cross_entropy import cross_entropy
 from moe_dtensor.layers.attention import Attention
@@ -89,6 +96,17 @@ def _rows_view(whole: WeightView, start: int, stop: int) -> WeightView:
     return lambda module, name: whole(module, name)[start:stop]
 
 
+@functools.cache
+def _gathered_view(shard: WeightView, tp: DeviceMesh, dim: int, sum_dtype: torch.dtype) -> WeightView:
+    """The whole weight of which another view gives this rank's shard."""
+
+    def view(module: nn.Module, name: str) -> Tensor:
+        weight = shard(module, name)
+        return collectives.gather_weight(weight, tp, dim, torch.promote_types(sum_dtype, weight.dtype))
+
+    return view
+
+
 def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> None:
     """Put the collectives on the borders of the split layers, and tell each layer which part it holds."""
     tp = mesh["tp"]
@@ -102,6 +120,8 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
         if isinstance(module, Embedding):
             module.first_row = rank * (module.num_rows // tp.size())
             module.register_forward_hook(lambda _module, _args, y: by_sequence.leave(y)())
+        elif isinstance(module, Attention) and attends_by_sequence(config):
+            _gather_weights(module, config, tp)
         elif isinstance(module, Attention):
             by_token.enter_before(module)
             module.sum_output = functools.partial(_leave, by_token)
@@ -110,9 +130,14 @@ def install_collectives(part: Transformer, config: Config, mesh: DeviceMesh) -> 
                 module.shards = tp.size()
                 module.to_sequences = functools.partial(collectives.merge_shards, ranks=tp.size(), dim=1)
                 module.from_sequences = functools.partial(collectives.split_shards, ranks=tp.size(), dim=1)
-        elif isinstance(module, MoE) and axis is not None:
+        elif isinstance(module, MoE) and axis is not None and not routes_by_sequence(config):
             module.router.gather_tokens = by_sequence.enter_data
             module.router.own_tokens = functools.partial(collectives.local_slice, mesh=tp, dim=axis)
+    own_sequences = functools.partial(collectives.local_slice, mesh=tp, dim=0)
+    if attends_by_sequence(config):
+        part.attended = own_sequences
+    if routes_by_sequence(config):
+        part.routed = own_sequences
     for name, module in part.named_modules():
         if isinstance(module, FeedForward) and not (shared_inside and name.endswith("moe.shared")):
             by_token.enter_before(module)
@@ -137,6 +162,16 @@ def _install_dispatch(part: Transformer, config: Config, mesh: DeviceMesh) -> bo
             module.dispatch = dispatch
             module.experts.first_expert = rank * each
     return shared_inside
+
+
+def _gather_weights(attention: Attention, config: Config, tp: DeviceMesh) -> None:
+    """All heads on each rank: it gathers the weights that tp splits."""
+    table, sum_dtype = build_table(config), getattr(torch, config.training.reduce_dtype)
+    for module_name, module in attention.named_modules(prefix="attention"):
+        if isinstance(module, Layer):
+            for name, view in module.weight_views.items():
+                if (dim := find_row(table, f"{module_name}.{name}").tp) is not None:
+                    module.weight_views[name] = _gathered_view(view, tp, dim, sum_dtype)
 
 
 def _split_heads(attention: Attention, config: Config, tp: DeviceMesh) -> None:

@@ -21,6 +21,7 @@ from moe_dtensor.config.schema import Config
 from moe_dtensor.data.loader import Batch
 from moe_dtensor.layers.router import Router, Scores
 from moe_dtensor.layers.tokens import Tokens
+from moe_dtensor.model.transformer import Transformer
 from moe_dtensor.parallel.accumulation import Runner
 from moe_dtensor.parallel.expert_copies import WithOwnExperts
 from moe_dtensor.parallel.gradients import local_part
@@ -216,7 +217,7 @@ def _force_routing(trainer: Trainer, answers: Sequence[Answer]) -> None:
                 ]
                 for name in ("routing", "kept", "validation_routing")
             )
-            replay = Replay(router, list(zip(chosen, kept, strict=True)), evaluated)
+            replay = Replay(part, router, list(zip(chosen, kept, strict=True)), evaluated)
             # On the instance: the module's own methods stay what they are.
             router.rank, router.keep = replay.rank, replay.keep  # type: ignore[method-assign]
 
@@ -234,13 +235,16 @@ class Replay:
     A recomputed forward comes again at a time that only the schedule knows; it is told by its logits.
 
     Args:
+        part: that the router is of.
         router: whose choices to make.
         coming: choices ``(B, S, K)`` and which are kept, of training.
         evaluated: choices of evaluation.
     """
 
-    def __init__(self, router: Router, coming: list[tuple[Tensor, Tensor]], evaluated: list[Tensor]) -> None:
-        self.own_tokens = router.own_tokens
+    def __init__(
+        self, part: Transformer, router: Router, coming: list[tuple[Tensor, Tensor]], evaluated: list[Tensor]
+    ) -> None:
+        self.part = part
         self.router = router
         self.coming = coming
         self.evaluated = evaluated
@@ -253,14 +257,17 @@ class Replay:
         if scores.whole is not None:
             scores.whole()  # nobody needs it, but it is under way
         if not self.router.training:
-            return self._ranking(self.own_tokens(self.evaluated.pop(0)), logits_BSE), None
+            return self._ranking(self._own(self.evaluated.pop(0)), logits_BSE), None
         # The same operations each time: selective recomputation counts them.
         told = logits_BSE.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         if told not in self.seen:
-            chosen, kept_BSK = map(self.own_tokens, self.coming.pop(0))
+            chosen, kept_BSK = map(self._own, self.coming.pop(0))
             self.seen[told] = self._ranking(chosen, logits_BSE), kept_BSK
         ranking_BSE, self.kept_BSK = self.seen[told]
         return ranking_BSE, None
+
+    def _own(self, x_BSK: Tensor) -> Tensor:
+        return self.router.own_tokens(self.part.routed(x_BSK))
 
     @staticmethod
     def _ranking(chosen: Tensor, logits_BSE: Tensor) -> Tensor:
