@@ -175,7 +175,12 @@ def _all_gather(config: Config, axis: Literal["dp", "tp"], held: int, inner: Ste
     """Vectors, gates and ids of ``held`` tokens to each other rank of the axis, and sums back."""
     others = (expert_dp_ranks(config) if axis == "dp" else config.mesh.tp) - 1
     vector, gates, ids = (held * others * size for size in _bytes_of_token(config))
-    enter: Steps = [Move(axis, vector, vector), Move(axis, gates, gates), Move(axis, ids, 0, config.compile.enable)]
+    # One-sided, the gather is an operator of ours, which selective recomputation keeps.
+    enter: Steps = [
+        Move(axis, vector, vector, kept=config.mesh.dispatch == "one_sided"),
+        Move(axis, gates, gates),
+        Move(axis, ids, 0, config.compile.enable),
+    ]
     return [*enter, *inner, Move(axis, vector, vector, kept=True)]
 
 

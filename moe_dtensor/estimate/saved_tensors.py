@@ -15,11 +15,12 @@ partitioner does not recompute what the backward pass would have to write to mem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_dtensor.config.resolve import (
     GATED,
     WIDE,
+    attends_by_sequence,
     block_config,
     block_norms,
     block_rotates,
@@ -34,6 +35,7 @@ from moe_dtensor.config.resolve import (
     tp_axis,
 )
 from moe_dtensor.config.schema import Config
+from moe_dtensor.estimate.shards import gathered_by_attention
 from moe_dtensor.estimate.sizes import (
     BYTES,
     Sizes,
@@ -83,11 +85,13 @@ def block_bytes(config: Config, is_moe: bool, skewed: bool = False, layer: int =
     stream = at.own * config.model.dim * at.compute
     ffn = _dense(config, at.whole, config.model.hidden_dim) if met is None else moe_bytes(config, at, met)
     streams = _streams(config) * stream + at.whole * _norm_statistics(config, at)
-    everything = streams + attention_bytes(config, at, layer) + ffn
+    # Whole weights of attention by sequences, kept where they were gathered for; then their gradients.
+    gathered = sum(gathered_by_attention(config)) * at.compute
+    everything = streams + attention_bytes(config, at, layer) + gathered + ffn
     mode = config.activation_checkpoint.mode
     kept = {"none": everything, "full": stream}.get(mode) or stream + _selected(config, at, met)
     # Attention's backward pass comes when what the feed-forward kept is freed.
-    gradients = max(_gradients(config, at, met), attention_gradient_bytes(config, at) - ffn)
+    gradients = max(_gradients(config, at, met), attention_gradient_bytes(config, at) + gathered - ffn)
     return BlockBytes(kept, everything - kept + gradients)
 
 
@@ -211,7 +215,7 @@ def _selected(config: Config, at: Sizes, met: AtExperts | None) -> int:
     model, moe, tp = config.model, config.moe, config.mesh.tp
     eager = not config.compile.enable
     kept = at.whole * model.num_heads // tp * (head_widths(config).value * at.compute + 4)
-    if tp > 1:
+    if tp > 1 and not attends_by_sequence(config):
         kept += at.own * model.dim * at.compute
     if eager:
         kept += _sums(config, at, met) * model.dim * at.compute
@@ -283,6 +287,7 @@ def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
 
     Where tp splits positions also the output in the order of its ranks.
     """
+    config, at = _of_one_rank(config, at)
     model, tp = config.model, config.mesh.tp
     query, value, _ = head_widths(config)
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)
@@ -302,6 +307,13 @@ def attention_bytes(config: Config, at: Sizes, layer: int) -> int:
     if model.sinks:  # the heads' shares, and what they make of the output
         per_token += output + 4 * heads
     return at.whole * (per_token + _mask_bytes(config, at, layer))
+
+
+def _of_one_rank(config: Config, at: Sizes) -> tuple[Config, Sizes]:
+    """Attention by sequences is that of a rank's own tokens without tp."""
+    if not attends_by_sequence(config):
+        return config, at
+    return replace(config, mesh=replace(config.mesh, tp=1)), replace(at, whole=at.own)
 
 
 def _latent_bytes(config: Config, at: Sizes, heads: int) -> int:
@@ -349,6 +361,7 @@ def _mask_bytes(config: Config, at: Sizes, layer: int) -> int:
 def attention_gradient_bytes(config: Config, at: Sizes) -> int:
     """Gradients of attention's output, of q, k and v and of what made k and v, alive together in its backward pass; of
     FlashAttention 4 what it sums them in."""
+    config, at = _of_one_rank(config, at)
     model, tp = config.model, config.mesh.tp
     query, value, _ = head_widths(config)
     heads, kv_heads = model.num_heads // tp, max(1, model.num_kv_heads // tp)

@@ -131,6 +131,7 @@ RESET: Keys = {
     "mesh.expert_ranks": 0,
     "mesh.expert_weights": "replicated",
     "mesh.lent_experts": 0,
+    "mesh.attention": "heads",
     "mesh.dispatch": "auto",
     "fsdp.reshard_after_forward": "auto",
     "pipeline.stages_per_rank": 0,
@@ -202,15 +203,18 @@ def _placements(config: Config, dp: int, pp: int, tp: int, speeds: Speeds) -> It
 
 
 def _second_round(config: Config, keys: Keys) -> Iterator[Keys]:
-    """Around one candidate: sequences in a forward, recomputation, schedule."""
+    """Around one candidate: sequences in a forward, recomputation, schedule, what tp divides attention by."""
     schedules: tuple[str, ...] = ("1F1B", "Interleaved1F1B")
     if not config.compile.enable:
         schedules += ("ZBVZeroBubble", "DualPipeV")
     sizes = [keys["training.microbatch_size"] * n for n in (1, 2, 4, 8)]
-    for size, mode, schedule in product(
-        sizes, ("none", "selective", "full"), schedules if keys["mesh.pp"] > 1 else ("",)
+    for attention, size, mode, schedule in product(
+        ("heads", "sequences") if keys["mesh.tp"] > 1 else ("heads",),
+        sizes,
+        ("none", "selective", "full"),
+        schedules if keys["mesh.pp"] > 1 else ("",),
     ):
-        changed = {"training.microbatch_size": size, "activation_checkpoint.mode": mode}
+        changed = {"training.microbatch_size": size, "activation_checkpoint.mode": mode, "mesh.attention": attention}
         yield keys | changed | ({"pipeline.schedule": schedule} if schedule else {})
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from moe_dtensor.config.resolve import (
     GATED,
+    attends_by_sequence,
     block_config,
     block_norms,
     block_window,
@@ -205,6 +206,14 @@ def attention_shapes(config: Config) -> dict[str, Shape]:
     if model.sinks:
         shapes["sinks"] = (model.num_heads,)
     return shapes
+
+
+def gathered_by_attention(config: Config) -> list[int]:
+    """Elements of each weight that tp ranks gather whole in a block: of attention by sequences (``mesh.attention``)."""
+    if not attends_by_sequence(config):
+        return []
+    table, shapes = build_table(config), attention_shapes(config)
+    return [math.prod(shapes[name]) for name in shapes if find_row(table, f"attention.{name}").tp is not None]
 
 
 def _head_shapes(config: Config) -> dict[str, Shape]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from moe_dtensor.config.resolve import (
     GATED,
+    attends_by_sequence,
     block_config,
     expert_dp_ranks,
     expert_ranks,
@@ -27,7 +28,7 @@ from moe_dtensor.config.resolve import (
 )
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import LATENCY, READ, dispatch_costs
-from moe_dtensor.estimate.shards import flops_per_token, stage_shards
+from moe_dtensor.estimate.shards import flops_per_token, gathered_by_attention, stage_shards
 from moe_dtensor.estimate.sizes import BYTES
 from moe_dtensor.estimate.traffic import activation_bytes, fsdp_bytes, pp_bytes, replicated_gradient_bytes
 
@@ -211,6 +212,8 @@ def _waiting(config: Config) -> float:
     """Seconds of a step's collectives and reads, however little they move, on the rank with most blocks."""
     mesh, blocks = config.mesh, config.model.num_layers / config.mesh.pp
     borders = 4 if mesh.tp > 1 else 0
+    if attends_by_sequence(config):
+        borders = 2 * len(gathered_by_attention(config))
     each = blocks * borders * LATENCY
     if moe_layers(config) and expert_ranks(config) > 1:
         each += len(moe_layers(config)) / mesh.pp * dispatch_costs(config)[mesh.dispatch].waiting  # type: ignore[index]

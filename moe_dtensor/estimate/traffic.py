@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moe_dtensor.config.resolve import (
     FORCED,
+    attends_by_sequence,
     block_config,
     expert_shards,
     microbatches,
@@ -19,6 +20,7 @@ from moe_dtensor.config.resolve import (
     num_stages,
     padded_vocab,
     rank_stages,
+    routes_by_sequence,
     shard_ranks,
     stage_layers,
     stream_width,
@@ -26,7 +28,7 @@ from moe_dtensor.config.resolve import (
 from moe_dtensor.config.schema import Config
 from moe_dtensor.estimate.dispatch import Axis, Move, Saved, Steps, border_steps, dispatch_steps, passes, settle
 from moe_dtensor.estimate.memory import settle_accumulate
-from moe_dtensor.estimate.shards import copies_over_dp, reductions, stage_shards, summed_over_tp
+from moe_dtensor.estimate.shards import copies_over_dp, gathered_by_attention, reductions, stage_shards, summed_over_tp
 from moe_dtensor.estimate.sizes import BYTES, columns, tokens
 
 
@@ -124,10 +126,21 @@ def _ends(config: Config, stages: tuple[int, ...]) -> float:
 
 def _block(config: Config, is_moe: bool) -> Steps:
     """One block: attention, then a dense feed-forward, or router and experts."""
-    attention = border_steps(config, [*_qk_norm(config), Saved()])
+    attention = _attention(config)
     if not is_moe:
         return [*attention, *border_steps(config, [Saved()])]
     return [*attention, *_router(config), *dispatch_steps(config)]
+
+
+def _attention(config: Config) -> Steps:
+    """Of heads: tokens in and out. Of sequences: weights in, and their gradients back, in the wider of their dtype and
+    ``reduce_dtype``."""
+    if not attends_by_sequence(config):
+        return border_steps(config, [*_qk_norm(config), Saved()])
+    tp, at = config.mesh.tp, tokens(config)
+    summed = max(at.compute, BYTES[config.training.reduce_dtype])
+    others = [size * (tp - 1) / tp for size in gathered_by_attention(config)]
+    return [*(Move("tp", size * at.compute, size * summed) for size in others), Saved()]
 
 
 def _qk_norm(config: Config) -> Steps:
@@ -138,10 +151,12 @@ def _qk_norm(config: Config) -> Steps:
 
 
 def _router(config: Config) -> Steps:
-    """Where tp splits sequences, what a choice goes by is gathered over it; without a gradient."""
+    """Where tp splits routing groups, what a choice goes by is gathered over it; without a gradient."""
     moe, mesh, at = config.moe, config.mesh, tokens(config)
     if not mesh.sequence_parallel:
         return []
+    if routes_by_sequence(config):
+        return [Saved()]
     each = 0
     if moe.router not in ("topk", *FORCED):
         each += moe.num_experts * at.wide

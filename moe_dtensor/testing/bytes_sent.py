@@ -62,7 +62,8 @@ class BytesSent(TorchDispatchMode):
         if any(issubclass(t, Tensor) and t is not Tensor and t is not torch.nn.Parameter for t in types):
             return NotImplemented  # DTensors and tensors on their way: their own code calls the collectives
         kwargs = kwargs or {}
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        collective = func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+        if collective or func._schema.name in ONE_SIDED:
             self._count(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -97,11 +98,13 @@ class BytesSent(TorchDispatchMode):
 
 SILENT = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_", "irecv")
 """Operators that send nothing, or whose sender counts."""
+ONE_SIDED = ("moe_dtensor::gather_permute", "moe_dtensor::unpermute_scatter")
+"""Operators of ours that reach the memory of other ranks; what they call is not seen here."""
 Count = Callable[[dict[str, Any], dist.ProcessGroup], int]
 
 
 def _group_of(given: dict[str, Any]) -> dist.ProcessGroup | None:
-    group = given.get("process_group", given.get("group_name"))
+    group = given.get("process_group", given.get("group_name", given.get("group")))
     if group is None:
         return None
     if isinstance(group, str):
@@ -118,7 +121,7 @@ def _size(tensors: Any) -> int:
 
 
 def _input(given: dict[str, Any]) -> Any:
-    names = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor", "tensors")
+    names = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor", "tensors", "x")
     return next(given[name] for name in names if name in given)
 
 
@@ -144,6 +147,12 @@ def _rows_for_others(given: dict[str, Any], group: dist.ProcessGroup) -> int:
         return _parts_of_others(given, group)
     others = sum(rows) - rows[group.rank()]
     return others * (_size(x) // x.shape[0]) if x.shape[0] else 0
+
+
+def _tokens_of_others(given: dict[str, Any], group: dist.ProcessGroup) -> int:
+    """A sum for each token of the other ranks."""
+    y, tokens = given["y"], given["position"].shape[0]
+    return tokens * (group.size() - 1) // group.size() * y.shape[1] * y.element_size()
 
 
 def _as_it_is(given: dict[str, Any], group: dist.ProcessGroup) -> int:
@@ -188,5 +197,7 @@ _COUNTERS: dict[str, tuple[str, Count]] = {
     **dict.fromkeys(("all_to_all_single", "alltoall_base_"), ("all_to_all", _rows_for_others)),
     "alltoall_": ("all_to_all", _parts_of_others),
     **dict.fromkeys(("send", "isend"), ("send", _as_it_is)),
+    "gather_permute": ("one_sided", _to_each_other),
+    "unpermute_scatter": ("one_sided", _tokens_of_others),
 }
 """Operators of torch: what they are called here, and how many bytes one rank sends."""

@@ -138,6 +138,7 @@ def what_else(candidate: Candidate) -> str:
         if mesh.experts in ("dp", "dp_tp") and mesh.expert_ranks < mesh.dp:
             words.append(f"expert_ranks {mesh.expert_ranks} {mesh.expert_weights}")
         words.append(mesh.dispatch)
+    words += ["attention by sequences"] if mesh.tp > 1 and mesh.attention == "sequences" else []
     words += [f"dp_replicate {mesh.dp_replicate}"] if mesh.dp_replicate > 1 else []
     words += [config.pipeline.schedule] if mesh.pp > 1 else []
     words += [f"microbatch {config.training.microbatch_size}", f"recompute {config.activation_checkpoint.mode}"]

@@ -117,9 +117,17 @@ LENT: list[Keys] = [
 ONE_SIDED: Keys = {"mesh.dispatch": "one_sided", "moe.backend": "torch", "training.param_dtype": "float32"}
 ONE_SIDED_WAYS: list[Keys] = [ONE_SIDED | way for way in ({}, SHARED, {**SHARED, **FULL}, {**SHARED, **SELECTIVE})]
 """The experts' kernels bring tokens together: on CPUs by collectives of the same bytes."""
+BY_SEQUENCE: list[Keys] = [
+    {"mesh.attention": "sequences", "model.qk_norm": "full", "model.num_kv_heads": 1},
+    {"mesh.attention": "sequences", "moe.router": "sinkhorn", "moe.group_sequences": 1, **SELECTIVE},
+    {"mesh.attention": "sequences", "model.attention_bias": "all", "model.sinks": True, **FULL},
+    {"mesh.attention": "sequences", "model.kv_rank": 8, "model.nope_dim": 4, "model.rope_dim": 4, "model.v_dim": 4},
+]
+"""Each tp rank attends over, and where it can routes, sequences of its own."""
 EVERYWHERE = [{"mesh.experts": at} | way for at in PLACES for way in WAYS if at != "tp_hidden" or way not in WAYS[4:]]
 MESHES = {
     "2x1x2": [*EVERYWHERE, *MORE, *({"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in LENT)]
+    + BY_SEQUENCE
     + [{"mesh.experts": at} | way for at in ("tp", "dp") for way in ONE_SIDED_WAYS],
     "4x1x1": [{"mesh.experts": at} | way for at in ("tp", "dp", "dp_tp") for way in (WAYS[2], WAYS[6])]
     + MORE[4:]

@@ -68,6 +68,28 @@ def activate_pair(gate_F: Tensor, up_F: Tensor, activation: str) -> Tensor:
     return _GATED[activation](gate_F, up_F)
 
 
+# Written out: operators may run where autograd is off, as they do under a dispatch mode (torch's FlopCounterMode).
+_PLAIN_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward.default,
+    "silu": torch.ops.aten.silu_backward.default,
+    "relu2": lambda da, x: 2 * F.relu(x) * da,
+}
+
+
+def _swiglu_clamped_gradient(da: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    low, bounded = gate.clamp(max=7), up.clamp(-7, 7) + 1
+    share = (1.702 * low).sigmoid()
+    slope = share * (1 + 1.702 * low * (1 - share))
+    return da * bounded * slope * (gate <= 7), da * low * share * (up.abs() <= 7)
+
+
+_GATED_GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "swiglu": lambda da, gate, up: (_PLAIN_GRADIENTS["silu"](da * up, gate), da * F.silu(gate)),
+    "geglu": lambda da, gate, up: (_PLAIN_GRADIENTS["gelu"](da * up, gate), da * F.gelu(gate)),
+    "swiglu_clamped": _swiglu_clamped_gradient,
+}
+
+
 def activation_gradient(h_GF: Tensor, da_F: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation's value and the gradient of its input, recomputed from the input.
 
@@ -78,8 +100,8 @@ def activation_gradient(h_GF: Tensor, da_F: Tensor, activation: str) -> tuple[Te
     Returns:
         ``(a_F, dh_GF)``: the output and the gradient of ``h_GF``.
     """
-    with torch.enable_grad():
-        h = h_GF.detach().requires_grad_()
-        a_F = activate(h, activation)
-        (dh_GF,) = torch.autograd.grad(a_F, h, da_F)
-    return a_F.detach(), dh_GF
+    if num_up_projections(activation) == 1:
+        x = h_GF[..., 0, :]
+        return _PLAIN[activation](x), _PLAIN_GRADIENTS[activation](da_F, x)[..., None, :]
+    gate, up = h_GF[..., 0, :], h_GF[..., 1, :]
+    return _GATED[activation](gate, up), torch.stack(_GATED_GRADIENTS[activation](da_F, gate, up), -2)
