@@ -85,6 +85,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "moe.z_loss": (0.0, 0.1),
     "moe.bias_rate": (0.0, 0.001, 0.1),
     "mesh.sequence_parallel": (True, False),
+    "mesh.attention": ("heads", "sequences"),
     "mesh.experts": ("tp", "dp", "tp_hidden", "dp_tp"),
     "mesh.dp_replicate": (1, 2, 4),
     "mesh.expert_ranks": (0, 1, 2),

@@ -188,6 +188,16 @@ WRONG = [
         "mesh.experts to tp, dp or dp_tp",
     ),
     (
+        "--mesh.tp 2 --mesh.attention sequences --training.microbatch_size 3",
+        "mesh.attention = sequences: training.microbatch_size = 3 is not a multiple of mesh.tp = 2",
+        "Set training.microbatch_size = 4, or mesh.attention = heads",
+    ),
+    (
+        "--mesh.tp 2 --mesh.attention sequences --mesh.sequence_parallel false",
+        "mesh.attention = sequences with mesh.sequence_parallel = false",
+        "Set mesh.sequence_parallel = true, or mesh.attention = heads",
+    ),
+    (
         "--mesh.dp 2 --mesh.experts dp_tp --mesh.dispatch one_sided",
         "mesh.dispatch = one_sided does not go with mesh.experts = dp_tp",
         "mesh.experts to tp or dp, or mesh.dispatch = all_gather",

@@ -7,6 +7,11 @@ COMPUTING = [
         "needs mesh.sequence_parallel = true",
         "compile.async_tp = false",
     ),
+    (
+        "--compile.async_tp true --compile.enable true --mesh.tp 2 --mesh.attention sequences --training.microbatch_size 2",
+        "compile.async_tp = true with mesh.attention = sequences",
+        "Set compile.async_tp = false, or mesh.attention = heads",
+    ),
     ("--compile.cuda_graph true --mesh.pp 2", "compile.cuda_graph = true needs mesh.pp = 1", "Set mesh.pp = 1, or"),
     (
         "--compile.cuda_graph true --mesh.tp 2",

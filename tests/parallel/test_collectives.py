@@ -37,6 +37,7 @@ def _on_rank() -> dict[str, tuple[Tensor, Tensor]]:
 
     # A share of the work, then the sum of all ranks' shares: the loss is the same on every rank.
     record("gather, reduce", part, total(_share_of_work(rank, collectives.start_all_gather(part, mesh, 1)())))
+    record("weight, reduce", part, total(_share_of_work(rank, collectives.gather_weight(part, mesh, 1, part.dtype))))
     record("copy, reduce", whole, total(_share_of_work(rank, collectives.start_copy(whole, mesh)())))
     shares = _share_of_work(rank, collectives.start_copy(whole, mesh)())
     scattered = collectives.start_reduce_scatter(shares, mesh, 1)()
@@ -51,7 +52,7 @@ def _by_hand(name: str) -> tuple[Tensor, list[Tensor]]:
     """Loss and each rank's gradient from one process that holds everything."""
     parts = [_numbers(rank, 2, 2).requires_grad_() for rank in range(RANKS)]
     whole = _numbers(7, 2, 6).requires_grad_()
-    if name == "gather, reduce":
+    if name in ("gather, reduce", "weight, reduce"):
         loss = sum(_share_of_work(rank, torch.cat(parts, 1)) for rank in range(RANKS)).sum()
     elif name == "copy, reduce":
         loss = sum(_share_of_work(rank, whole) for rank in range(RANKS)).sum()
@@ -66,9 +67,25 @@ def _by_hand(name: str) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [whole.grad] * RANKS if whole.grad is not None else [part.grad for part in parts]
 
 
+def _sum_of_small_parts() -> Tensor:
+    mesh = init_device_mesh("cpu", (4,))
+    weight = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    whole = collectives.gather_weight(weight, mesh, 0, torch.float32)
+    # 256 and three times 1: in bfloat16, one after the other, the ones are lost.
+    (whole * (256.0 if mesh.get_local_rank() == 0 else 1.0)).sum().backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_a_weights_gradient_is_summed_in_the_dtype_that_is_asked_for() -> None:
+    for gradient in run_on_ranks(_sum_of_small_parts, 4):
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.tolist() == [260.0, 260.0]  # 259 has nine digits
+
+
 def test_every_gradient_is_the_adjoint() -> None:
     ranks = run_on_ranks(_on_rank, RANKS)
-    assert len(ranks[0]) == 5
+    assert len(ranks[0]) == 6
     for name in ranks[0]:
         loss, gradients = _by_hand(name)
         for rank in range(RANKS):

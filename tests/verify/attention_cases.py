@@ -13,7 +13,7 @@ from moe_dtensor.config.resolve import SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Case, Layout
 
-from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, with_microbatches
+from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, tp_keys, with_microbatches
 
 MESH_SETS: tuple[dict[str, tuple[int, int, int]], ...] = (
     {"1x1x2": (1, 1, 2), "2x1x1": (2, 1, 1), "1x2x2": (1, 2, 2)},
@@ -115,7 +115,7 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
         "model.qk_norm": setting["qk_norm"],
         "moe.num_experts": 4,
         "moe.hidden_dim": 8,
-        "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
+        **tp_keys(setting["tp_splits"]),
         "data.corpus": "random",
         "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,
         "training.microbatch_size": sequences(setting["tp_splits"], tp, 2),

@@ -24,8 +24,10 @@ MESHES = {
     "2x2x2": (2, 2, 2),
     "1x3x2": (1, 3, 2),
 }
-TP_SPLITS = ("sequences", "positions", "nothing")
-"""What tp splits between layers: whole sequences of a microbatch, the positions of each, or neither."""
+BY_SEQUENCE = "sequences, of attention too"
+TP_SPLITS = ("sequences", BY_SEQUENCE, "positions", "nothing")
+"""What tp splits between layers: whole sequences of a microbatch (and inside attention in place of heads), the
+positions of each, or neither."""
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "mesh": tuple(MESHES),
     "schedule": (
@@ -68,9 +70,15 @@ Setting = Mapping[str, Any]
 
 def sequences(tp_splits: str, tp: int, least: int) -> int:
     """Of a microbatch: so many at least, and a multiple of tp if whole ones are to be split, none if positions are."""
-    if tp_splits == "sequences":
+    if tp_splits.startswith("sequences"):
         return math.lcm(least, tp)
     return least + 1 if tp_splits == "positions" and tp > 1 and least % tp == 0 else least
+
+
+def tp_keys(tp_splits: str) -> dict[str, Any]:
+    """The keys of [mesh] that say so."""
+    attention = "sequences" if tp_splits == BY_SEQUENCE else "heads"
+    return {"mesh.sequence_parallel": tp_splits != "nothing", "mesh.attention": attention}
 
 
 def possible(setting: Setting) -> bool:
@@ -176,7 +184,7 @@ def build_case(setting: Setting) -> Case:
             "model.norm_at": setting["norm_at"],
             "model.mtp_depth": setting["mtp_depth"],
             **(SCALES if setting["scales"] else {}),
-            "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
+            **tp_keys(setting["tp_splits"]),
             "data.corpus": "random",
             "data.document_mask": setting["documents"],
             "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,

@@ -10,7 +10,7 @@ from moe_dtensor.config.resolve import FORCED, SPLIT_BACKWARD
 from moe_dtensor.config.schema import Config
 from moe_dtensor.verify.miniature import Case, Layout
 
-from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, with_microbatches
+from .mesh_cases import TP_SPLITS, Setting, all_pairs, sequences, tp_keys, with_microbatches
 
 MESH_SETS: tuple[dict[str, tuple[int, int, int]], ...] = (
     {"2x1x2": (2, 1, 2), "1x2x2": (1, 2, 2), "2x2x1": (2, 2, 1)},
@@ -131,7 +131,7 @@ def build_case(meshes: dict[str, tuple[int, int, int]], setting: Setting) -> Cas
         "moe.top_k": setting["top_k"],
         "moe.hidden_dim": 8,
         "moe.jitter": setting["jitter"],
-        "mesh.sequence_parallel": setting["tp_splits"] != "nothing",
+        **tp_keys(setting["tp_splits"]),
         "data.corpus": "random",
         "training.seq_len": 7 if setting["tp_splits"] == "nothing" else 8,
         "training.microbatch_size": sequences(setting["tp_splits"], tp, 2),
