@@ -63,6 +63,9 @@ class Result:
     """FLOPs of the experts' products by one weight for all rows, in the same rounds: a bound."""
     graph_tflops: float | None = None
     """The same step captured in a CUDA graph and replayed: without the host's part."""
+    called_tflops: float | None = None
+    """The same step as two graphs, forward and backward, that autograd calls, as in a training loop of one's own
+    (``torch.cuda.make_graphed_callables``)."""
     kept_mib: float = 0.0
     """What autograd holds between forward and backward, parameters aside."""
     kept_mib_formula: float = 0.0
@@ -205,6 +208,7 @@ def _time(runs: dict[str, Callable[[], None]], found: dict[str, Result], layer: 
             result.kernels = break_down(record_kernels(runs[name], RECORDED), RECORDED).kernels
         if cuda and name in ("torch", "triton", "quack", "float8"):
             result.graph_tflops = layer.shape.flops / graph_milliseconds(layer, name) / 1e9
+            result.called_tflops = layer.shape.flops / called_milliseconds(layer, name) / 1e9
 
 
 def _line(result: Result) -> str:
@@ -213,7 +217,9 @@ def _line(result: Result) -> str:
     if result.milliseconds is None:
         return f"{head}  {result.failure}"
     worst = f"{max(result.error.values()):.1e}" if result.error else "not checked"
-    graph = f" ({result.graph_tflops:.1f} as a CUDA graph)" if result.graph_tflops else ""
+    graph = ""
+    if result.graph_tflops and result.called_tflops:
+        graph = f" ({result.graph_tflops:.1f} as a CUDA graph, {result.called_tflops:.1f} as two that autograd calls)"
     assert result.tflops is not None
     assert result.dense_tflops is not None
     return (
@@ -276,6 +282,40 @@ def graph_milliseconds(layer: Layer, backend: str) -> float:
     with torch.cuda.graph(graph):
         step()
     return statistics.median(several(graph.replay, True) + several(graph.replay, True))
+
+
+def called_milliseconds(layer: Layer, backend: str) -> float:
+    """Milliseconds of a step whose forward and backward are graphs that autograd calls."""
+    step = graphed_calls(layer, backend)
+    return statistics.median(several(step, True) + several(step, True))
+
+
+def graphed_calls(layer: Layer, backend: str) -> Callable[[], None]:
+    """A step of the layer as a module of graphs; gradients are left where :meth:`.Layer.step` leaves them."""
+    module = _Module(layer, backend)
+    sample = layer.x_TD.detach().clone().requires_grad_()
+    call: Any = torch.cuda.make_graphed_callables(module, (sample,))
+
+    def step() -> None:
+        layer.clear()
+        call(layer.x_TD).backward(layer.dy_TD)
+
+    return step
+
+
+class _Module(torch.nn.Module):
+    """The layer's weights as parameters: what a graph reads where it lies, and does not copy in."""
+
+    def __init__(self, layer: Layer, backend: str) -> None:
+        super().__init__()
+        self.layer, self.backend = layer, backend
+        for name, leaf in layer.leaves.items():
+            if name != "x":
+                assert isinstance(leaf, torch.nn.Parameter)
+                self.register_parameter(name, leaf)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.backend, x_TD=x_TD)
 
 
 def dense_products(layer: Layer) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dtensor.kernels.experts.activation import num_up_projections
 from moe_dtensor.kernels.experts.mlp import expert_mlp
@@ -115,9 +115,9 @@ class Layer:
 
         s, groups = shape, num_up_projections(shape.activation)
         self.x_TD = normal(s.tokens, s.dim)
-        self.w_router_ED = normal(s.experts, s.dim, std=s.dim**-0.5)
-        self.w_up_EGFD = normal(s.experts, groups, s.hidden, s.dim, std=s.dim**-0.5)
-        self.w_down_EDF = normal(s.experts, s.dim, s.hidden, std=s.hidden**-0.5)
+        self.w_router_ED = nn.Parameter(normal(s.experts, s.dim, std=s.dim**-0.5))
+        self.w_up_EGFD = nn.Parameter(normal(s.experts, groups, s.hidden, s.dim, std=s.dim**-0.5))
+        self.w_down_EDF = nn.Parameter(normal(s.experts, s.dim, s.hidden, std=s.hidden**-0.5))
         self.dy_TD = normal(s.tokens, s.dim).detach()
         if skew == "zipf":
             # A feature that is 1 for every token makes its router column a bias: odds of expert e go as 1 / (e + 1).
@@ -142,10 +142,11 @@ class Layer:
         """The experts of each token, ``(T, K)``."""
         return top_k_gates(router_logits(self.x_TD, self.w_router_ED), self.shape.top_k)[1]
 
-    def __call__(self, backend: str, expert_TK: Tensor | None = None) -> Tensor:
-        """The layer's output ``(T, D)``."""
+    def __call__(self, backend: str, expert_TK: Tensor | None = None, x_TD: Tensor | None = None) -> Tensor:
+        """The layer's output ``(T, D)``, of another input if one is given."""
+        leaves = self.leaves if x_TD is None else self.leaves | {"x": x_TD}
         return self.forward(
-            *self.leaves.values(),
+            *leaves.values(),
             top_k=self.shape.top_k,
             activation=self.shape.activation,
             backend=backend,

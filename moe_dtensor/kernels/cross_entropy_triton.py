@@ -10,13 +10,19 @@ from torch import Tensor
 from moe_dtensor.kernels.library import ceil_div
 
 _BLOCK = 4096
+_VECTOR = 8
+"""Logits next to each other that share a running maximum: an exponential each, and one for the eight."""
 
 
 def row_statistics(logits_TV: Tensor, columns: int, column_T: Tensor, here_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the first ``columns`` of each row the maximum (a very low number where there are none) and the sum of the
     exponentials above it; and the target's logit, 0 where it is elsewhere."""
     made = [torch.empty(logits_TV.shape[0], dtype=torch.float32, device=logits_TV.device) for _ in range(3)]
-    _row_statistics[(len(logits_TV),)](logits_TV, column_T, here_T, *made, logits_TV.stride(0), columns, BLOCK=_BLOCK)
+    _row_statistics[(len(logits_TV),)](
+        *(logits_TV, column_T, here_T, *made, logits_TV.stride(0), logits_TV.shape[1], columns),
+        BLOCK=_BLOCK,
+        VECTOR=_VECTOR,
+    )
     return made[0], made[1], made[2]
 
 
@@ -33,19 +39,37 @@ def write_gradient(
 
 
 @triton.jit
+def _load(row_ptr, column, width, columns):
+    """Logits in float32, -inf from ``columns`` on. The load is masked by ``width``, a multiple of 16 as a rule: by
+    ``columns``, the size of a vocabulary, it would come number by number."""
+    logits = tl.load(row_ptr + column, mask=column < width, other=float("-inf")).to(tl.float32)
+    return tl.where(column < columns, logits, float("-inf"))
+
+
+@triton.jit
 def _row_statistics(
-    logits_ptr, column_ptr, here_ptr, max_ptr, sum_ptr, target_ptr, stride, columns, BLOCK: tl.constexpr
+    logits_ptr,
+    column_ptr,
+    here_ptr,
+    max_ptr,
+    sum_ptr,
+    target_ptr,
+    stride,
+    width,
+    columns,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # A finite start: a row may be -inf throughout, and -inf less -inf is NaN.
-    largest = tl.full((BLOCK,), -3.0e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.full((BLOCK // VECTOR,), -3.0e38, tl.float32)
+    total = tl.zeros((BLOCK // VECTOR,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + lane
-        logits = tl.load(logits_ptr + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(largest, logits)
-        total = total * tl.exp(largest - higher) + tl.exp(logits - higher)
+        logits = _load(logits_ptr + row * stride, column, width, columns)
+        higher = tl.maximum(largest, tl.max(logits, axis=1))
+        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
         largest = higher
     row_max = tl.max(largest, axis=0)
     tl.store(max_ptr + row, row_max)
@@ -71,7 +95,7 @@ def _write_gradient(
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * stride + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+    logits = _load(logits_ptr + row * stride, column, width, columns)
     softmax = tl.exp(logits - tl.load(log_sum_ptr + row))
     here = tl.load(here_ptr + row)
     hit = (column == tl.load(column_ptr + row)) & here

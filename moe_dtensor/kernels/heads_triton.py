@@ -19,6 +19,7 @@ from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 """Of a half, in a tile."""
+_WARPS = 4
 
 
 def norm_and_rotate(
@@ -52,6 +53,7 @@ def norm_and_rotate(
             width if squares_T is not None else constants["WIDTH"],
             GIVEN=squares_T is not None,
             **constants,
+            num_warps=_WARPS,
         )
     return out_BSHC
 
@@ -79,6 +81,7 @@ def norm_and_rotate_backward(
             eps,
             PROGRAMS=len(partial_NW),
             **constants,
+            num_warps=_WARPS,
         )
     return dx_RQHC, partial_NW
 

@@ -17,6 +17,7 @@ from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
 _ELEMENTS = 2048
 _PROGRAMS = 132
+_WARPS = 4
 
 
 def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
@@ -30,10 +31,10 @@ def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
     row_GT = logits_GTE.new_empty(groups, tokens)
     old, new = (logits_GTE.new_empty(2, groups, blocks, experts).unbind() for _ in range(2))
     for i in range(iterations):
-        _iterate[grid](logits_GTE, row_GT, *old, *new, *numbers, FIRST=i == 0, **sizes)
+        _iterate[grid](logits_GTE, row_GT, *old, *new, *numbers, FIRST=i == 0, **sizes, num_warps=_WARPS)
         old, new = new, old
     out_GTE = torch.empty_like(logits_GTE)
-    _finish[grid](logits_GTE, row_GT, *old, out_GTE, *numbers, **sizes)
+    _finish[grid](logits_GTE, row_GT, *old, out_GTE, *numbers, **sizes, num_warps=_WARPS)
     return out_GTE
 
 

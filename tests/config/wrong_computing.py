@@ -8,7 +8,8 @@ COMPUTING = [
         "compile.async_tp = false",
     ),
     (
-        "--compile.async_tp true --compile.enable true --mesh.tp 2 --mesh.attention sequences --training.microbatch_size 2",
+        "--compile.async_tp true --compile.enable true --mesh.tp 2 --mesh.attention sequences "
+        "--training.microbatch_size 2",
         "compile.async_tp = true with mesh.attention = sequences",
         "Set compile.async_tp = false, or mesh.attention = heads",
     ),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_dtensor.bench.layer import graphed_calls
+from moe_dtensor.bench.shapes import Layer, parse_shape
 from moe_dtensor.config.check_model import has_flash_attention_4
 from moe_dtensor.kernels.attention import Visible, attend
 from moe_dtensor.kernels.router import router_logits, top_k_gates
@@ -105,6 +107,20 @@ def check_cuda_graph(step):
     graph.replay()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_that_autograd_calls(backend):
+    layer = Layer(parse_shape("512,256,256,8,2,swiglu"), "0", torch.device("cuda"), torch.bfloat16, compiled=False)
+    call = graphed_calls(layer, backend)
+    for _ in range(2):
+        layer.step(backend)
+        expected = [leaf.grad.clone() for leaf in layer.leaves.values()]
+        call()
+        for leaf, right in zip(layer.leaves.values(), expected, strict=True):
+            assert torch.equal(leaf.grad, right)
+        with torch.no_grad():
+            layer.x_TD.mul_(-0.5)
 
 
 # What torch's own compiler does, and hides only where warnings are no errors.
