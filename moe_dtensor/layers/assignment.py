@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_dtensor.config.load import load_object
 from moe_dtensor.config.resolve import expert_takes
 from moe_dtensor.config.schema import Config
+from moe_dtensor.kernels.library import define
 from moe_dtensor.kernels.sinkhorn import sinkhorn
 from moe_dtensor.layers.tokens import Tokens, uniform_noise
 
@@ -96,11 +97,22 @@ class ExpertChoice(Assignment):
 
     def __call__(self, logits_GTE: Tensor, tokens_GT: Tokens) -> Tensor:
         """Scores of the experts that take a token, -inf for the others."""
-        score_GTE = round_to_ties(score(logits_GTE, self.score))
-        # A stable sort: among equal scores the earlier token.
-        order_GTE = score_GTE.sort(dim=1, descending=True, stable=True).indices
-        token_GCE = order_GTE[:, : self.takes]
-        return torch.full_like(score_GTE, -math.inf).scatter(1, token_GCE, score_GTE.gather(1, token_GCE))
+        return _taken(round_to_ties(score(logits_GTE, self.score)), self.takes)
+
+
+def _highest(score_GTE: Tensor, takes: int) -> Tensor:
+    # A stable sort: among equal scores the earlier token.
+    token_GCE = score_GTE.sort(dim=1, descending=True, stable=True).indices[:, :takes]
+    taken_GTE = torch.full_like(score_GTE, -math.inf, memory_format=torch.contiguous_format)
+    return taken_GTE.scatter_(1, token_GCE, score_GTE.gather(1, token_GCE))
+
+
+# An operator: see moe_dtensor.layers.balance.
+_taken = define(
+    "taken_by_experts(Tensor score, SymInt takes) -> Tensor",
+    _highest,
+    lambda score_GTE, takes: torch.empty_like(score_GTE, memory_format=torch.contiguous_format),
+)
 
 
 class Forced(Assignment):

@@ -1,5 +1,8 @@
 """What evens out or limits the experts' load.
 
+What scatters into a tensor that other code then reads is an operator: the compiler of torch 2.13, on CPUs at least, may
+put a reader before the scatter, and did where a capacity, a bias and a balancing loss met.
+
 B sequences, S positions, E experts, K choices, G routing groups, T tokens of a group, N = T K copies.
 """
 
@@ -9,13 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from moe_dtensor.kernels.library import define
 from moe_dtensor.layers.assignment import round_to_ties, score
 
 
-def chosen_mask(expert: Tensor, experts: int) -> Tensor:
-    """Ids ``(..., K)``, different ones, as a mask ``(..., E)``; ids of -1 are none."""
-    mask = torch.zeros(*expert.shape[:-1], experts + 1, dtype=torch.bool, device=expert.device)
+def _chosen_mask(expert: Tensor, experts: int) -> Tensor:
+    mask = expert.new_zeros(*expert.shape[:-1], experts + 1, dtype=torch.bool)
     return mask.scatter_(-1, expert.where(expert >= 0, experts), True)[..., :experts]
+
+
+chosen_mask = define(
+    "chosen_mask(Tensor expert, SymInt experts) -> Tensor",
+    _chosen_mask,
+    lambda expert, experts: expert.new_empty(*expert.shape[:-1], experts + 1, dtype=torch.bool)[..., :experts],
+)
+"""Ids ``(..., K)``, different ones, as a mask ``(..., E)``; ids of -1 are none."""
 
 
 def balance_loss(logits_BSE: Tensor, load_BE: Tensor, score_name: str) -> Tensor:
@@ -75,24 +86,27 @@ def keep_groups(ranking: Tensor, groups: int, kept: int, score: str = "top2") ->
     by_group = ranking.unflatten(-1, (groups, -1))
     best = by_group.topk(min(2 if score == "top2" else 1, by_group.shape[-1]), dim=-1).values.sum(-1)
     chosen = best.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-    stays = torch.zeros_like(best, dtype=torch.bool).scatter(-1, chosen, True)
-    return by_group.where(stays[..., None], -torch.inf).flatten(-2)
+    return by_group.where(chosen_mask(chosen, groups)[..., None], -torch.inf).flatten(-2)
 
 
-def within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, most: int, by: str) -> Tensor:
-    """Which copies an expert takes when it takes at most ``most`` of each group, ``(G, T, K)`` bool.
-
-    Args:
-        by: ``score``: those with the highest gates, of equal ones the earlier token's; ``position``: first choices
-            before second ones, and among them the earlier tokens (GShard, arXiv:2006.16668, algorithm 1).
-    """
+def _within_capacity(gate_GTK: Tensor, expert_GTK: Tensor, experts: int, most: int, by: str) -> Tensor:
     groups, tokens, choices = expert_GTK.shape
     if by == "position":
         expert_GN = expert_GTK.transpose(1, 2).flatten(1)
-        return _first(expert_GN, experts, most).view(groups, choices, tokens).transpose(1, 2)
+        return _first(expert_GN, experts, most).view(groups, choices, tokens).transpose(1, 2).contiguous()
     order_GN = round_to_ties(gate_GTK.flatten(1)).sort(dim=1, descending=True, stable=True).indices
     first_GN = _first(expert_GTK.flatten(1).gather(1, order_GN), experts, most)
-    return torch.empty_like(first_GN).scatter_(1, order_GN, first_GN).view_as(expert_GTK)
+    return torch.empty_like(first_GN).scatter_(1, order_GN, first_GN).view(groups, tokens, choices)
+
+
+within_capacity = define(
+    "within_capacity(Tensor gate, Tensor expert, SymInt experts, SymInt most, str by) -> Tensor",
+    _within_capacity,
+    lambda gate_GTK, expert_GTK, experts, most, by: expert_GTK.new_empty(expert_GTK.shape, dtype=torch.bool),
+)
+"""Which copies an expert takes when it takes at most ``most`` of each group, ``(G, T, K)`` bool. ``by`` score:
+those with the highest gates, of equal ones the earlier token's; position: first choices before second ones, and among
+them the earlier tokens (GShard, arXiv:2006.16668, algorithm 1)."""
 
 
 def _first(expert_GN: Tensor, experts: int, most: int) -> Tensor:

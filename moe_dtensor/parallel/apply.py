@@ -157,7 +157,10 @@ KEPT = (
     "_c10d_functional::all_reduce",
 )
 # Of our own operators, which are kept as well, those whose outputs are not.
-RECOMPUTED = ("moe_dtensor::norm_and_rotate", "moe_dtensor::squares_of_heads")
+RECOMPUTED = tuple(
+    f"moe_dtensor::{name}"
+    for name in ("norm_and_rotate", "squares_of_heads", "chosen_mask", "within_capacity", "taken_by_experts")
+)
 
 
 def apply_recompute(part: Transformer, config: Config) -> None:
