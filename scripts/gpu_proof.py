@@ -46,9 +46,12 @@ FLOAT8 = '[float8]\nmoe.expert_dtype = "float8"\n'
 PLACEMENTS = "train_configs/variants/placements.toml"
 BETWEEN_RANKS = {
     "1x1x2": '[tp_one_sided]\nmesh.dispatch = "one_sided"\n[tp_lent]\nmesh.lent_experts = 1\n'
-    "[tp_sequences]\ntraining.microbatch_size = 2\n",
+    "[tp_sequences]\ntraining.microbatch_size = 2\n"
+    '[tp_attention]\nmesh.attention = "sequences"\ntraining.microbatch_size = 2\n',
     "2x1x1": '[dp_one_sided]\nmesh = { experts = "dp", dispatch = "one_sided" }\n'
-    '[dp_lent]\nmesh = { experts = "dp", lent_experts = 1 }\n',
+    '[dp_lent]\nmesh = { experts = "dp", lent_experts = 1 }\n'
+    '[limits]\nmoe = { router = "topk", bias_rate = 0.1, capacity_factor = 1.1, balance_loss = 0.1, '
+    'balance_over = "batch" }\n',
 }
 """Placements whose traffic is a matter of kernels and streams, by mesh: these are compiled too, which takes a minute
 each."""
@@ -288,6 +291,7 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
     return {
         "verify bfloat16 experts in float8 compiled": verify("bfloat16", "auto", True, variants=FLOAT8),
         "verify bfloat16 auto compiled": verify("bfloat16", "auto", True),
+        "verify bfloat16 torch compiled": verify("bfloat16", "torch", True),
         "verify float32 auto compiled": verify("float32", "auto", True),
         **extras,
         "kernels": kernels,
@@ -300,7 +304,6 @@ def parts(gpus: int) -> dict[str, Callable[[Session], dict[str, Any]]]:
         "cpu offload": offload,
         "weights in bfloat16": narrow_weights,
         **(placed if gpus > 1 else {}),
-        "verify bfloat16 torch compiled": verify("bfloat16", "torch", True),
         **{f"verify bfloat16 {b}": verify("bfloat16", b, False) for b in backends},
         **{f"verify float32 {b}": verify("float32", b, False) for b in ("torch", "triton")},
     }

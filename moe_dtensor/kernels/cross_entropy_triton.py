@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dtensor.kernels.library import ceil_div
 
-_BLOCK = 4096
+_BLOCK = 2048
 _VECTOR = 8
 """Logits next to each other that share a running maximum: an exponential each, and one for the eight."""
 

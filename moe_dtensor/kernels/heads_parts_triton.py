@@ -98,7 +98,7 @@ def backward_given(
 def _layout(x_RQHC: Tensor, weight_W: Tensor, cos: Tensor, shards: int) -> tuple[tuple[int, ...], dict[str, int]]:
     """That of :mod:`.heads_triton`, where a token is a row."""
     (rows, _, *sizes), constants = layout(x_RQHC.shape, weight_W, cos, shards)
-    return (rows, *sizes), {name: constants[name] for name in ("WIDTH", "HEAD", "SHARDS", "BLOCK", "ROWS")}
+    return (rows, *sizes), {name: constants[name] for name in ("WIDTH", "HEAD", "SHARDS", "BLOCK", "ROWS", "num_warps")}
 
 
 @triton.jit

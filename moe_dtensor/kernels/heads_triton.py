@@ -17,9 +17,8 @@ from torch import Tensor
 
 from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
-_ELEMENTS = 2048
-"""Of a half, in a tile."""
-_WARPS = 4
+_ELEMENTS = 1024
+"""Of a half, in a tile, as far as a row is not longer: for two warps."""
 
 
 def norm_and_rotate(
@@ -53,7 +52,6 @@ def norm_and_rotate(
             width if squares_T is not None else constants["WIDTH"],
             GIVEN=squares_T is not None,
             **constants,
-            num_warps=_WARPS,
         )
     return out_BSHC
 
@@ -81,7 +79,6 @@ def norm_and_rotate_backward(
             eps,
             PROGRAMS=len(partial_NW),
             **constants,
-            num_warps=_WARPS,
         )
     return dx_RQHC, partial_NW
 
@@ -120,13 +117,15 @@ def layout(
     width = head if weight_W is None else weight_W.shape[0]
     in_position = heads * head // width
     block = next_power_of_2(width // 2)
+    rows_at_once = max(1, _ELEMENTS // block)
     constants = {
         "WIDTH": width,
         "HEAD": head,
         "HAS_NORM": weight_W is not None,
         "SHARDS": shards,
         "BLOCK": block,
-        "ROWS": max(1, _ELEMENTS // block),
+        "ROWS": rows_at_once,
+        "num_warps": min(8, max(2, rows_at_once * block * 2 // _ELEMENTS)),
     }
     rows = stacked * length * in_position
     return (rows, in_position, cos.shape[0] * length * shards, length, stacked // shards), constants

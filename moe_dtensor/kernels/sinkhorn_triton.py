@@ -15,9 +15,11 @@ from torch import Tensor
 
 from moe_dtensor.kernels.library import ceil_div, next_power_of_2
 
-_ELEMENTS = 2048
+_ELEMENTS = 4096
 _PROGRAMS = 132
-_WARPS = 4
+"""One for each multiprocessor; two where there is much to do, for every program reads what all have summed up."""
+_MANY = 8
+"""Tiles for each of them that are much."""
 
 
 def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
@@ -25,16 +27,18 @@ def sinkhorn(logits_GTE: Tensor, iterations: int, log_share: float) -> Tensor:
     groups, tokens, experts = logits_GTE.shape
     columns = max(16, next_power_of_2(experts))
     rows = max(1, _ELEMENTS // columns)
-    blocks = min(ceil_div(tokens, rows), max(1, _PROGRAMS // groups))
-    sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "TILES": ceil_div(ceil_div(tokens, rows), blocks)}
+    tiles = ceil_div(tokens, rows)
+    programs = _PROGRAMS * (2 if groups * tiles >= _MANY * _PROGRAMS else 1)
+    blocks = min(tiles, max(1, programs // groups))
+    sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "TILES": ceil_div(tiles, blocks)}
     grid, numbers = (blocks, groups), (tokens, experts, blocks, log_share)
     row_GT = logits_GTE.new_empty(groups, tokens)
     old, new = (logits_GTE.new_empty(2, groups, blocks, experts).unbind() for _ in range(2))
     for i in range(iterations):
-        _iterate[grid](logits_GTE, row_GT, *old, *new, *numbers, FIRST=i == 0, **sizes, num_warps=_WARPS)
+        _iterate[grid](logits_GTE, row_GT, *old, *new, *numbers, FIRST=i == 0, **sizes)
         old, new = new, old
     out_GTE = torch.empty_like(logits_GTE)
-    _finish[grid](logits_GTE, row_GT, *old, out_GTE, *numbers, **sizes, num_warps=_WARPS)
+    _finish[grid](logits_GTE, row_GT, *old, out_GTE, *numbers, **sizes)
     return out_GTE
 
 

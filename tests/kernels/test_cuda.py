@@ -109,6 +109,7 @@ def check_cuda_graph(step):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graphs_that_autograd_calls(backend):
     layer = Layer(parse_shape("512,256,256,8,2,swiglu"), "0", torch.device("cuda"), torch.bfloat16, compiled=False)

@@ -60,7 +60,8 @@ def _config(rows: int, columns: int, pingpong: bool, cluster: tuple[int, int]) -
     )
 
 
-# Measured as whole layers, whose cards are warm (docs/speed.md): what is fastest alone often is not there.
+# Measured as products alone and in the sequence of a layer on a warm card (docs/decisions/quack.md): what is fastest
+# alone often is not there.
 def _up_config(gathered: bool) -> Any:
     return _config(128, 192 if gathered else 128, True, (2, 1))
 
