@@ -40,8 +40,8 @@ REACHED: dict[str, Callable[[Config], bool]] = {
 
 
 def test_draws_are_legal_repeat_and_reach_most_of_the_schema() -> None:
-    first = list(itertools.islice(draws(3), 96))
-    assert list(itertools.islice(draws(3), 16)) == first[:16]
+    first = list(itertools.islice(draws(4), 96))
+    assert list(itertools.islice(draws(4), 16)) == first[:16]
     assert all(legal(drawn.case.config, [drawn.case.layout]) for drawn in first)
     assert len({repr(drawn.case) for drawn in first}) == len(first)
     assert len({key for drawn in first for key in drawn.changes}) > 0.8 * len(drawn_keys())
