@@ -151,7 +151,7 @@ def _start(
 ) -> Pending:
     if mesh.size() == 1:
         return lambda: x
-    collective = describe(mesh, forward, backward, sent, received)._replace(sum_dtype=sum_dtype)
+    collective = describe(mesh, forward, backward, sent, received, sum_dtype)
     pending, gradient = _Start.apply(x, collective)
     return lambda: _Wait.apply(pending, gradient, collective)
 
@@ -189,11 +189,17 @@ class _Wait(torch.autograd.Function):
 
 
 def describe(
-    mesh: DeviceMesh, forward: Kind, backward: Kind, sent: Sequence[int] = (), received: Sequence[int] = ()
+    mesh: DeviceMesh,
+    forward: Kind,
+    backward: Kind,
+    sent: Sequence[int] = (),
+    received: Sequence[int] = (),
+    sum_dtype: torch.dtype | None = None,
 ) -> Collective:
     """A collective over a mesh axis."""
     group = mesh.get_group().group_name
-    return Collective(forward, backward, group, mesh.size(), mesh.get_local_rank(), sent, received)
+    # All at once: where a graph breaks while one is under way, torch 2.11 cannot compile around a `_replace`.
+    return Collective(forward, backward, group, mesh.size(), mesh.get_local_rank(), sent, received, sum_dtype)
 
 
 def start(x: Tensor, kind: Kind, collective: Collective) -> Tensor:
