@@ -12,7 +12,13 @@ from importlib.util import find_spec
 
 from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
 from moe_dtensor.config.check_mesh import check_mesh, check_pipeline, check_stages_per_rank
-from moe_dtensor.config.check_model import check_attention, check_experts, check_model, check_routing
+from moe_dtensor.config.check_model import (
+    check_attention,
+    check_experts,
+    check_model,
+    check_routing,
+    has_flash_attention_4,
+)
 from moe_dtensor.config.errors import Broken, ConfigError
 from moe_dtensor.config.load import is_pythons_own, names_object
 from moe_dtensor.config.resolve import (
@@ -52,13 +58,18 @@ BY_ITSELF = ("mesh.dp", "training.norm_type")
 """Numbers with a rule of their own. All that are in none of these lists are 0 or more."""
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, *, here: bool = True) -> None:
     """Raise for the first rule that ``config`` breaks on ``world_size`` ranks; resolved or not, it is all the same.
+
+    Args:
+        here: whether it is to run in this environment, with its packages; False: it is only reckoned with.
 
     Raises:
         ConfigError: the rule with its values, and the remedy.
     """
     for problem, remedy in _broken(config, world_size):
+        raise ConfigError(problem, remedy)
+    for problem, remedy in _packages(config) if here else ():
         raise ConfigError(problem, remedy)
     for problem, remedy in check_sources(config):
         raise ConfigError(problem, remedy)
@@ -270,12 +281,22 @@ def _quack(config: Config) -> Broken:
             "to keep.",
             "Set moe.keep_rows = false.",
         )
-    if find_spec("quack") is None:
-        yield (
-            "moe.backend = quack needs the package quack-kernels, which is not installed.",
-            'Run `pip install "moe_dtensor[quack]"` (from a clone: `pip install -e ".[quack]"`), or set '
-            "moe.backend = auto.",
-        )
+
+
+def _packages(config: Config) -> Broken:
+    """Extras that a backend takes by name."""
+    of_backends = (
+        ("moe.backend", config.moe.backend if config.moe.num_experts else "", "quack", "quack-kernels"),
+        ("model.attention_backend", config.model.attention_backend, "fa4", "flash-attn-4"),
+    )
+    installed = {"quack": find_spec("quack") is not None, "fa4": has_flash_attention_4()}
+    for key, given, name, package in of_backends:
+        if given == name and not installed[name]:
+            yield (
+                f"{key} = {name} needs the package {package}, which is not installed.",
+                f'Run `pip install "moe_dtensor[{name}]"` (from a clone: `pip install -e ".[{name}]"`), or set '
+                f"{key} = auto.",
+            )
 
 
 def _sums_of_experts(config: Config) -> Broken:

@@ -179,12 +179,6 @@ def _backend(config: Config) -> Broken:
             f"model.attention_backend = fa4 takes heads of up to 256 dimensions, in steps of 8, not of {wrong[0]}.",
             "Set model.attention_backend = auto, or change the width of heads.",
         )
-    if not has_flash_attention_4():
-        yield (
-            "model.attention_backend = fa4 needs the package flash-attn-4, which is not installed.",
-            'Run `pip install "moe_dtensor[fa4]"` (from a clone: `pip install -e ".[fa4]"`), or set '
-            "model.attention_backend = auto.",
-        )
 
 
 def has_flash_attention_4() -> bool:

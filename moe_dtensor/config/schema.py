@@ -39,9 +39,8 @@ class Mesh:
     sequence_parallel: bool = True
     """Between layers tp ranks hold different tokens: sequences if tp divides a microbatch, else equal parts of each."""
     attention: Literal["heads", "sequences"] = "heads"
-    """What tp ranks divide attention by. heads: each computes its own heads of all tokens; tokens travel. sequences:
-    each computes all heads of its own sequences; weights travel, gathered before use and their gradients summed. For
-    that tp has to divide training.microbatch_size."""
+    """What tp ranks divide attention by. heads: each has its own heads of all tokens; tokens travel. sequences: each has
+    all heads of its own sequences, of which tp then divides training.microbatch_size; weights travel."""
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""
@@ -53,8 +52,7 @@ class Mesh:
     hold them alike. 0: dp / dp_replicate."""
     expert_weights: Literal["replicated", "sharded"] = "replicated"
     """Across the groups of expert_ranks. replicated: each group holds whole weights, and gradients are all-reduced once
-    a step. sharded: each of the dp / (dp_replicate * expert_ranks) groups holds a part, gathered before use, as FSDP
-    does."""
+    a step. sharded: each of the dp / (dp_replicate * expert_ranks) groups holds a part, gathered as FSDP does."""
     lent_experts: int = 0
     """Even work where routing is uneven: each of the ranks that share experts lends so many to the others, in each
     microbatch and block those with most copies. Ranks below the mean compute copies of those above it. Needs dispatch
@@ -67,8 +65,7 @@ class Mesh:
     link_bandwidth: float = 450.0
     """GB/s that a rank can send to the ranks it shares experts with; dispatch = auto and ``plan`` reckon with it."""
     device_memory: float = 75.0
-    """GiB of a device that ``plan``'s peak may fill; fsdp.accumulate = auto reckons with it. Of 80 GB some 75 GiB are
-    to be had."""
+    """GiB of a device that ``plan``'s peak may fill, for fsdp.accumulate = auto too. Of 80 GB some 75 are to be had."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +240,8 @@ class Training:
     deterministic: bool = False
     """Allow only algorithms that torch promises to repeat bit for bit on the same mesh, on GPUs too."""
     routing_drift_interval: int = 0
-    """Steps between measurements of how far routing has moved since the run's first step: routing_drift, the share of
-    the first batch's tokens that go to another set of experts. 0: never."""
+    """Steps between measurements of routing_drift, the share of the first batch's tokens that by now go to other
+    experts. 0: never."""
     validation_interval: int = 0
     """Steps between measurements of the validation loss. 0: never."""
     validation_sequences: int = 0
@@ -341,8 +338,7 @@ class Checkpoint:
     """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
     schedule and data start anew. Empty: from random values."""
     export_hf: bool = False
-    """When the run ends, also write its weights to <run.folder>/hugging_face as transformers and inference engines read
-    them."""
+    """When the run ends, also write its weights to <run.folder>/hugging_face, for transformers and inference engines."""
 
 
 @dataclass(frozen=True)

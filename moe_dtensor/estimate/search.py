@@ -146,7 +146,7 @@ def evaluate(config: Config, keys: Keys, devices: int, speeds: Speeds) -> Candid
         ConfigError: so many ranks cannot run it.
     """
     changed = override(config, keys)
-    check(changed, devices)
+    check(changed, devices, here=False)
     changed = settle_accumulate(settle(resolve(changed, devices)))
     return Candidate(
         keys=keys,

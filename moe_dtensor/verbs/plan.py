@@ -162,7 +162,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     Raises:
         ConfigError: so many ranks cannot run it.
     """
-    check(config, world_size)
+    check(config, world_size, here=False)
     config = resolve(config, world_size)
     costs = dispatch_costs(config) if _sends_tokens(config) else {}
     config = settle_accumulate(settle(config))
