@@ -39,8 +39,8 @@ class Mesh:
     sequence_parallel: bool = True
     """Between layers tp ranks hold different tokens: sequences if tp divides a microbatch, else equal parts of each."""
     attention: Literal["heads", "sequences"] = "heads"
-    """What tp ranks divide attention by. heads: each has its own heads of all tokens; tokens travel. sequences: each has
-    all heads of its own sequences, of which tp then divides training.microbatch_size; weights travel."""
+    """What tp ranks divide attention by. heads: each has its own heads of all tokens; tokens travel. sequences: each
+    has all heads of its own sequences, and weights travel; for that tp has to divide training.microbatch_size."""
     experts: Literal["tp", "dp", "tp_hidden", "dp_tp"] = "tp"
     """Where experts live. tp: whole experts over tp. dp: whole experts over dp, alike on all tp ranks. dp_tp: whole
     experts over both. tp_hidden: a slice of every expert's hidden width on each tp rank."""
@@ -338,7 +338,7 @@ class Checkpoint:
     """Start a new run from these weights: a Hugging Face folder, a run's folder or one of its checkpoints. Optimizer,
     schedule and data start anew. Empty: from random values."""
     export_hf: bool = False
-    """When the run ends, also write its weights to <run.folder>/hugging_face, for transformers and inference engines."""
+    """When the run ends, also write its weights to <run.folder>/hugging_face, for other libraries to read."""
 
 
 @dataclass(frozen=True)
