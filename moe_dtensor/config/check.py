@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from importlib.util import find_spec
 
 from moe_dtensor.config.check_data import CORPORA, check_evaluation, check_sources, data_parts
 from moe_dtensor.config.check_mesh import check_mesh, check_pipeline, check_stages_per_rank
@@ -16,8 +15,8 @@ from moe_dtensor.config.check_model import (
     check_attention,
     check_experts,
     check_model,
+    check_packages,
     check_routing,
-    has_flash_attention_4,
 )
 from moe_dtensor.config.errors import Broken, ConfigError
 from moe_dtensor.config.load import is_pythons_own, names_object
@@ -69,7 +68,7 @@ def check(config: Config, world_size: int, *, here: bool = True) -> None:
     """
     for problem, remedy in _broken(config, world_size):
         raise ConfigError(problem, remedy)
-    for problem, remedy in _packages(config) if here else ():
+    for problem, remedy in check_packages(config) if here else ():
         raise ConfigError(problem, remedy)
     for problem, remedy in check_sources(config):
         raise ConfigError(problem, remedy)
@@ -281,22 +280,6 @@ def _quack(config: Config) -> Broken:
             "to keep.",
             "Set moe.keep_rows = false.",
         )
-
-
-def _packages(config: Config) -> Broken:
-    """Extras that a backend takes by name."""
-    of_backends = (
-        ("moe.backend", config.moe.backend if config.moe.num_experts else "", "quack", "quack-kernels"),
-        ("model.attention_backend", config.model.attention_backend, "fa4", "flash-attn-4"),
-    )
-    installed = {"quack": find_spec("quack") is not None, "fa4": has_flash_attention_4()}
-    for key, given, name, package in of_backends:
-        if given == name and not installed[name]:
-            yield (
-                f"{key} = {name} needs the package {package}, which is not installed.",
-                f'Run `pip install "moe_dtensor[{name}]"` (from a clone: `pip install -e ".[{name}]"`), or set '
-                f"{key} = auto.",
-            )
 
 
 def _sums_of_experts(config: Config) -> Broken:

@@ -181,6 +181,21 @@ def _backend(config: Config) -> Broken:
         )
 
 
+def check_packages(config: Config) -> Broken:
+    """Extras that backends take by name."""
+    if config.moe.backend == "quack" and config.moe.num_experts and importlib.util.find_spec("quack") is None:
+        yield _missing("moe.backend", "quack", "quack-kernels")
+    if config.model.attention_backend == "fa4" and not has_flash_attention_4():
+        yield _missing("model.attention_backend", "fa4", "flash-attn-4")
+
+
+def _missing(key: str, name: str, package: str) -> tuple[str, str]:
+    return (
+        f"{key} = {name} needs the package {package}, which is not installed.",
+        f'Run `pip install "moe_dtensor[{name}]"` (from a clone: `pip install -e ".[{name}]"`), or set {key} = auto.',
+    )
+
+
 def has_flash_attention_4() -> bool:
     """Whether the package is installed, without loading it or torch. Older ones have its name, ``flash_attn``, too."""
     spec = importlib.util.find_spec("flash_attn")
