@@ -288,9 +288,10 @@ def graph_milliseconds(layer: Layer, backend: str) -> float:
 def called_milliseconds(layer: Layer, backend: str) -> float:
     """Milliseconds of a step whose forward and backward are graphs that autograd calls."""
     step = graphed_calls(layer, backend)
-    # The leaves' nodes are from the capture, which has a stream of its own; they are waited for.
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-    return statistics.median(several(step, True) + several(step, True))
+    with warnings.catch_warnings():
+        # The leaves' nodes are from the capture, which has a stream of its own; they are waited for.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+        return statistics.median(several(step, True) + several(step, True))
 
 
 def graphed_calls(layer: Layer, backend: str) -> Callable[[], None]:

@@ -118,9 +118,14 @@ TOGETHER: tuple[dict[str, tuple[Any, ...]], ...] = (
     {"moe.gate_on": ("input",), "moe.top_k": (1,)},
     {"moe.shared_gate": (True,), "moe.num_shared_experts": (0, 1, 2), "moe.shared_hidden_dim": (4, 8, 20)},
     {"moe.group_sequences": (1, 2), "training.microbatch_size": (2, 4)},
+    {"mesh.attention": ("sequences",), "mesh.sequence_parallel": (True,), "training.microbatch_size": (2, 4)}
+    | {"moe.group_sequences": (0, 1, 2)},
     {"model.num_heads": (2, 4, 8), "model.num_kv_heads": (1, 2, 4)},
     {"moe.router": ROUTERS, "moe.top_k": (1, 2, 3), "moe.capacity_factor": (0.0, 0.5, 1.1)},
-    {"moe.router": ("expert_choice",), "moe.capacity_factor": (0.5, 1.0, 2.0), "moe.top_k": (1, 2)},
+    {"moe.router": ("expert_choice",), "moe.top_k": (1, 2), "moe.capacity_factor": (0.0,), "moe.bias_rate": (0.0,)}
+    | {"moe.normalize_gates": (False,), "moe.score_before_top_k": (True,), "moe.gate_on": ("output",)}
+    | {"moe.selection_bias": (False,), "moe.expert_groups": (0,), "moe.expert_groups_kept": (0,)}
+    | {"moe.group_score": ("top2",)},
     {"model.kv_rank": (4, 8, 12), "model.q_rank": (0, 4, 8), "model.nope_dim": (2, 4, 6), "model.rope_dim": (2, 4)}
     | {"model.v_dim": (2, 4, 6), "model.num_kv_heads": (0,)}
     | {"model.qk_norm": ("none",), "model.attention_bias": ("none",), "model.clip_qkv": (0.0,)},

@@ -8,6 +8,7 @@ from moe_dtensor.config.check import check
 from moe_dtensor.config.errors import ConfigError
 from moe_dtensor.config.load import override
 from moe_dtensor.config.resolve import (
+    attends_by_sequence,
     expert_takes,
     microbatches,
     moe_layers,
@@ -15,6 +16,7 @@ from moe_dtensor.config.resolve import (
     padded_vocab,
     rank_stages,
     resolve,
+    routes_by_sequence,
     stage_layers,
 )
 from moe_dtensor.config.schema import Config
@@ -142,3 +144,20 @@ def test_microbatch_rule_is_torchs_own(schedule: str, pp: int) -> None:
 def test_copies_that_an_expert_takes_of_a_group(keys: dict, size: int, top_k: int, takes: int | None) -> None:
     sizes = {"moe.num_experts": 8, "moe.top_k": top_k, "moe.group_sequences": 1, "training.seq_len": size}
     assert expert_takes(override(Config(), sizes | keys)) == takes
+
+
+@pytest.mark.parametrize(
+    ("keys", "attends", "routes"),
+    [
+        ({}, False, False),  # the group is the microbatch, which two ranks divide
+        ({"moe.group_sequences": 2}, False, True),
+        ({"moe.group_sequences": 4, "mesh.attention": "sequences"}, True, False),
+        ({"moe.group_sequences": 1, "mesh.attention": "sequences"}, True, True),
+        ({"moe.group_sequences": 1, "mesh.attention": "sequences", "mesh.tp": 1}, False, False),
+        ({"moe.group_sequences": 1, "mesh.sequence_parallel": False}, False, False),
+        ({"moe.group_sequences": 1, "training.microbatch_size": 3}, False, False),
+    ],
+)
+def test_what_tp_ranks_do_for_their_own_sequences(keys: dict, attends: bool, routes: bool) -> None:
+    config = resolve(override(Config(), {"mesh.tp": 2, "training.microbatch_size": 4} | keys), 2)
+    assert (attends_by_sequence(config), routes_by_sequence(config)) == (attends, routes)

@@ -85,3 +85,15 @@ def test_fused_products_write_less(hidden: int, numbers: int) -> None:
     copies = 16 * 2048 * 8
     assert more.backward - less.backward == copies * numbers * 2
     assert less.kept - more.kept == copies * 4
+
+
+def test_attention_by_sequences_keeps_its_own_input_and_whole_weights() -> None:
+    """olmoe_small on tp = 2: of what attention reads half the tokens and no sums of squares over ranks, but four
+    weights of 1024 x 1024 and those of two norms."""
+    keys = {"training__microbatch_size": 16}
+    heads, own = (
+        block_bytes(preset("olmoe_small", "1x1x2", mesh__attention=way, **keys), is_moe=True)
+        for way in ("heads", "sequences")
+    )
+    tokens, weights = 16 * 2048, (4 * 1024 * 1024 + 2 * 1024) * 2
+    assert heads.kept - own.kept == tokens // 2 * 1024 * 2 + tokens * 2 * 4 - weights

@@ -322,6 +322,11 @@ def test_bytes_sent() -> None:
     assert traffic(config).pp == 2 * 8 * 3 * 128 * 128 * 4
     split, more = (traffic(preset("debug", f"1x1x{tp}")).tp for tp in (2, 8))
     assert split / (1 / 2) == pytest.approx(more / (7 / 8), rel=1e-3)
+    # In 16 blocks and 4 microbatches, half of it to the other rank: tokens in and out, forward and back, with sums of
+    # squares; or four weights of 1024 x 1024 and two of norms, in bfloat16 and gradients in float32.
+    heads, own = (traffic(preset("olmoe_small", "1x1x2", mesh__attention=way)).tp for way in ("heads", "sequences"))
+    tokens, weights = 16 * 2048, 4 * 1024 * 1024 + 2 * 1024
+    assert heads - own == 4 * 16 * (tokens * (4 * 1024 * 2 + 2 * 2 * 2 * 4) - weights * (2 + 4)) // 2
 
 
 def test_a_mesh_that_cannot_run_is_refused_beside_one_that_can(
