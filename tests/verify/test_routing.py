@@ -165,6 +165,18 @@ def test_compiled_blocks_route_and_balance_alike() -> None:
         assert verdict.ok, explain(verdict)
 
 
+def test_ranks_route_for_groups_of_their_own() -> None:
+    """By ids, by numbers of tokens, with a capacity and a balancing loss of the group: all of a rank's own sequences."""
+    own = {"training.microbatch_size": 4, "training.global_batch_size": 8, "moe.group_sequences": 2}
+    ways: list[dict[str, Any]] = [
+        {"moe.router": "hash"},
+        {"moe.router": "zipf"},
+        {"moe.jitter": 0.1, "moe.capacity_factor": 1.1, "moe.balance_loss": 0.1, "moe.balance_over": "group"},
+    ]
+    for verdict in prove([Case(Layout(1, 1, 2), override(CONFIG, own | way)) for way in ways]):
+        assert verdict.ok, explain(verdict)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_block_keeps_the_copies_that_it_chose() -> None:
     """torch 2.13's compiler once let all copies go: it read which are kept before they were written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_dtensor.kernels import sinkhorn_triton
 from moe_dtensor.kernels.sinkhorn import sinkhorn
 
 
@@ -16,6 +17,17 @@ def test_equals_the_loop(shape, iterations, device, poisoned_memory):
     got = sinkhorn(logits, iterations)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), sinkhorn(logits.double(), iterations), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("many", [1, 100], ids=["two programs for each multiprocessor", "one"])
+def test_programs_that_take_several_tiles(many, device, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(sinkhorn_triton, "_ELEMENTS", 64)
+    monkeypatch.setattr(sinkhorn_triton, "_PROGRAMS", 3)
+    monkeypatch.setattr(sinkhorn_triton, "_MANY", many)
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(2, 131, 8, device=device)
+    expected = sinkhorn(logits.double(), 3)
+    torch.testing.assert_close(sinkhorn(logits, 3).double(), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_large_logits_do_not_overflow(device):
