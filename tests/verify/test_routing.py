@@ -166,7 +166,7 @@ def test_compiled_blocks_route_and_balance_alike() -> None:
 
 
 def test_ranks_route_for_groups_of_their_own() -> None:
-    """By ids, by numbers of tokens, with a capacity and a balancing loss of the group: all of a rank's own sequences."""
+    """By ids, by numbers of tokens, with a capacity and a balancing loss of the group: all of its own sequences."""
     own = {"training.microbatch_size": 4, "training.global_batch_size": 8, "moe.group_sequences": 2}
     ways: list[dict[str, Any]] = [
         {"moe.router": "hash"},
